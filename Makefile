@@ -1,0 +1,62 @@
+# Everything here needs only make and a Python from 3.10 to 3.13; the rest goes into .venv.
+#   make test ARGS="-k memory"     hands arguments on to pytest (test, bench) or the demo
+#   make setup PYTHON=python3.12   chooses the Python that .venv is made with
+
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+SOURCES := squid_fast kernels reference bench tests
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format types bench clean
+
+help:  ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(READY)  ## Build .venv from constraints.txt (done by the others when needed)
+
+demo: $(READY)  ## Synthesise, train, evaluate and screen: the whole method in minutes
+	@$(BIN)/squid-fast demo $(ARGS)
+
+test: $(READY)  ## Run the tests
+	@$(BIN)/python -m pytest -q $(ARGS)
+
+lint: $(READY)  ## Check style and formatting
+	@$(BIN)/ruff check $(SOURCES)
+	@$(BIN)/ruff format --check $(SOURCES)
+
+format: $(READY)  ## Put formatting right, and what the linter can mend by itself
+	@$(BIN)/ruff check --fix $(SOURCES)
+	@$(BIN)/ruff format $(SOURCES)
+
+# mypy reads packages from folders of their installed name. The links are made anew each time, so
+# that files that came or went are seen.
+types: $(READY)  ## Check types
+	@rm -rf build/types && mkdir -p build/types/squid_fast
+	@cd build/types/squid_fast && ln -s ../../../squid_fast/* ../../../kernels ../../../reference .
+	@$(BIN)/mypy
+
+bench: $(READY)  ## Run the benchmarks
+	@$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
+
+clean:  ## Remove what make has made: .venv, build folders, caches
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch comes first and by itself, so that nothing that depends on it chooses the build.
+$(READY): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "squid-fast needs Python 3.10 to 3.13, but there is no $(PYTHON)." \
+	       "Name one that is there: make setup PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || { \
+	  echo "squid-fast needs Python 3.10 to 3.13, but $(PYTHON) is $$($(PYTHON) --version 2>&1)." \
+	       "Name another: make setup PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { \
+	  echo "$(PYTHON) could not make a virtual environment in $(VENV)." \
+	       "On Debian and Ubuntu its venv module is a package of its own: python3-venv" >&2; exit 1; }
+	@echo "Installing into $(VENV); this takes minutes where the GPU build of torch is fetched."
+	@$(BIN)/pip install --quiet -c constraints.txt torch
+	@$(BIN)/pip install --quiet -c constraints.txt -e ".[train,screen,dev]"
+	@touch $@

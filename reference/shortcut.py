@@ -1,0 +1,30 @@
+"""The masked shortcut (paper section 3.4, equation 2).
+
+If the in-painted features were all that the decoder sees, training would be hard at first; if
+the input could pass beside the block, there would be nothing to learn. So in training a random
+few positions take the shortcut:
+
+    out = mask * in-painted + (1 - mask) * input,    mask ~ Bernoulli(keep_probability)
+
+In evaluation there is no shortcut.
+"""
+
+import torch
+
+
+def masked_shortcut(
+    inpainted: torch.Tensor,
+    shortcut: torch.Tensor,
+    keep_probability: float,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Blend of two maps [B, C, H, W] by one draw per (image, row, column), shared by the channels.
+
+    ``mask`` [B, 1, H, W] is drawn anew unless it is given.
+    """
+    if mask is None:
+        B, _, H, W = inpainted.shape
+        probability = torch.full((B, 1, H, W), keep_probability, device=inpainted.device)
+        mask = torch.bernoulli(probability)
+    mask = mask.to(inpainted.dtype)
+    return mask * inpainted + (1 - mask) * shortcut

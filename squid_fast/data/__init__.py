@@ -1,0 +1,38 @@
+"""From files to tensors: readers, dataset layouts, image sets in memory, DigitAnatomy."""
+
+from squid_fast.data.digit_anatomy import (
+    KINDS,
+    DigitAnatomy,
+    DigitGrids,
+    DigitSourceError,
+    write_digit_anatomy,
+)
+from squid_fast.data.images import ImageSet, load_images
+from squid_fast.data.layouts import LAYOUTS, LayoutError, Record, find_records, select
+from squid_fast.data.readers import (
+    IMAGE_SUFFIXES,
+    MAX_PIXELS,
+    ImageReadError,
+    load_image,
+    read_image,
+)
+
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "KINDS",
+    "LAYOUTS",
+    "MAX_PIXELS",
+    "DigitAnatomy",
+    "DigitGrids",
+    "DigitSourceError",
+    "ImageReadError",
+    "ImageSet",
+    "LayoutError",
+    "Record",
+    "find_records",
+    "load_image",
+    "load_images",
+    "read_image",
+    "select",
+    "write_digit_anatomy",
+]

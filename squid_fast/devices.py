@@ -1,0 +1,61 @@
+"""Which device, precision and memory layout serve best here."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import nn
+
+Precision = Literal["auto", "bf16", "float32"]
+
+
+def choose_device(device: str | torch.device | None = None) -> torch.device:
+    """The device asked for; a GPU if there is one, else the CPU, when none is.
+
+    Raises:
+        ValueError: a GPU is asked for and PyTorch sees none.
+    """
+    if device is None or device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {str(device)!r}, but PyTorch sees no GPU here; 'cpu' fits.")
+    return chosen
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether the hardware itself computes in bfloat16; elsewhere it is emulated, and slower."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # Older releases of PyTorch cannot tell; there the answer is no.
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def choose_precision(precision: Precision, device: torch.device) -> Literal["bf16", "float32"]:
+    """``"auto"`` is bfloat16 where the hardware has it, else float32.
+
+    Raises:
+        ValueError: another name.
+    """
+    if precision not in ("auto", "bf16", "float32"):
+        raise ValueError(f"precision is {precision!r}; it must be 'auto', 'bf16' or 'float32'.")
+    if precision == "auto":
+        return "bf16" if has_fast_bf16(device) else "float32"
+    return precision
+
+
+def choose_layout(features_root: int) -> torch.memory_format:
+    """Channels-last, but for narrow models.
+
+    With 8 channels oneDNN has no vectorised channels-last convolution: measured on two AVX512
+    cores, a training step at F = 8 takes several times as long as with contiguous tensors, while
+    at F = 16 channels-last saves a third.
+    """
+    return torch.channels_last if features_root % 16 == 0 else torch.contiguous_format
+
+
+def to_layout(module: nn.Module, layout: torch.memory_format) -> nn.Module:
+    """The module with its four-dimensional weights in that layout."""
+    return module.to(memory_format=layout)  # type: ignore[call-overload]

@@ -1,0 +1,321 @@
+"""A trained model as a scorer: images in, calibrated anomaly scores out (paper section 3.6)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .data import ImageSet
+from .devices import Precision, choose_device, choose_layout, choose_precision, to_layout
+from .evaluation import Evaluation, evaluate, threshold_at_false_positive_rate
+from .modules import SQUID, Discriminator
+from .modules.unet import to_patches
+
+PAPER_SCORE = "discriminator_instance"
+
+SCORES: dict[str, tuple[int, str]] = {
+    PAPER_SCORE: (-1, "the paper's: the discriminator's logit of the reconstruction, every image "
+                  "normalised by its own statistics"),
+    "discriminator_running": (-1, "the same with the discriminator's running statistics"),
+    "reconstruction_error": (+1, "mean squared difference of image and reconstruction"),
+    "patch_error": (+1, "the largest reconstruction error of a patch, each measured in standard "
+                    "deviations of its place on normal training images"),
+}  # fmt: skip
+"""What an image can be scored by: (sign that makes greater mean less normal, meaning)."""
+
+_CALIBRATION_IMAGES = 2000  # of the training set; more do not move mean and deviation
+_BATCH = 64
+
+
+@dataclass(frozen=True)
+class ScoreCalibration:
+    """Where one score lies on normal images.
+
+    Attributes:
+        mean, std: of the raw score on normal training images.
+        threshold: on the z-score; images above it are flagged.
+        false_positive_rate: share of normal validation images that ``threshold`` flags at most.
+        reference_z: z-scores of the normal images that gave the threshold, for the report.
+    """
+
+    mean: float
+    std: float
+    threshold: float
+    false_positive_rate: float
+    reference_z: list[float]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Calibration of every score by its name.
+
+    Attributes:
+        scores: by name, see ``SCORES``.
+        patch_mean, patch_std: reconstruction error of each patch [N] on normal training images.
+        threshold_images: which normal images gave the thresholds: "validation" or, where there
+            were too few, "training", which makes them optimistic.
+    """
+
+    scores: dict[str, ScoreCalibration]
+    patch_mean: list[float]
+    patch_std: list[float]
+    threshold_images: str
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Calibration:
+        scores = {name: ScoreCalibration(**score) for name, score in values["scores"].items()}
+        return cls(**{**values, "scores": scores})
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of a batch, float32 on the CPU.
+
+    Attributes:
+        raw: [B], in the unit of the score.
+        z_score: [B], standard deviations from the mean of normal training images; greater is
+            less normal. Rank by this one.
+        anomaly_score: [B], sigmoid(z_score): 1 is anomalous. The paper's ``1 - sigmoid((s - mean)
+            / std)``; in float32 it saturates and ties where z_score does not.
+        reconstruction: [B, 1, H, W], where asked for.
+    """
+
+    raw: Tensor
+    z_score: Tensor
+    anomaly_score: Tensor
+    reconstruction: Tensor | None = None
+
+
+class Scorer:
+    """Scores images with a trained generator and discriminator.
+
+    The modules are moved to the device and used in evaluation mode; the teacher is not run.
+
+    Args:
+        model, discriminator: trained.
+        calibration: as from ``calibrate``; without one only ``raw_scores`` can be used.
+        score: one of ``SCORES``.
+        precision: "float32", "bf16", or "auto": bf16 where the hardware computes in it.
+        device: "cpu", "cuda", ...; a GPU if there is one unless given.
+
+    Raises:
+        ValueError: no such score, precision or device.
+    """
+
+    def __init__(
+        self,
+        model: SQUID,
+        discriminator: Discriminator,
+        calibration: Calibration | None = None,
+        score: str = PAPER_SCORE,
+        precision: Precision = "auto",
+        device: str | torch.device | None = None,
+    ) -> None:
+        if score not in SCORES:
+            raise ValueError(f"score is {score!r}; it must be one of {', '.join(SCORES)}.")
+        self.device = choose_device(device)
+        self.precision = choose_precision(precision, self.device)
+        self.calibration, self.score_name = calibration, score
+        self.image_size = model.image_size
+        self.model, self.discriminator = model.eval(), discriminator.eval()
+        self._layout = choose_layout(model.config["features_root"])
+        to_layout(self.model.to(self.device), self._layout)
+        to_layout(self.discriminator.to(self.device), self._layout)
+
+    @classmethod
+    def load(
+        cls,
+        bundle: str | Path,
+        score: str | None = None,
+        precision: Precision = "auto",
+        device: str | torch.device | None = None,
+    ) -> Scorer:
+        """The scorer of a bundle folder; its configured score unless another is named."""
+        from .bundle import load_bundle
+
+        loaded = load_bundle(bundle)
+        return cls(
+            loaded.model,
+            loaded.discriminator,
+            loaded.calibration,
+            score or loaded.score,
+            precision,
+            device,
+        )
+
+    @property
+    def threshold(self) -> float:
+        """On the z-score: an image is flagged when its z-score exceeds it."""
+        return self._calibrated().threshold
+
+    @property
+    def false_positive_rate(self) -> float:
+        """Share of normal validation images at which ``threshold`` was set."""
+        return self._calibrated().false_positive_rate
+
+    @property
+    def reference_z(self) -> list[float]:
+        """z-scores of the normal images that gave the threshold."""
+        return self._calibrated().reference_z
+
+    def score(self, images: Tensor, reconstruction: bool = False) -> Scores:
+        """Scores of images [B, 1, H, W] in [0, 1], float.
+
+        Raises:
+            ValueError: images that the model cannot take, or no calibration.
+        """
+        self._calibrated()
+        raw, recon = self._run(images, [self.score_name])
+        values = raw[self.score_name]
+        z = self.z_score(self.score_name, values)
+        return Scores(values, z, torch.sigmoid(z), recon.float().cpu() if reconstruction else None)
+
+    def raw_scores(
+        self, images: ImageSet, names: Iterable[str] = tuple(SCORES)
+    ) -> dict[str, Tensor]:
+        """Raw values [n] of several scores at once; "patch_error" needs the calibration."""
+        names = list(names)
+        parts = [self._run(images.batch(part), names)[0] for part in _parts(len(images))]
+        return {name: torch.cat([part[name] for part in parts]) for name in names}
+
+    def evaluate(self, images: ImageSet) -> tuple[dict[str, Evaluation], dict[str, np.ndarray]]:
+        """Figures of every score on labelled images, and the z-scores [n] they are made of.
+
+        Raises:
+            ValueError: images of unknown label or of one class only, or no calibration.
+        """
+        raw = self.raw_scores(images)
+        z = {name: self.z_score(name, values).numpy() for name, values in raw.items()}
+        evaluations = {
+            name: evaluate(
+                images.labels.numpy(),
+                values,
+                score_name=name,
+                threshold=self._calibrated(name).threshold,
+                false_positive_rate=self._calibrated(name).false_positive_rate,
+            )
+            for name, values in z.items()
+        }
+        return evaluations, z
+
+    def patch_errors(self, images: ImageSet) -> Tensor:
+        """Mean squared reconstruction error [n, N] of every patch, float32 on the CPU."""
+        parts = []
+        for part in _parts(len(images)):
+            batch = images.batch(part)
+            recon = self._run(batch, ())[1]
+            parts.append(_patch_errors(recon.cpu(), batch, self.model.num_patch))
+        return torch.cat(parts)
+
+    def z_score(self, name: str, raw: Tensor) -> Tensor:
+        """z-scores of raw values, oriented so that greater is less normal."""
+        calibration = self._calibrated(name)
+        return SCORES[name][0] * (raw - calibration.mean) / calibration.std
+
+    def _calibrated(self, name: str | None = None) -> ScoreCalibration:
+        if self.calibration is None:
+            raise ValueError(
+                "this scorer has no calibration, so there are no z-scores and no threshold; "
+                "`squid-fast convert --data` or squid_fast.inference.calibrate make one."
+            )
+        return self.calibration.scores[name or self.score_name]
+
+    @torch.inference_mode()
+    def _run(self, images: Tensor, names: Iterable[str]) -> tuple[dict[str, Tensor], Tensor]:
+        images = images.to(self.device, memory_format=self._layout)
+        with self._autocast():
+            recon = self.model(images, teacher=False)["recon"]
+            values = {
+                name: self.discriminator.score(
+                    recon, "instance" if name == PAPER_SCORE else "running"
+                )
+                for name in names
+                if name.startswith("discriminator")
+            }
+        errors = _patch_errors(recon, images, self.model.num_patch)
+        if "reconstruction_error" in names:
+            values["reconstruction_error"] = errors.mean(dim=1)
+        if "patch_error" in names and self.calibration is not None:
+            mean, std = (
+                torch.tensor(values, device=errors.device)
+                for values in (self.calibration.patch_mean, self.calibration.patch_std)
+            )
+            values["patch_error"] = ((errors - mean) / std).amax(dim=1)
+        return {name: value.float().cpu() for name, value in values.items()}, recon
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+
+def _patch_errors(recon: Tensor, images: Tensor, num_patch: int) -> Tensor:
+    """Mean squared error [B, N] of every patch."""
+    squared = (recon.float() - images).square()
+    return to_patches(squared, num_patch).mean(dim=(1, 2, 3)).view(images.shape[0], -1)
+
+
+def _parts(n: int) -> Iterator[slice]:
+    for start in range(0, n, _BATCH):
+        yield slice(start, min(start + _BATCH, n))
+
+
+def calibrate(
+    model: SQUID,
+    discriminator: Discriminator,
+    normal_training: ImageSet,
+    normal_validation: ImageSet | None = None,
+    false_positive_rate: float = 0.05,
+    precision: Precision = "auto",
+    device: str | torch.device | None = None,
+) -> Calibration:
+    """Calibrate every score on normal images.
+
+    Mean and deviation come from training images, as in the paper (up to 2,000, evenly chosen), the
+    thresholds from validation images.
+
+    Args:
+        normal_training, normal_validation: normal images only; too few validation images for the
+            rate and the training images give the thresholds instead.
+        false_positive_rate: share of normal images that a threshold may flag, in (0, 1).
+
+    Raises:
+        ValueError: no training images, or a rate outside (0, 1).
+    """
+    if not 0 < false_positive_rate < 1:
+        raise ValueError(
+            f"the false-positive rate is {false_positive_rate}; it must lie in (0, 1)."
+        )
+    scorer = Scorer(model, discriminator, None, PAPER_SCORE, precision, device)
+    every = max(1, len(normal_training) // _CALIBRATION_IMAGES)
+    training = normal_training.subset(list(range(0, len(normal_training), every)))
+    if len(training) < 2:
+        raise ValueError(
+            f"{len(training)} normal images cannot calibrate a score; give at least 2."
+        )
+    errors = scorer.patch_errors(training)
+    patch_mean, patch_std = errors.mean(dim=0), errors.std(dim=0).clamp_min(1e-12)
+    scorer.calibration = Calibration({}, patch_mean.tolist(), patch_std.tolist(), "")
+    enough = normal_validation is not None and len(normal_validation) * false_positive_rate >= 1
+    held_out = normal_validation if enough and normal_validation is not None else training
+    raw, held_out_raw = scorer.raw_scores(training), scorer.raw_scores(held_out)
+    scores = {}
+    for name, values in raw.items():
+        mean, std = values.double().mean().item(), max(values.double().std().item(), 1e-12)
+        z = SCORES[name][0] * (held_out_raw[name].double().numpy() - mean) / std
+        threshold = threshold_at_false_positive_rate(z, false_positive_rate)
+        scores[name] = ScoreCalibration(
+            mean, std, threshold, false_positive_rate, np.sort(z).round(4).tolist()
+        )
+    source = "validation" if enough else "training"
+    return Calibration(scores, patch_mean.tolist(), patch_std.tolist(), source)

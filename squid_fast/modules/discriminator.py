@@ -1,0 +1,88 @@
+"""The discriminator (paper section 3.5) and the raw score made of it (section 3.6)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+WIDTHS = (16, 32, 64, 128, 128)
+
+ScoreMode = Literal["instance", "running"]
+
+
+class Discriminator(nn.Module):
+    """Is this image a real or a painted one? Positive logits say real.
+
+    Args:
+        size: image side / 32, rounded up.
+    """
+
+    def __init__(self, size: int = 4) -> None:
+        super().__init__()
+        if size < 1:
+            raise ValueError(f"size is {size}; it must be the image side / 32, rounded up.")
+        self.size = size
+        layers: list[nn.Module] = []
+        in_ch = 1
+        for i, width in enumerate(WIDTHS):
+            layers.append(nn.Conv2d(in_ch, width, 5, stride=2, padding=2))
+            if i:
+                layers.append(nn.BatchNorm2d(width))
+            layers.append(nn.LeakyReLU(0.2))
+            in_ch = width
+        self.conv_model = nn.Sequential(*layers)
+        self.regressor = nn.Linear(in_ch * size * size, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [B, 1] of images [B, 1, H, W]."""
+        self._check(images)
+        return self.regressor(self.conv_model(images).flatten(1))
+
+    def score(self, images: Tensor, mode: ScoreMode = "instance") -> Tensor:
+        """Raw scores [B] of images [B, 1, H, W]; nothing of the module changes.
+
+        ``"instance"`` normalises every image by its own statistics: what the published evaluation
+        does by leaving the module in training mode with batches of one, at any batch size.
+        ``"running"`` uses the running statistics.
+
+        Raises:
+            ValueError: another mode, or images of another shape.
+        """
+        self._check(images)
+        if mode not in ("instance", "running"):
+            raise ValueError(f"mode is {mode!r}; it must be 'instance' or 'running'.")
+        if mode == "instance" and self.size == 1:
+            raise ValueError(
+                "mode 'instance' needs images larger than 32 x 32: at that size the last feature "
+                "map is a single pixel, which has no statistics. Use 'running'."
+            )
+        x = images
+        for layer in self.conv_model:
+            if not isinstance(layer, nn.BatchNorm2d):
+                x = layer(x)
+            elif mode == "instance":
+                x = F.instance_norm(x, weight=layer.weight, bias=layer.bias, eps=layer.eps)
+            else:
+                statistics = layer.running_mean, layer.running_var
+                x = F.batch_norm(x, *statistics, layer.weight, layer.bias, eps=layer.eps)
+        return self.regressor(x.flatten(1))[:, 0]
+
+    def _check(self, images: Tensor) -> None:
+        sides = range(32 * self.size - 31, 32 * self.size + 1)
+        one_channel = images.dim() == 4 and images.shape[1] == 1
+        if one_channel and images.shape[2] in sides and images.shape[3] in sides:
+            return
+        raise ValueError(
+            f"images are {list(images.shape)}; a Discriminator(size={self.size}) takes "
+            f"[B, 1, {32 * self.size}, {32 * self.size}] (sides from {sides[0]} on)."
+        )
+
+
+def discriminator_size(image_size: int) -> int:
+    """The ``size`` that fits images of this side: image_size / 32, rounded up."""
+    return -(-image_size // 32)
+
+
+__all__ = ["Discriminator", "ScoreMode", "discriminator_size"]

@@ -1,0 +1,94 @@
+"""The in-painting block (paper section 3.3 and figure 3)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+from .memory import MemoryQueue
+
+HEADS = 8  # published
+
+
+class InpaintBlock(nn.Module):
+    """Paint every patch's features from what the memories of its neighbours answer.
+
+    Args:
+        num_in_ch: width of the features.
+        num_slots: M, slots of each memory queue.
+        num_memory: N, patches of an image, a square number.
+        memory_channel: C = width / 4 * h * w for features of h x w per patch.
+        shrink_thres: int k > 0 Gumbel shrinkage, float > 0 hard shrinkage, 0 none.
+        ratio: chance that a position is in-painted in training, kept as ``mask_ratio``.
+        drop: dropout of the feed-forward layers.
+    """
+
+    code: Tensor
+
+    def __init__(
+        self,
+        num_in_ch: int,
+        num_slots: int,
+        num_memory: int = 9,
+        memory_channel: int = 2048,
+        shrink_thres: int | float = 5,
+        ratio: float = 0.95,
+        drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if memory_channel % HEADS:
+            raise ValueError(
+                f"memory_channel is {memory_channel}; the attention's {HEADS} heads must divide it."
+            )
+        self.num_memory = num_memory
+        self.mask_ratio = ratio
+        narrow = num_in_ch // 4
+        self.bottleneck_conv1 = nn.Sequential(
+            nn.Conv2d(num_in_ch, narrow, 1, bias=False), nn.BatchNorm2d(narrow), nn.ReLU()
+        )
+        self.memory = MemoryQueue(num_slots, memory_channel, shrink_thres, num_memory)
+        # Holds the projections under their published names; the attention itself is our own.
+        self.attention = nn.MultiheadAttention(memory_channel, HEADS)
+        self.attn_norm1 = nn.LayerNorm(memory_channel)
+        self.ff = nn.Sequential(
+            nn.Linear(memory_channel, memory_channel // 4),
+            nn.Dropout(drop),
+            nn.ReLU(),
+            nn.Linear(memory_channel // 4, memory_channel),
+            nn.Dropout(drop),
+        )
+        self.attn_norm2 = nn.LayerNorm(memory_channel)
+        bits = num_memory.bit_length()
+        places = torch.arange(num_memory)[:, None] >> torch.arange(bits - 1, -1, -1)
+        self.register_buffer("code", (places & 1).float(), persistent=False)  # [N, bits]
+        self.bottleneck_conv2 = nn.Sequential(
+            nn.Conv2d(narrow + bits, num_in_ch, 1), nn.BatchNorm2d(num_in_ch), nn.ReLU()
+        )
+
+    def paint(self, f: Tensor) -> Tensor:
+        """Painted features [B, N, C] of the patch features f [B, N, C]."""
+        m = self.memory(f)
+        w_q, w_kv = self.attention.in_proj_weight.split((f.shape[2], 2 * f.shape[2]))
+        b_q, b_kv = self.attention.in_proj_bias.split((f.shape[2], 2 * f.shape[2]))
+        # Each patch's key and value once; its neighbours read them in place.
+        key, value = F.linear(m, w_kv, b_kv).chunk(2, dim=-1)
+        pad_key, pad_value = b_kv.chunk(2)
+        attended = ops.neighbourhood_attention(
+            F.linear(f, w_q, b_q), key, value, pad_key, pad_value, HEADS
+        )
+        y = (self.attn_norm1(self.attention.out_proj(attended)) + m).relu()
+        return (self.attn_norm2(self.ff(y)) + y).relu()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features [B*N, width, h, w], patch index fastest, to features of the same shape."""
+        narrow = self.bottleneck_conv1(x)
+        BN, c, h, w = narrow.shape
+        B = BN // self.num_memory
+        z = self.paint(narrow.reshape(B, self.num_memory, c * h * w)).view(BN, c, h, w)
+        code = self.code.to(z.dtype).repeat(B, 1)[:, :, None, None].expand(-1, -1, h, w)
+        inpainted = self.bottleneck_conv2(torch.cat([z, code], dim=1))
+        if not self.training:
+            return inpainted
+        return ops.masked_shortcut(inpainted, x.to(inpainted.dtype), self.mask_ratio)

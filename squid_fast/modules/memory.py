@@ -1,0 +1,270 @@
+"""Space-aware memories, stacked: the N memories of a block are one tensor [N, M, C].
+
+State dicts keep the published form, one entry ``{i}.memMatrix`` [M, C] for each memory.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+
+
+def describe_shrinkage(shrink_thres: int | float) -> str:
+    """What the published argument ``shrink_thres`` chooses: its Python type decides."""
+    if shrink_thres == 0:
+        return "no shrinkage: raw dot products are the weights"
+    if isinstance(shrink_thres, int):
+        return f"Gumbel shrinkage, top {shrink_thres} (which keeps {shrink_thres - 1} slots)"
+    return f"hard shrinkage, threshold {shrink_thres} (give an int for Gumbel shrinkage)"
+
+
+class _Memory(nn.Module):
+    """Slots [N, M, C] and their lookup.
+
+    Args:
+        num_slots: M.
+        slot_dim: C.
+        shrink_thres: int k > 0 Gumbel shrinkage, float > 0 hard shrinkage, 0 none.
+        num_memory: N; None for a single memory that is asked with [B, C] and whose state dict
+            has the one key ``memMatrix``, like the published class of the same purpose.
+    """
+
+    slots: Tensor
+
+    def __init__(
+        self,
+        num_slots: int,
+        slot_dim: int,
+        shrink_thres: int | float = 5,
+        num_memory: int | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(shrink_thres, bool) or not 0 <= shrink_thres < math.inf:
+            raise ValueError(
+                f"shrink_thres is {shrink_thres!r}; it must be 0, an int k > 0 (Gumbel shrinkage) "
+                "or a float > 0 (hard shrinkage)."
+            )
+        if isinstance(shrink_thres, int) and shrink_thres > num_slots:
+            raise ValueError(
+                f"shrink_thres is {shrink_thres}, but a memory has only {num_slots} slots; the "
+                "k of Gumbel shrinkage cannot exceed the slots."
+            )
+        self.shrink_thres = shrink_thres
+        self.single = num_memory is None
+        bound = 1 / math.sqrt(slot_dim)
+        self._register(torch.empty(num_memory or 1, num_slots, slot_dim).uniform_(-bound, bound))
+        self.register_state_dict_post_hook(self._split)
+
+    def _register(self, slots: Tensor) -> None:
+        raise NotImplementedError
+
+    def look_up(self, query: Tensor) -> Tensor:
+        """Answers in the shape of ``query``, [B, N, C] (or [B, C] for a single memory)."""
+        memory = self.slots[0] if self.single else self.slots
+        if self.shrink_thres == 0:
+            return ops.memory_lookup(query, memory)
+        if isinstance(self.shrink_thres, int):
+            return ops.memory_lookup(query, memory, self.shrink_thres)
+        return ops.memory_lookup(query, memory, threshold=self.shrink_thres)
+
+    def forward(self, query: Tensor) -> Tensor:
+        return self.look_up(query)
+
+    def extra_repr(self) -> str:
+        N, M, C = self.slots.shape
+        return f"N={N}, M={M}, C={C}, {describe_shrinkage(self.shrink_thres)}"
+
+    def _keys(self, prefix: str) -> list[str]:
+        if self.single:
+            return [f"{prefix}memMatrix"]
+        return [f"{prefix}{i}.memMatrix" for i in range(self.slots.shape[0])]
+
+    @staticmethod
+    def _split(
+        module: _Memory, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]
+    ) -> None:
+        slots = state_dict.pop(f"{prefix}slots")
+        state_dict.update(zip(module._keys(prefix), slots, strict=True))
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        published = self._keys(prefix)
+        absent = [key for key in published if key not in state_dict]
+        wrong = [
+            f"{key} is {list(state_dict[key].shape)}, the model's is {list(self.slots.shape[1:])}"
+            for key in published
+            if key in state_dict and state_dict[key].shape != self.slots.shape[1:]
+        ]
+        missing_keys.extend(absent)
+        error_msgs.extend(wrong)
+        if not absent and not wrong:
+            with torch.no_grad():
+                self.slots.copy_(torch.stack([state_dict[key] for key in published]))
+        known = {*published, *self._load_extra(state_dict, prefix, local_metadata)}
+        # Each memory was a submodule in the published code, so its key has a dot too many for
+        # PyTorch's own search for unexpected keys.
+        unexpected_keys.extend(k for k in state_dict if k.startswith(prefix) and k not in known)
+
+    def _load_extra(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]
+    ) -> list[str]:
+        """Load what a subclass keeps besides the slots; returns the keys it knows."""
+        return []
+
+
+class MemoryMatrix(_Memory):
+    """Learnable slots: gradients reach queries and slots. As in MemAE (Gong et al. 2019)."""
+
+    def _register(self, slots: Tensor) -> None:
+        self.slots = nn.Parameter(slots)
+
+
+class MemoryQueue(_Memory):
+    """Slots that are features of recent training images (paper section 3.2), never learned.
+
+    In training mode a lookup remembers its queries, and ``update()``, called after the
+    optimiser's step, writes them over the oldest slots: a ring. A batch larger than M leaves its
+    newest M; a second ``update()`` does nothing. The ring's position ``ptr`` travels in the
+    state dict's metadata, where the published code does not trip over it.
+    """
+
+    ptr: Tensor
+
+    def _register(self, slots: Tensor) -> None:
+        self.register_buffer("slots", slots)
+        self.register_buffer("ptr", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.pending: Tensor | None = None
+
+    def forward(self, query: Tensor) -> Tensor:
+        if self.training:
+            self.pending = query.detach()
+        return self.look_up(query)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Enqueue the features of the last training batch, [B, N, C]."""
+        if self.pending is None:
+            return
+        features = self.pending[:, None] if self.single else self.pending
+        self.pending = None
+        M, B = self.slots.shape[1], features.shape[0]
+        # All B features pass through the ring, of which the newest M stay.
+        newest = torch.arange(max(B - M, 0), B, device=self.ptr.device)
+        self.slots.index_copy_(
+            1,
+            (self.ptr + newest) % M,
+            features[-M:].transpose(0, 1).to(self.slots.dtype),
+        )
+        self.ptr.add_(B).remainder_(M)
+
+    @staticmethod
+    def _split(
+        module: _Memory, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]
+    ) -> None:
+        _Memory._split(module, state_dict, prefix, local_metadata)
+        assert isinstance(module, MemoryQueue)
+        local_metadata["ptr"] = int(module.ptr)
+
+    def _load_extra(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]
+    ) -> list[str]:
+        key = f"{prefix}ptr"  # formats without metadata carry it as an entry
+        ptr = state_dict.get(key, local_metadata.get("ptr", 0))
+        with torch.no_grad():
+            self.ptr.copy_(torch.as_tensor(ptr).reshape(()) % self.slots.shape[1])
+        return [key]
+
+
+# --- decoder memory blocks ------------------------------------------------------------------------
+
+
+class _MemoryBlock(nn.Module):
+    """Look a decoder map up and, in training, mix the answer with it by a masked shortcut.
+
+    Args:
+        num_slots: M of each matrix.
+        slot_dim: C.
+        num_memory: windows or patches of a map, a square number.
+        shrink_thres: see ``MemoryMatrix``.
+        ratio: chance that a position takes the answer in training. The published models have
+            0.95 here whatever their own ``ratio`` is, hence the default. Kept as ``mask_ratio``.
+    """
+
+    single = False
+
+    def __init__(
+        self,
+        num_slots: int,
+        slot_dim: int,
+        num_memory: int = 9,
+        shrink_thres: int | float = 5,
+        ratio: float = 0.95,
+    ) -> None:
+        super().__init__()
+        self.num_memory = num_memory
+        self.mask_ratio = ratio
+        self.memory = MemoryMatrix(
+            num_slots, slot_dim, shrink_thres, None if self.single else num_memory
+        )
+
+    def look_up(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        answer = self.look_up(x)
+        return ops.masked_shortcut(answer, x, self.mask_ratio) if self.training else answer
+
+
+class MemoryMatrixBlock(_MemoryBlock):
+    """Window i of every map, be it a patch or the whole image, looks up matrix i.
+
+    A window is flattened in the order (row, column, channel).
+    """
+
+    def look_up(self, x: Tensor) -> Tensor:
+        """[B', c, h, w] -> [B', c, h, w]."""
+        side = math.isqrt(self.num_memory)
+        B, c, h, w = x.shape
+        windows = x.permute(0, 2, 3, 1).reshape(B, side, h // side, side, w // side, c)
+        answer = self._ask(windows.transpose(2, 3).reshape(B, self.num_memory, -1))
+        answer = answer.view(B, side, side, h // side, w // side, c).transpose(2, 3)
+        return answer.reshape(B, h, w, c).permute(0, 3, 1, 2)
+
+    def _ask(self, windows: Tensor) -> Tensor:
+        return self.memory(windows)
+
+
+class MemoryMatrixBlockV3(_MemoryBlock):
+    """The patches are the places: patch n looks up matrix n, flattened (channel, row, column)."""
+
+    def look_up(self, x: Tensor) -> Tensor:
+        """[B*N, c, h, w] -> [B*N, c, h, w]."""
+        query = x.reshape(x.shape[0] // self.num_memory, self.num_memory, -1)
+        return self.memory(query).view(x.shape)
+
+
+class MemoryMatrixBlockV4(MemoryMatrixBlock):
+    """Not space-aware: one matrix for the whole map, its windows laid end to end."""
+
+    single = True
+
+    def _ask(self, windows: Tensor) -> Tensor:
+        return self.memory(windows.flatten(1))
+
+
+BLOCKS: dict[str, type[_MemoryBlock]] = {
+    block.__name__: block for block in (MemoryMatrixBlock, MemoryMatrixBlockV3, MemoryMatrixBlockV4)
+}

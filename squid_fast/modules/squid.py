@@ -1,0 +1,294 @@
+"""The generator (paper section 3.1 and figure 2): encoder, in-painting, student and teacher."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .inpaint import InpaintBlock
+from .memory import BLOCKS
+from .unet import Down, InConv, OutConv, Up, to_image, to_patches
+
+MAX_LEVEL = 5
+
+
+class SQUID(nn.Module):
+    """Drop-in for the published auto-encoder: constructor, outputs, parameter names, state dict.
+
+    Args:
+        num_in_ch: channels of the images.
+        features_root: F; the widths of the levels are F, 2F, 4F, 8F, 16F, 16F.
+        shrink_thres: of every memory: an int k > 0 is Gumbel shrinkage, a float > 0 hard
+            shrinkage, 0 none. The type decides, as published: 5 and 5.0 are different methods.
+        num_slots: M of the memory queues.
+        num_patch: P, patches per side; N = P * P.
+        level: L, how often the resolution is halved, 1 to 5.
+        ratio: chance that a position is in-painted in training (masked shortcut).
+        drop: dropout of the in-painting block.
+        memory_channel: C of the queues; it fixes the image size: C = w_L / 4 * (H / P / 2**L)**2.
+        dist: with the teacher and its distillation loss.
+        initial_combine: the decoder puts the patches together before its step L - this, so that
+            skips of the levels below it are whole images; None: after its last step.
+        mem_num_slots: M of the decoder's memory matrices.
+        ops: "concat" (with skip) or "none" for each decoder step, deepest first.
+        decoder_memory: for each level, finest first, None or a dict of ``type``
+            (MemoryMatrixBlock, MemoryMatrixBlockV3, MemoryMatrixBlockV4), ``multiplier``
+            (C = w_i * multiplier), ``num_memory`` and optionally ``ratio``.
+
+    Raises:
+        ValueError: arguments that do not fit each other; the message says which would.
+    """
+
+    def __init__(
+        self,
+        num_in_ch: int,
+        features_root: int,
+        shrink_thres: int | float,
+        num_slots: int = 200,
+        num_patch: int = 2,
+        level: int = 4,
+        ratio: float = 0.95,
+        drop: float = 0.0,
+        memory_channel: int = 2048,
+        dist: bool = False,
+        initial_combine: int | None = None,
+        mem_num_slots: int = 200,
+        ops: Sequence[str] = ("concat", "concat", "none", "none"),
+        decoder_memory: Sequence[dict[str, Any] | None] | None = None,
+    ) -> None:
+        super().__init__()
+        decoder_memory = list(decoder_memory or [None] * level)
+        self.config: dict[str, Any] = {
+            key: value for key, value in locals().items() if key not in ("self", "__class__")
+        } | {"ops": list(ops)}
+        widths = [features_root * factor for factor in (1, 2, 4, 8, 16, 16)]
+        self.num_in_ch, self.num_patch, self.level, self.dist = num_in_ch, num_patch, level, dist
+        self.initial_combine = initial_combine
+        self.image_size = _check_config(self.config, widths)
+
+        self.in_conv = InConv(num_in_ch, features_root)
+        self.down_blocks = nn.ModuleList(Down(widths[i], widths[i + 1]) for i in range(level))
+        self.inpaint_block = InpaintBlock(
+            widths[level], num_slots, num_patch**2, memory_channel, shrink_thres, ratio, drop
+        )
+        self.up_blocks = _decoder(widths, level, ops)
+        self.memory_blocks = nn.ModuleList(
+            nn.Identity()
+            if entry is None
+            else BLOCKS[entry["type"]](
+                mem_num_slots,
+                widths[i] * entry["multiplier"],
+                entry["num_memory"],
+                shrink_thres,
+                entry.get("ratio", 0.95),
+            )
+            for i, entry in enumerate(decoder_memory)
+        )
+        self.out_conv = OutConv(features_root, num_in_ch)
+        if dist:
+            self.teacher_ups = _decoder(widths, level, ops)
+            self.teacher_out = OutConv(features_root, num_in_ch)
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> SQUID:
+        """A model of ``squid_fast.PRESETS``, with single arguments overridden.
+
+        Raises:
+            ValueError: no such preset.
+        """
+        from ..presets import preset
+
+        return cls(**{**preset(name).model, **overrides})
+
+    def forward(self, images: Tensor, teacher: bool = True) -> dict[str, Tensor | None]:
+        """Images [B, Cin, H, W] in [0, 1] to the published dictionary.
+
+        ``recon`` [B, Cin, H, W], ``patch`` (recon cut up) [B*N, Cin, H/P, W/P], ``embedding``
+        [B, w_L, H/2**L, W/2**L], ``teacher_recon`` [B, Cin, H, W], ``dist_loss`` []. The last two
+        are None without a teacher or with ``teacher=False``, which skips its work.
+
+        Raises:
+            ValueError: images of another shape or dtype, or with NaN or infinite values (checked
+                on the host's side only: not while compiling or capturing, and not in training on
+                a GPU, where it would stall every step).
+        """
+        self._check_images(images)
+        embedding, skips = self.encode(images)
+        recon, student = self.decode(self.inpaint_block(embedding), skips)
+        teacher_recon, dist_loss = None, None
+        if self.dist and teacher:
+            skips = [skip.detach() for skip in skips]
+            teacher_recon, features = self._decode(
+                embedding.detach(), skips, self.teacher_ups, self.teacher_out
+            )
+            # Both sides of the distillation learn from it: the published loss stops neither.
+            dist_loss = torch.stack(
+                [F.mse_loss(s.float(), t.float()) for s, t in zip(student, features, strict=True)]
+            ).sum()
+        return {
+            "recon": recon,
+            "patch": to_patches(recon, self.num_patch),
+            "embedding": to_image(embedding, self.num_patch),
+            "teacher_recon": teacher_recon,
+            "dist_loss": dist_loss,
+        }
+
+    def encode(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Features of the patches [B*N, w_L, h, w] and the skips, finest first.
+
+        Skips of the levels below ``initial_combine`` are whole images, the others patches.
+        """
+        x = self.in_conv(to_patches(images, self.num_patch))
+        skips = []
+        for i, down in enumerate(self.down_blocks):
+            skips.append(to_image(x, self.num_patch) if i < (self.initial_combine or 0) else x)
+            x = down(x)
+        return x, skips
+
+    def decode(self, x: Tensor, skips: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """The student: reconstruction [B, Cin, H, W] and the features of every step."""
+        return self._decode(x, skips, self.up_blocks, self.out_conv, self.memory_blocks)
+
+    def _decode(
+        self,
+        x: Tensor,
+        skips: list[Tensor],
+        ups: nn.ModuleList,
+        head: nn.Module,
+        memories: nn.ModuleList | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        features = []
+        for i, up in enumerate(ups):
+            deep = self.level - 1 - i
+            if self.initial_combine == deep + 1:
+                x = to_image(x, self.num_patch)
+            x = up(x, skips[deep])
+            if memories is not None:
+                x = memories[deep](x)
+            features.append(x)
+        if self.initial_combine is None:
+            x = to_image(x, self.num_patch)
+        return head(x), features
+
+    def _check_images(self, images: Tensor) -> None:
+        side = self.image_size
+        if images.dim() != 4 or images.shape[1] != self.num_in_ch:
+            raise ValueError(
+                f"images are {list(images.shape)}; this model takes [B, {self.num_in_ch}, {side}, "
+                f"{side}]."
+            )
+        if images.shape[2] != side or images.shape[3] != side:
+            raise ValueError(
+                f"images are {images.shape[2]} x {images.shape[3]}; with num_patch="
+                f"{self.num_patch}, level={self.level} and memory_channel="
+                f"{self.config['memory_channel']} they must be {side} x {side}."
+            )
+        if not images.is_floating_point():
+            raise ValueError(f"images are {images.dtype}; floating-point values in [0, 1] fit.")
+        if torch.compiler.is_compiling() or (images.is_cuda and self.training):
+            return
+        if images.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        if not bool(torch.isfinite(images).all()):
+            bad = int((~torch.isfinite(images)).flatten(1).any(dim=1).sum())
+            raise ValueError(
+                f"{bad} of {images.shape[0]} images hold NaN or infinite values; values in [0, 1] "
+                "fit."
+            )
+
+
+def _decoder(widths: list[int], level: int, ops: Sequence[str]) -> nn.ModuleList:
+    return nn.ModuleList(
+        Up(
+            widths[level - i] + (widths[level - 1 - i] if op == "concat" else 0),
+            widths[level - 1 - i],
+            op,
+        )
+        for i, op in enumerate(ops)
+    )
+
+
+def _check_config(config: dict[str, Any], widths: list[int]) -> int:
+    """Raise unless the arguments fit each other; returns the image side that they fix."""
+    L, P, C = config["level"], config["num_patch"], config["memory_channel"]
+    if not 1 <= L <= MAX_LEVEL:
+        raise ValueError(f"level is {L}; it must lie between 1 and {MAX_LEVEL}.")
+    if P < 1:
+        raise ValueError(f"num_patch is {P}; it must be at least 1.")
+    if widths[0] < 1 or widths[L] % 4:
+        raise ValueError(
+            f"features_root is {widths[0]}; the bottleneck is a quarter of the deepest width "
+            f"{widths[L]}, which 4 must divide."
+        )
+    combine = config["initial_combine"]
+    if combine is not None and not 1 <= combine <= L:
+        raise ValueError(
+            f"initial_combine is {combine}; it must lie between 1 and level={L}, or be None."
+        )
+    if not 0.0 <= config["ratio"] <= 1.0:
+        raise ValueError(f"ratio is {config['ratio']}; it must lie in [0, 1].")
+    if len(config["ops"]) != L or any(op not in ("concat", "none") for op in config["ops"]):
+        raise ValueError(
+            f"ops is {config['ops']}; it must have level={L} entries, each 'concat' or 'none'."
+        )
+    narrow = widths[L] // 4
+    side = math.isqrt(C // narrow)
+    if narrow > C or narrow * side * side != C:
+        fitting = [narrow * s * s for s in range(1, 9)]
+        raise ValueError(
+            f"memory_channel is {C}; it must be {narrow} (a quarter of width {widths[L]}) times "
+            f"the pixels of a patch's deepest map, one of {fitting} for maps of 1 to 8 pixels a "
+            "side."
+        )
+    if len(config["decoder_memory"]) != L:
+        raise ValueError(
+            f"decoder_memory has {len(config['decoder_memory'])} entries; it must have level={L}."
+        )
+    for i, entry in enumerate(config["decoder_memory"]):
+        if entry is not None:
+            whole = i < (combine or 0)
+            pixels = side * 2 ** (L - i) * (P if whole else 1)
+            _check_decoder_memory(i, entry, pixels, P, whole)
+    return P * side * 2**L
+
+
+def _check_decoder_memory(
+    i: int, entry: dict[str, Any], pixels: int, num_patch: int, whole: bool
+) -> None:
+    """Raise unless entry i fits its map of ``pixels`` a side (a patch, or ``whole`` image)."""
+    where = f"decoder_memory[{i}]"
+    if entry.get("type") not in BLOCKS:
+        raise ValueError(f"{where} has type {entry.get('type')!r}; known are {sorted(BLOCKS)}.")
+    if missing := {"multiplier", "num_memory"} - entry.keys():
+        raise ValueError(f"{where} lacks {sorted(missing)}.")
+    num, multiplier = entry["num_memory"], entry["multiplier"]
+    cuts = math.isqrt(num)
+    if entry["type"] == "MemoryMatrixBlockV3":
+        if whole:
+            raise ValueError(
+                f"{where} is a MemoryMatrixBlockV3, which needs patches, but initial_combine puts "
+                "the patches together before that level."
+            )
+        if num != num_patch**2:
+            raise ValueError(
+                f"{where} has num_memory={num}; a MemoryMatrixBlockV3 needs one for each of the "
+                f"{num_patch**2} patches."
+            )
+        fitting = pixels**2
+    else:
+        if num < 1 or cuts * cuts != num or pixels % cuts:
+            raise ValueError(
+                f"{where} has num_memory={num}; it must be a square number whose root divides "
+                f"the map's side of {pixels} pixels."
+            )
+        fitting = pixels**2 if entry["type"] == "MemoryMatrixBlockV4" else (pixels // cuts) ** 2
+    if multiplier != fitting:
+        raise ValueError(
+            f"{where} has multiplier={multiplier}; its memories hold {fitting} pixels of a map of "
+            f"{pixels} x {pixels}, so multiplier={fitting} would fit."
+        )

@@ -1,0 +1,107 @@
+"""Encoder and decoder stages, and the cut of images into patches (paper section 3.1).
+
+A stage is a residual double convolution. Attribute names are those of published checkpoints.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def to_patches(x: Tensor, num_patch: int) -> Tensor:
+    """[B, C, H, W] -> [B*N, C, H/P, W/P], row-major, patch index fastest; layout is kept."""
+    B, C, H, W = x.shape
+    P = num_patch
+    if _is_channels_last(x):
+        x = x.permute(0, 2, 3, 1).reshape(B, P, H // P, P, W // P, C).transpose(2, 3)
+        return x.reshape(B * P * P, H // P, W // P, C).permute(0, 3, 1, 2)
+    x = x.reshape(B, C, P, H // P, P, W // P).permute(0, 2, 4, 1, 3, 5)
+    return x.reshape(B * P * P, C, H // P, W // P)
+
+
+def to_image(x: Tensor, num_patch: int) -> Tensor:
+    """The inverse of ``to_patches``; layout is kept."""
+    BN, C, h, w = x.shape
+    P = num_patch
+    B = BN // (P * P)
+    if _is_channels_last(x):
+        x = x.permute(0, 2, 3, 1).reshape(B, P, P, h, w, C).transpose(2, 3)
+        return x.reshape(B, P * h, P * w, C).permute(0, 3, 1, 2)
+    x = x.reshape(B, P, P, C, h, w).permute(0, 3, 1, 4, 2, 5)
+    return x.reshape(B, C, P * h, P * w)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.shape[1] > 1 and x.is_contiguous(memory_format=torch.channels_last)
+
+
+class DoubleConv(nn.Module):
+    """``a = ReLU(BN(conv(x)))``, ``b = BN(conv(ReLU(BN(conv(a)))))``, ``ReLU(a + b)``; 3x3."""
+
+    def __init__(self, in_ch: int, out_ch: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Sequential(
+            nn.Conv2d(in_ch, out_ch, 3, stride, 1), nn.BatchNorm2d(out_ch), nn.ReLU(inplace=True)
+        )
+        self.conv2 = nn.Sequential(
+            nn.Conv2d(out_ch, out_ch, 3, 1, 1),
+            nn.BatchNorm2d(out_ch),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(out_ch, out_ch, 3, 1, 1),
+            nn.BatchNorm2d(out_ch),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.conv1(x)
+        return (self.conv2(a) + a).relu_()
+
+
+class InConv(nn.Module):
+    """First stage: image channels to F."""
+
+    def __init__(self, in_ch: int, out_ch: int) -> None:
+        super().__init__()
+        self.conv = DoubleConv(in_ch, out_ch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class Down(nn.Module):
+    """Half the resolution, the next width."""
+
+    def __init__(self, in_ch: int, out_ch: int) -> None:
+        super().__init__()
+        self.mpconv = DoubleConv(in_ch, out_ch, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mpconv(x)
+
+
+class Up(nn.Module):
+    """Bilinear resize to the skip's size, then a double convolution.
+
+    ``op`` "concat" puts the skip in front of the channels, "none" only takes its size.
+    """
+
+    def __init__(self, in_ch: int, out_ch: int, op: str) -> None:
+        super().__init__()
+        self.op = op
+        self.conv = DoubleConv(in_ch, out_ch)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        x = F.interpolate(x, size=skip.shape[-2:], mode="bilinear", align_corners=False)
+        return self.conv(torch.cat([skip.to(x.dtype), x], dim=1) if self.op == "concat" else x)
+
+
+class OutConv(nn.Module):
+    """1x1 convolution and sigmoid."""
+
+    def __init__(self, in_ch: int, out_ch: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_ch, out_ch, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(self.conv(x))

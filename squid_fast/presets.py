@@ -1,0 +1,131 @@
+"""Published and small configurations: the model's arguments and how it is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained; the defaults are the published ones for ZhangLab.
+
+    Weights name the terms of the losses: reconstruction ``recon_w``, adversarial ``g_w``,
+    teacher's reconstruction ``t_w``, distillation ``dist_w``, discriminator ``d_w``. Every batch
+    trains the discriminator, every ``n_critic``-th batch the generator too. ``t_max`` (epochs) and
+    ``lr_floor`` (a fraction of ``lr``) shape the generator's cosine schedule. ``shift`` and
+    ``scale`` bound the random augmentation, as fractions of the image side.
+    """
+
+    batch_size: int = 16
+    epochs: int = 200
+    lr: float = 1e-4
+    discriminator_lr: float = 1e-4
+    betas: tuple[float, float] = (0.5, 0.999)
+    generator_eps: float = 1e-7
+    weight_decay: float = 1e-5
+    t_max: int = 300
+    lr_floor: float = 0.1
+    n_critic: int = 2
+    recon_w: float = 10.0
+    g_w: float = 0.005
+    t_w: float = 0.01
+    dist_w: float = 0.001
+    d_w: float = 0.005
+    shift: float = 0.05
+    scale: float = 0.05
+    validate_every: int = 5
+
+
+@dataclass(frozen=True)
+class Preset:
+    """``model`` holds the arguments of ``SQUID``; ``image_size`` follows from them."""
+
+    name: str
+    image_size: int
+    model: dict[str, Any] = field(repr=False)
+    recipe: Recipe = field(default_factory=Recipe, repr=False)
+
+
+def _memory(kind: str, multiplier: int, num_memory: int) -> dict[str, Any]:
+    return {"type": kind, "multiplier": multiplier, "num_memory": num_memory}
+
+
+_CHEST_XRAY: dict[str, Any] = {
+    "num_in_ch": 1,
+    "features_root": 32,
+    "shrink_thres": 5,
+    "num_slots": 200,
+    "num_patch": 2,
+    "level": 4,
+    "ratio": 0.95,
+    "drop": 0.0,
+    "memory_channel": 2048,
+    "dist": True,
+    "initial_combine": 2,
+    "mem_num_slots": 200,
+    "ops": ["concat", "concat", "none", "none"],
+    "decoder_memory": [
+        None,
+        None,
+        _memory("MemoryMatrixBlock", 64, 4),
+        _memory("MemoryMatrixBlock", 16, 4),
+    ],
+}
+
+_DIGIT_ANATOMY: dict[str, Any] = _CHEST_XRAY | {
+    "num_patch": 3,
+    "level": 3,
+    "memory_channel": 1024,
+    "initial_combine": 1,
+    "ops": ["concat", "concat", "none"],
+    "decoder_memory": [
+        None,
+        _memory("MemoryMatrixBlockV3", 256, 9),
+        _memory("MemoryMatrixBlockV3", 64, 9),
+    ],
+}
+
+# For laptops. Without skips in the decoder all that reaches the picture has passed through the
+# memories, so that what is not in them cannot be copied; the presets above need far longer to get
+# there.
+_SMALL: dict[str, Any] = _CHEST_XRAY | {
+    "features_root": 16,
+    "num_patch": 3,
+    "level": 3,
+    "memory_channel": 128,
+    "initial_combine": 1,
+    "ops": ["none", "none", "none"],
+    "decoder_memory": [None, None, None],
+}
+
+PRESETS: dict[str, Preset] = {
+    preset.name: preset
+    for preset in (
+        Preset("zhanglab", 128, _CHEST_XRAY),
+        Preset("chexpert", 128, _CHEST_XRAY, Recipe(lr_floor=0.5)),
+        Preset(
+            "digit_anatomy",
+            96,
+            _DIGIT_ANATOMY,
+            Recipe(recon_w=1.0, n_critic=1, lr_floor=0.01, shift=0.0, scale=0.0),
+        ),
+        Preset(
+            "small",
+            48,
+            _SMALL,
+            Recipe(epochs=100, lr=3e-3, t_max=100, lr_floor=0.02, n_critic=1, shift=0.0, scale=0.0),
+        ),
+    )
+}
+
+
+def preset(name: str) -> Preset:
+    """The preset of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"preset is {name!r}; known are {', '.join(PRESETS)}.")
+    return PRESETS[name]

@@ -1,0 +1,349 @@
+"""One HTML file that shows what a screening run found; it needs no network and no scripts."""
+
+from __future__ import annotations
+
+import base64
+import importlib.resources
+import io
+import math
+import os
+import secrets
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from squid_fast._extras import require
+from squid_fast.screening.pipeline import PathInput, ScorerLike, ScreenRow, load_or_explain
+from squid_fast.screening.results import Summary, summarise, utf8_text
+
+_RESCORE_BATCH = 16
+_MAX_SIDE = 320  # pixels; larger images are shown at this size
+_MAX_TEXT = 400  # characters of a path or an error
+_BINS = 40
+_HEAT_ANCHORS = (  # from black to pale yellow, evenly spaced, brightness always rising
+    (0, 0, 4),
+    (31, 12, 72),
+    (85, 15, 109),
+    (136, 34, 106),
+    (186, 54, 85),
+    (227, 89, 51),
+    (249, 140, 10),
+    (249, 201, 50),
+    (252, 255, 164),
+)
+
+
+def write_report(
+    path: PathInput,
+    scorer: ScorerLike,
+    rows: Summary | Iterable[ScreenRow],
+    *,
+    title: str = "Radiograph screening report",
+    inputs: PathInput | Iterable[PathInput] = (),
+    model_name: str | None = None,
+    results: PathInput | None = None,
+    reference_z: Sequence[float] | np.ndarray | None = None,
+    created: datetime | None = None,
+) -> None:
+    """Write the report of a run to ``path``, replacing it only when the new one is complete.
+
+    The rows are needed only as a `Summary`, which can be filled while they stream elsewhere. The
+    images shown, the summary's ``most_anomalous``, are read and scored again for their
+    reconstructions; one that can no longer be read is shown by name.
+
+    Args:
+        path: the HTML file.
+        scorer: the scorer of the run.
+        rows: a `Summary` of the run, or its rows, which are then consumed.
+        title: heading.
+        inputs: what was screened, as the user named it.
+        model_name: name of the model, to be shown.
+        results: the table with all rows, to be named.
+        reference_z: z-scores of normal validation images, any shape, drawn beside the run's.
+        created: time shown; by default now.
+
+    Raises:
+        ImportError: jinja2 or Pillow is missing.
+        ValueError: ``reference_z`` holds a value that is not finite.
+        OSError: the file cannot be written.
+    """
+    from squid_fast import __version__ as version  # the package itself may import this module
+
+    jinja2 = require("jinja2", "screen")
+    reference = np.asarray([] if reference_z is None else reference_z, dtype=np.float64).ravel()
+    if not np.isfinite(reference).all():
+        raise ValueError("reference_z must be finite")
+    summary = rows if isinstance(rows, Summary) else summarise(rows)
+    threshold = float(scorer.threshold)
+    findings, heat_scale = _findings(scorer, summary.most_anomalous, reference)
+    template = importlib.resources.files("squid_fast.screening").joinpath("report.html.j2")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    html = environment.from_string(template.read_text("utf-8")).render(
+        title=_shown(title),
+        created=(created or datetime.now()).astimezone().strftime("%d %B %Y, %H:%M %Z").lstrip("0"),
+        inputs=[_shown(os.fspath(item)) for item in _as_list(inputs)],
+        model_name=None if model_name is None else _shown(model_name),
+        score_name=_shown(scorer.score_name),
+        image_size=scorer.image_size,
+        threshold=threshold,
+        false_positive_rate=float(scorer.false_positive_rate),
+        summary=summary,
+        histogram=_histogram(summary.z_scores, threshold, reference) if summary.scored else None,
+        reference_count=reference.size,
+        findings=findings,
+        heat_scale=heat_scale,
+        heat_colours=", ".join("rgb({}, {}, {})".format(*colour) for colour in _HEAT_ANCHORS),
+        errors=[(_shown(row.path), _shown(row.error or "")) for row in summary.error_rows],
+        results=None if results is None else _shown(os.fspath(results)),
+        version=version,
+    )
+    _replace(Path(path), html)
+
+
+@dataclass(frozen=True)
+class _Finding:
+    """One image of the gallery; pictures are data URLs, None where there is none."""
+
+    rank: int
+    name: str
+    path: str
+    flag: bool
+    z_score: str
+    meaning: str
+    anomaly_score: str
+    image: str | None
+    reconstruction: str | None
+    difference: str | None
+    problem: str | None
+
+
+def _findings(
+    scorer: ScorerLike, rows: list[ScreenRow], reference: np.ndarray
+) -> tuple[list[_Finding], float]:
+    """The gallery, and the difference that has the last colour of its heat maps."""
+    pictures = list(_pictures(scorer, rows))
+    peaks = [np.quantile(p.difference, 0.995) for p in pictures if p.difference is not None]
+    scale = min(1.0, max(0.05, math.ceil(max(peaks, default=0.0) * 20) / 20))
+    findings = []
+    for rank, (row, picture) in enumerate(zip(rows, pictures, strict=True), start=1):
+        assert row.z_score is not None
+        assert row.anomaly_score is not None
+        findings.append(
+            _Finding(
+                rank=rank,
+                name=_shown(os.path.basename(row.path) or row.path),
+                path=_shown(row.path),
+                flag=bool(row.flag),
+                z_score=f"{row.z_score:.2f}".replace("-", "\N{MINUS SIGN}"),
+                meaning=_meaning(row.z_score, reference),
+                anomaly_score=_anomaly_text(row.anomaly_score),
+                image=_grey_png(picture.image),
+                reconstruction=_grey_png(picture.reconstruction),
+                difference=_heat_png(picture.difference, scale),
+                problem=None if picture.problem is None else _shown(picture.problem),
+            )
+        )
+    return findings, scale
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """float32 arrays [H, W]: image and reconstruction in [0, 1], their absolute difference."""
+
+    image: np.ndarray | None = None
+    reconstruction: np.ndarray | None = None
+    difference: np.ndarray | None = None
+    problem: str | None = None
+
+
+def _pictures(scorer: ScorerLike, rows: list[ScreenRow]) -> Iterator[_Picture]:
+    for start in range(0, len(rows), _RESCORE_BATCH):
+        loaded = [
+            load_or_explain(row.path, scorer.image_size)
+            for row in rows[start : start + _RESCORE_BATCH]
+        ]
+        images = [image for image in loaded if not isinstance(image, str)]
+        rebuilt: list[np.ndarray] = []
+        if images:
+            batch = torch.from_numpy(np.stack(images)).unsqueeze(1)
+            reconstruction = scorer.score(batch, reconstruction=True).reconstruction
+            if reconstruction is not None:
+                rebuilt = [np.nan_to_num(r) for r in reconstruction.float().numpy()[:, 0]]
+        remaining = iter(rebuilt)
+        for image in loaded:
+            if isinstance(image, str):
+                yield _Picture(problem=image)
+            elif rebuilt:
+                other = next(remaining).clip(0, 1)
+                yield _Picture(image, other, np.abs(image - other))
+            else:
+                yield _Picture(image)
+
+
+@dataclass(frozen=True)
+class _Bar:
+    left: float
+    width: float
+    height: float
+    flagged: bool
+    label: str
+
+
+@dataclass(frozen=True)
+class _Histogram:
+    """A drawing on a square of 100 x 100, y downwards; ticks are (position, text)."""
+
+    bars: list[_Bar]
+    reference: str  # points of a polyline; empty without a reference
+    threshold: float | None
+    x_ticks: list[tuple[float, str]]
+    y_ticks: list[tuple[float, str]]
+    outside: int
+
+
+def _histogram(z: np.ndarray, threshold: float, reference: np.ndarray) -> _Histogram:
+    """Bins whose edges meet the threshold, so that every bar is wholly flagged or wholly not.
+
+    The axis spans the bulk of the scores; those beyond it go to the outermost bins.
+    """
+    z = z.astype(np.float64)
+    anchor = threshold if math.isfinite(threshold) else 0.0
+    bounds = [_bulk(values) for values in (z, reference) if values.size]
+    low = min([anchor, *(bound[0] for bound in bounds)])
+    high = max([anchor, *(bound[1] for bound in bounds)])
+    step = _round_step((high - low or 1.0) / _BINS)
+    first = min(-1, math.floor((low - anchor) / step))
+    last = max(1, math.ceil((high - anchor) / step))
+    bins = last - first
+    counts = _count(z, anchor, step, first, last)
+    outline = _count(reference, anchor, step, first, last) * (z.size / max(1, reference.size))
+    top = max(counts.max(), outline.max()) * 1.06
+    start = anchor + first * step
+
+    def place(value: float) -> float:
+        return (value - start) / (bins * step) * 100
+
+    bars = [
+        _Bar(
+            left=i / bins * 100,
+            width=100 / bins,
+            height=max(count / top * 100, 0.8),  # a single image must not vanish
+            flagged=first + i >= 0 and math.isfinite(threshold),
+            label=f"{start + i * step:.3g} to {start + (i + 1) * step:.3g}: {int(count):,}",
+        )
+        for i, count in enumerate(counts)
+        if count
+    ]
+    points = [f"{(i + side) / bins * 100:.2f},{100 - y / top * 100:.2f}"
+              for i, y in enumerate(outline) for side in (0, 1)]  # fmt: skip
+    y_step = max(1.0, _round_step(top / 4))
+    x_ticks = _ticks(start, start + bins * step, _round_step(bins * step / 10))
+    return _Histogram(
+        bars=bars,
+        reference=" ".join(points) if reference.size else "",
+        threshold=place(threshold) if math.isfinite(threshold) else None,
+        x_ticks=[(place(x), f"{x:g}".replace("-", "\N{MINUS SIGN}")) for x in x_ticks],
+        y_ticks=[(y / top * 100, f"{y:,.0f}") for y in _ticks(0, top, y_step)],
+        outside=int(((z <= start) | (z > start + bins * step)).sum()),
+    )
+
+
+def _count(values: np.ndarray, anchor: float, step: float, first: int, last: int) -> np.ndarray:
+    """Values in each bin (anchor + i * step, anchor + (i + 1) * step], first <= i < last."""
+    index = np.clip(np.ceil((values - anchor) / step) - 1, first, last - 1).astype(np.int64)
+    return np.bincount(index - first, minlength=last - first)
+
+
+def _bulk(values: np.ndarray) -> tuple[float, float]:
+    """Range of the values without far outliers: within four box lengths of the quartiles."""
+    quarter, three_quarters = np.quantile(values, (0.25, 0.75))
+    reach = 4 * (three_quarters - quarter)
+    return (
+        float(max(values.min(), quarter - reach)),
+        float(min(values.max(), three_quarters + reach)),
+    )
+
+
+def _round_step(step: float) -> float:
+    """The next greater of 1, 2, 2.5, 5 and 10 times a power of ten."""
+    power = 10.0 ** math.floor(math.log10(step))
+    return next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= step * (1 - 1e-9))
+
+
+def _ticks(low: float, high: float, step: float) -> list[float]:
+    return [round(i * step, 10) for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def _meaning(z: float, reference: np.ndarray) -> str:
+    if not reference.size:
+        side = "less" if z >= 0 else "more"
+        return f"{abs(z):.1f} standard deviations {side} normal than the average training image"
+    below = int((reference < z).sum())
+    if below == reference.size:
+        return f"above all {below:,} normal validation images"
+    share = math.floor(below / reference.size * 1000) / 10
+    return f"above {share:.1f} % of {reference.size:,} normal validation images"
+
+
+def _anomaly_text(score: float) -> str:
+    if score > 0.999:
+        return "above 0.999"
+    return "below 0.001" if score < 0.001 else f"{score:.3f}"
+
+
+def _grey_png(values: np.ndarray | None) -> str | None:
+    if values is None:
+        return None
+    image = require("PIL.Image", "screen")
+    return _data_url(image.fromarray((values.clip(0, 1) * 255).round().astype(np.uint8)))
+
+
+def _heat_png(difference: np.ndarray | None, scale: float) -> str | None:
+    if difference is None:
+        return None
+    image = require("PIL.Image", "screen")
+    anchors = np.array(_HEAT_ANCHORS, dtype=np.float64)
+    position = (difference / scale).clip(0, 1) * (len(anchors) - 1)
+    index = np.minimum(position.astype(np.int64), len(anchors) - 2)
+    part = (position - index)[..., None]
+    colours = anchors[index] * (1 - part) + anchors[index + 1] * part
+    return _data_url(image.fromarray(colours.round().astype(np.uint8)))
+
+
+def _data_url(picture: object) -> str:
+    image = require("PIL.Image", "screen").Image
+    assert isinstance(picture, image)
+    picture.thumbnail((_MAX_SIDE, _MAX_SIDE))
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _shown(text: str) -> str:
+    """Text for the page: no broken or invisible characters, and not endless."""
+    visible = "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode() for c in utf8_text(text)
+    )
+    if len(visible) <= _MAX_TEXT:
+        return visible
+    return f"{visible[: _MAX_TEXT // 2]} … {visible[-_MAX_TEXT // 2 :]}"
+
+
+def _as_list(inputs: PathInput | Iterable[PathInput]) -> list[PathInput]:
+    return [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)
+
+
+def _replace(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,19 @@
+"""Training: losses, the step, the loop, checkpoints."""
+
+from .checkpoint import CheckpointError
+from .loop import NonFiniteLossError, Progress, TrainingResult, learning_rate, train
+from .run import load_splits, train_bundle
+from .step import Trainer, make_optimizers
+
+__all__ = [
+    "CheckpointError",
+    "NonFiniteLossError",
+    "Progress",
+    "Trainer",
+    "TrainingResult",
+    "learning_rate",
+    "load_splits",
+    "make_optimizers",
+    "train",
+    "train_bundle",
+]

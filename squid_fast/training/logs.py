@@ -1,0 +1,62 @@
+"""Where a run's figures go: a CSV file, or TensorBoard."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Literal, Protocol
+
+from .._extras import require
+
+LogKind = Literal["csv", "tensorboard"]
+
+
+class Logger(Protocol):
+    """Takes figures by name, at a step."""
+
+    def log(self, step: int, values: dict[str, float]) -> None: ...
+    def close(self) -> None: ...
+
+
+class CsvLogger:
+    """Appends one row of ``step, name, value`` per figure, so that new names need no new file."""
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / "metrics.csv"
+        new = not path.exists()
+        self._file = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115 (kept open)
+        self._writer = csv.writer(self._file)
+        if new:
+            self._writer.writerow(("step", "name", "value"))
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self._writer.writerows((step, name, repr(value)) for name, value in values.items())
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoardLogger:
+    """Writes event files under ``tensorboard/``."""
+
+    def __init__(self, folder: Path) -> None:
+        require("tensorboard", "train")
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def make_logger(kind: LogKind, folder: Path) -> Logger:
+    """The logger of that kind, writing under ``folder``."""
+    if kind not in ("csv", "tensorboard"):
+        raise ValueError(f"the log is {kind!r}; it must be 'csv' or 'tensorboard'.")
+    return CsvLogger(folder) if kind == "csv" else TensorBoardLogger(folder)

@@ -1,0 +1,371 @@
+"""The training loop: epochs, validation, checkpoints, interruption and resumption.
+
+Lightning Fabric carries device and precision; the loop is ours because it shares one generator
+forward between two losses and must be able to stop and go on between any two steps. All
+randomness of a step is a function of (seed, step), so a resumed run draws what an uninterrupted
+one would have drawn and no generator state has to be kept.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._extras import require
+from ..data import ImageSet
+from ..devices import Precision, choose_device, choose_layout, choose_precision, to_layout
+from ..evaluation import image_auroc
+from ..inference import SCORES, Scorer
+from ..modules import SQUID, Discriminator, discriminator_size
+from ..presets import Recipe
+from .augment import augment
+from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from .logs import LogKind, make_logger
+from .step import Trainer, make_optimizers
+
+CHECKPOINT = "checkpoint.pt"
+_TIMED, _WARM_UP = 12, 4  # steps
+
+
+class NonFiniteLossError(RuntimeError):
+    """A loss became NaN or infinite; the last good checkpoint is untouched."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a reporter is told after every step, and after every validation.
+
+    ``losses`` are the means of this epoch so far, weighted as in the recipe; ``validation`` holds
+    AUROCs by name when this step ended with one.
+    """
+
+    epoch: int
+    epochs: int
+    step: int
+    steps: int
+    losses: Callable[[], dict[str, float]]
+    validation: dict[str, float] | None = None
+
+
+@dataclass
+class TrainingResult:
+    """The trained pair, on the CPU in evaluation mode, and how the run went."""
+
+    model: SQUID
+    discriminator: Discriminator
+    step: int
+    finished: bool
+    validation: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What makes a run what it is; a resumed run must agree in all of it but ``epochs``."""
+
+    model: dict[str, Any]
+    recipe: Recipe
+    seed: int
+    precision: str
+    images: int
+
+
+def train(
+    model: SQUID,
+    train_set: ImageSet,
+    out: Path,
+    recipe: Recipe,
+    *,
+    validation_set: ImageSet | None = None,
+    seed: int = 0,
+    device: str | None = None,
+    precision: Precision = "auto",
+    resume: bool = False,
+    log: LogKind = "csv",
+    report: Callable[[Progress], None] = lambda progress: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> TrainingResult:
+    """Train ``model`` and a new discriminator on normal images (paper section 3.5).
+
+    Args:
+        model: freshly built; its weights are what training starts from unless it resumes.
+        train_set: normal images of the model's size.
+        out: run folder; gets ``checkpoint.pt`` and the logs.
+        recipe: weights, rates, epochs.
+        validation_set: labelled images; with both classes their AUROC is computed every
+            ``recipe.validate_every`` epochs.
+        seed: of the discriminator's weights and of everything drawn in training.
+        device, precision: see ``squid_fast.devices``.
+        resume: go on from ``out/checkpoint.pt``.
+        log: "csv" or "tensorboard".
+        report: told about every step; reading ``losses()`` waits for the device.
+        should_stop: asked after every step; when true the run saves and returns.
+
+    Raises:
+        ValueError: the images do not fit the model or are fewer than a batch.
+        CheckpointError: nothing to resume, or from a run with other settings.
+        NonFiniteLossError: a loss became NaN or infinite.
+    """
+    _check_images(model, train_set, recipe)
+    where = choose_device(device)
+    chosen = choose_precision(precision, where)
+    settings = Settings(model.config, recipe, seed, chosen, len(train_set))
+    out.mkdir(parents=True, exist_ok=True)
+    if not resume and (out / CHECKPOINT).exists():
+        raise CheckpointError(
+            f"{out} already holds a run; add --resume to go on with it, or choose another folder."
+        )
+    run = _Run(model, settings, where, chosen)
+    if resume:
+        run.load(load_checkpoint(out / CHECKPOINT), settings)
+    logger = make_logger(log, out)
+    try:
+        return _loop(run, train_set, validation_set, out, settings, logger.log, report, should_stop)
+    finally:
+        logger.close()
+
+
+def learning_rate(recipe: Recipe, epoch: int) -> float:
+    """The generator's cosine schedule: ``lr`` at epoch 0, ``lr_floor * lr`` at ``t_max``.
+
+    Past ``t_max`` it rises again, as the published schedule does.
+    """
+    cosine = (1 + math.cos(math.pi * epoch / recipe.t_max)) / 2
+    return recipe.lr * (recipe.lr_floor + (1 - recipe.lr_floor) * cosine)
+
+
+def seconds_per_step(
+    model: SQUID,
+    images: ImageSet,
+    recipe: Recipe,
+    device: str | None = None,
+    precision: Precision = "auto",
+) -> float:
+    """Time of a training step here, median of a few; trains ``model``, which is then spent."""
+    where = choose_device(device)
+    chosen = choose_precision(precision, where)
+    run = _Run(model, Settings(model.config, recipe, 0, chosen, len(images)), where, chosen)
+    batch = images.batch(slice(0, recipe.batch_size), where).to(memory_format=run.layout)
+    seconds = []
+    for _ in range(_TIMED):
+        started = time.perf_counter()
+        for index in range(recipe.n_critic):
+            run.add(run.trainer.step(batch, index))
+        run.means()  # waits for the device
+        seconds.append((time.perf_counter() - started) / recipe.n_critic)
+    return statistics.median(seconds[_WARM_UP:])
+
+
+class _Run:
+    """The modules on their device, their optimisers, and where in training they are."""
+
+    def __init__(
+        self, model: SQUID, settings: Settings, device: torch.device, precision: str
+    ) -> None:
+        fabric_module = require("lightning_fabric", "train")
+        self.fabric = fabric_module.Fabric(
+            accelerator=device.type,
+            devices=[device.index or 0] if device.type == "cuda" else 1,
+            precision="bf16-mixed" if precision == "bf16" else "32-true",
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            discriminator = Discriminator(discriminator_size(model.image_size))
+        self.layout = choose_layout(settings.model["features_root"])
+        self.model, self.discriminator = model.train(), discriminator.train()
+        to_layout(model.to(device), self.layout)
+        to_layout(discriminator.to(device), self.layout)
+        optimizers = make_optimizers(model, discriminator, settings.recipe)
+        generator, generator_optimizer = self.fabric.setup(model, optimizers[0])
+        judge, discriminator_optimizer = self.fabric.setup(discriminator, optimizers[1])
+        self.optimizers = generator_optimizer, discriminator_optimizer
+        self.trainer = Trainer(
+            generator, judge, self.optimizers, settings.recipe, self.fabric.backward
+        )
+        self.step = 0
+        self.sums: dict[str, Tensor] = {}  # losses of this epoch so far, on the device
+        self.validation: dict[str, float] = {}
+
+    def save(self, settings: Settings, out: Path) -> None:
+        """Write the checkpoint, unless a loss or a weight is not finite.
+
+        Raises:
+            NonFiniteLossError: then the last good checkpoint stays.
+        """
+        self.means()
+        if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
+            raise NonFiniteLossError(
+                f"training stopped at step {self.step}: a weight is not finite. The last good "
+                "checkpoint is kept; a lower learning rate may help."
+            )
+        save_checkpoint(self.state(settings), out / CHECKPOINT)
+
+    def state(self, settings: Settings) -> dict[str, Any]:
+        return {
+            "format": 1,
+            "settings": asdict(settings),
+            "step": self.step,
+            "generator": self.model.state_dict(),
+            "discriminator": self.discriminator.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "sums": dict(self.sums),
+            "validation": dict(self.validation),
+        }
+
+    def load(self, state: dict[str, Any], settings: Settings) -> None:
+        was, now = _flat(state["settings"]), _flat(asdict(settings))
+        changed = [
+            f"{key} was {was.get(key)!r} and is {now.get(key)!r}"
+            for key in sorted(was.keys() | now.keys())
+            if was.get(key) != now.get(key) and key != "recipe.epochs"
+        ]
+        if changed:
+            raise CheckpointError(
+                f"the checkpoint is of a run with other settings: {'; '.join(changed)}."
+            )
+        self.model.load_state_dict(state["generator"])
+        self.discriminator.load_state_dict(state["discriminator"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.step = state["step"]
+        self.sums = {k: v.to(self.fabric.device) for k, v in state["sums"].items()}
+        self.validation = state["validation"]
+
+    def add(self, losses: dict[str, Tensor]) -> None:
+        for name, value in losses.items():
+            pair = torch.stack([value.float(), torch.ones_like(value, dtype=torch.float32)])
+            self.sums[name] = self.sums[name] + pair if name in self.sums else pair
+
+    def means(self) -> dict[str, float]:
+        """Mean losses of this epoch; waits for the device.
+
+        Raises:
+            NonFiniteLossError: one of them is not finite.
+        """
+        means = {name: (pair[0] / pair[1]).item() for name, pair in self.sums.items()}
+        bad = [f"{name} is {value}" for name, value in means.items() if not math.isfinite(value)]
+        if bad:
+            raise NonFiniteLossError(
+                f"training stopped at step {self.step}: {', '.join(bad)}. The last good checkpoint "
+                "is kept; a lower learning rate or float32 in place of bf16 may help."
+            )
+        return means
+
+
+def _loop(
+    run: _Run,
+    train_set: ImageSet,
+    validation_set: ImageSet | None,
+    out: Path,
+    settings: Settings,
+    log: Callable[[int, dict[str, float]], None],
+    report: Callable[[Progress], None],
+    should_stop: Callable[[], bool],
+) -> TrainingResult:
+    recipe, device = settings.recipe, run.fabric.device
+    images = train_set.to(device)
+    per_epoch = len(images) // recipe.batch_size
+    steps = recipe.epochs * per_epoch
+    stopped = False
+    while run.step < steps and not stopped:
+        epoch, first = divmod(run.step, per_epoch)
+        for group in run.optimizers[0].param_groups:
+            group["lr"] = learning_rate(recipe, epoch)
+        if first == 0:
+            run.sums = {}
+        order = torch.randperm(len(images), generator=_generator(settings.seed, epoch))
+        for index in range(first, per_epoch):
+            chosen = order[index * recipe.batch_size : (index + 1) * recipe.batch_size]
+            torch.manual_seed(_step_seed(settings.seed, run.step))
+            batch = augment(images.batch(chosen.to(device)), recipe.shift, recipe.scale)
+            run.add(run.trainer.step(batch.to(memory_format=run.layout), run.step))
+            run.step += 1
+            validation = None
+            if index == per_epoch - 1:
+                validation = _end_epoch(run, epoch, validation_set, out, settings, log)
+            report(Progress(epoch, recipe.epochs, run.step, steps, run.means, validation))
+            if device.type == "cpu":
+                run.means()  # waiting costs nothing there, and stops at the first NaN
+            if stopped := should_stop():
+                break
+    run.save(settings, out)
+    result = TrainingResult(run.model, run.discriminator, run.step, run.step >= steps)
+    result.validation = dict(run.validation)
+    to_layout(run.model.eval().cpu(), torch.contiguous_format)
+    to_layout(run.discriminator.eval().cpu(), torch.contiguous_format)
+    return result
+
+
+def _end_epoch(
+    run: _Run,
+    epoch: int,
+    validation_set: ImageSet | None,
+    out: Path,
+    settings: Settings,
+    log: Callable[[int, dict[str, float]], None],
+) -> dict[str, float] | None:
+    """Log the epoch's losses; every few epochs validate and save. Returns AUROCs, if made."""
+    log(run.step, {f"loss/{name}": value for name, value in run.means().items()})
+    last = epoch == settings.recipe.epochs - 1
+    if (epoch + 1) % settings.recipe.validate_every and not last:
+        return None
+    validation = None
+    if validation_set is not None and len(set(validation_set.labels.tolist())) == 2:
+        validation = validate(run.model, run.discriminator, validation_set, settings.precision)  # type: ignore[arg-type]
+        run.validation = validation
+        log(run.step, {f"validation/{name}": value for name, value in validation.items()})
+    run.save(settings, out)
+    return validation
+
+
+def validate(
+    model: SQUID, discriminator: Discriminator, images: ImageSet, precision: Precision
+) -> dict[str, float]:
+    """AUROC by name of the scores that need no calibration; both modules go on training."""
+    device = next(model.parameters()).device
+    scorer = Scorer(model, discriminator, precision=precision, device=device)
+    raw = scorer.raw_scores(images, [name for name in SCORES if name != "patch_error"])
+    model.train(), discriminator.train()
+    return {
+        f"auroc_{name}": image_auroc(images.labels.numpy(), SCORES[name][0] * values.numpy())
+        for name, values in raw.items()
+    }
+
+
+def _check_images(model: SQUID, images: ImageSet, recipe: Recipe) -> None:
+    if images.images.shape[-1] != model.image_size:
+        raise ValueError(
+            f"the images are {images.images.shape[-1]} pixels wide; the model takes "
+            f"{model.image_size}."
+        )
+    if len(images) < recipe.batch_size:
+        raise ValueError(
+            f"there are {len(images)} training images, fewer than a batch of {recipe.batch_size}; "
+            "a smaller --batch-size would fit."
+        )
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def _step_seed(seed: int, step: int) -> int:
+    """A seed of its own for every (seed, step)."""
+    return (seed * 0x9E3779B97F4A7C15 + step) % 2**63
+
+
+def _generator(seed: int, epoch: int) -> torch.Generator:
+    return torch.Generator().manual_seed(_step_seed(seed + 1, epoch))

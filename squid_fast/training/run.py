@@ -1,0 +1,115 @@
+"""A whole training run: data in, a calibrated bundle out."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from ..bundle import Bundle, save_bundle
+from ..data import ImageSet, Record, load_images, select
+from ..devices import Precision
+from ..inference import PAPER_SCORE, calibrate
+from ..modules import SQUID
+from ..presets import Preset, Recipe
+from .logs import LogKind
+from .loop import Progress, TrainingResult, train
+
+NORMAL = 0
+
+
+def load_splits(
+    records: list[Record], size: int, on_progress: Callable[[int, int], None] | None = None
+) -> tuple[ImageSet, ImageSet | None]:
+    """The normal training images, and the validation images of both kinds if there are any.
+
+    Images of unknown label are taken as normal for training: the method needs no labels.
+
+    Raises:
+        ValueError: no training images.
+    """
+    training = [
+        record
+        for record in records
+        if record.split in ("train", None) and record.label in (NORMAL, None)
+    ]
+    if not training:
+        raise ValueError(
+            f"none of the {len(records)} images is a normal one for training; a split 'train' "
+            "with normal or unlabelled images is needed."
+        )
+    validation = [record for record in select(records, "val") if record.label is not None]
+    images = load_images(training + validation, size, on_progress=on_progress)
+    numbers = torch.arange(len(images))
+    train_set = images.subset(numbers[: len(training)])
+    return train_set, images.subset(numbers[len(training) :]) if validation else None
+
+
+def train_bundle(
+    preset: Preset,
+    train_set: ImageSet,
+    out: Path,
+    *,
+    recipe: Recipe | None = None,
+    validation_set: ImageSet | None = None,
+    score: str = PAPER_SCORE,
+    false_positive_rate: float = 0.05,
+    seed: int = 0,
+    device: str | None = None,
+    precision: Precision = "auto",
+    resume: bool = False,
+    log: LogKind = "csv",
+    report: Callable[[Progress], None] = lambda progress: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> TrainingResult:
+    """Train a preset and, once it is finished, calibrate it and write the bundle into ``out``.
+
+    See ``squid_fast.training.train`` for the arguments it shares; ``score`` is the one that the
+    bundle screens by.
+    """
+    torch.manual_seed(seed)
+    model = SQUID(**preset.model)
+    recipe = recipe or preset.recipe
+    result = train(
+        model,
+        train_set,
+        out,
+        recipe,
+        validation_set=validation_set,
+        seed=seed,
+        device=device,
+        precision=precision,
+        resume=resume,
+        log=log,
+        report=report,
+        should_stop=should_stop,
+    )
+    if not result.finished:
+        return result
+    normal = None
+    if validation_set is not None:
+        normal = validation_set.subset(validation_set.labels == NORMAL)
+    calibration = calibrate(
+        result.model,
+        result.discriminator,
+        train_set,
+        normal,
+        false_positive_rate,
+        precision,
+        device,
+    )
+    about = {
+        "preset": preset.name,
+        "recipe": asdict(recipe),
+        "seed": seed,
+        "training_images": len(train_set),
+        "validation": result.validation,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    bundle = Bundle(result.model, result.discriminator, calibration, score, about)
+    save_bundle(bundle, out)
+    return result

@@ -1,0 +1,94 @@
+"""One adversarial training step with a single generator forward (paper section 3.5)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..modules import Discriminator, MemoryQueue
+from ..presets import Recipe
+from .losses import discriminator_loss, generator_losses
+
+
+class Trainer:
+    """Generator, discriminator and their optimisers, advanced one batch at a time.
+
+    The published loop runs the whole generator twice on a batch that trains it. Here the
+    discriminator judges the detached result of the same forward that the generator learns from,
+    and a batch for the discriminator alone computes neither teacher nor gradient graph.
+
+    Args:
+        generator, discriminator: modules on their device, perhaps wrapped for precision.
+        optimizers: of the generator and of the discriminator.
+        recipe: weights and rates.
+        backward: called with a loss in place of ``loss.backward()``.
+    """
+
+    def __init__(
+        self,
+        generator: nn.Module,
+        discriminator: nn.Module,
+        optimizers: tuple[torch.optim.Optimizer, torch.optim.Optimizer],
+        recipe: Recipe,
+        backward: Callable[[Tensor], None],
+    ) -> None:
+        self.generator, self.discriminator = generator, discriminator
+        self.generator_optimizer, self.discriminator_optimizer = optimizers
+        self.recipe, self._backward = recipe, backward
+        self._queues = [m for m in generator.modules() if isinstance(m, MemoryQueue)]
+
+    def step(self, images: Tensor, index: int) -> dict[str, Tensor]:
+        """Train on images [B, 1, H, W]; ``index`` counts batches and decides the generator's turn.
+
+        Returns the losses as tensors on the device, so that nothing waits for them.
+        """
+        train_generator = index % self.recipe.n_critic == 0
+        with torch.set_grad_enabled(train_generator):
+            outputs = self.generator(images, teacher=train_generator)
+        losses = {"discriminator": self._train_discriminator(images, outputs["recon"].detach())}
+        if train_generator:
+            losses |= self._train_generator(images, outputs)
+        return losses
+
+    def _train_discriminator(self, images: Tensor, recon: Tensor) -> Tensor:
+        real, painted = self.discriminator(images), self.discriminator(recon)
+        loss = discriminator_loss(real, painted, self.recipe)
+        self.discriminator_optimizer.zero_grad()
+        self._backward(loss)
+        self.discriminator_optimizer.step()
+        return loss.detach()
+
+    def _train_generator(
+        self, images: Tensor, outputs: dict[str, Tensor | None]
+    ) -> dict[str, Tensor]:
+        self.discriminator.requires_grad_(False)
+        judged = self.discriminator(outputs["recon"])
+        terms = generator_losses(images, outputs, judged, self.recipe)
+        self.generator_optimizer.zero_grad()
+        self._backward(torch.stack(list(terms.values())).sum())
+        self.generator_optimizer.step()
+        self.discriminator.requires_grad_(True)
+        for queue in self._queues:
+            queue.update()
+        return {name: term.detach() for name, term in terms.items()}
+
+
+def make_optimizers(
+    generator: nn.Module, discriminator: Discriminator, recipe: Recipe
+) -> tuple[torch.optim.Adam, torch.optim.Adam]:
+    """The published Adams, fused: one pass over all parameters."""
+    return (
+        torch.optim.Adam(
+            generator.parameters(),
+            recipe.lr,
+            recipe.betas,
+            eps=recipe.generator_eps,
+            weight_decay=recipe.weight_decay,
+            fused=True,
+        ),
+        torch.optim.Adam(
+            discriminator.parameters(), recipe.discriminator_lr, recipe.betas, fused=True
+        ),
+    )

@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+SHARED = Path(os.environ.get("SQUID_FAST_SHARED") or Path(__file__).parents[2] / "shared")
+
+Golden = tuple[dict[str, str], dict[str, Tensor]]
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with golden tensors and data, which is no part of the repository."""
+    if not SHARED.is_dir():
+        pytest.skip(f"{SHARED} is missing; SQUID_FAST_SHARED names another folder")
+    return SHARED
+
+
+@cache
+def _read(path: Path) -> Golden:
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+
+@pytest.fixture(scope="session")
+def golden(shared: Path) -> Callable[[str], Golden]:
+    """Reads a golden file: its metadata and its tensors."""
+
+    def load(name: str) -> Golden:
+        path = shared / "golden" / f"{name}.safetensors"
+        if not path.is_file():
+            pytest.skip(f"{path} is missing")
+        return _read(path)
+
+    return load
+
+
+@pytest.fixture
+def seeded() -> int:
+    """PyTorch's generator at a known place; the seed."""
+    torch.manual_seed(20230617)
+    return 20230617

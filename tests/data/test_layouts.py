@@ -1,0 +1,311 @@
+"""Each layout on a small folder of its kind, found by itself and by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+from squid_fast.data import LayoutError, Record, find_records, select
+
+
+def touch(root: Path, *names: str) -> None:
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+
+
+def rows(records: Iterable[Record], root: Path) -> list[tuple[str, int | None, str | None]]:
+    return [(r.path.relative_to(root).as_posix(), r.label, r.split) for r in records]
+
+
+def found(root: Path, layout: str) -> list[tuple[str, int | None, str | None]]:
+    """The records, the same by recognition and by name."""
+    records = find_records(root)
+    assert records == find_records(root, layout)
+    assert records == sorted(records, key=lambda record: record.path.as_posix())
+    return rows(records, root)
+
+
+def test_archive(tmp_path: Path) -> None:
+    touch(tmp_path, "train/NORMAL/b.jpeg", "train/NORMAL/a.jpeg", "test/normal/c.PNG")
+    touch(tmp_path, "test/PNEUMONIA/d.jpeg", "test/Tuberculosis/sub/e.dcm", "test/NORMAL.txt")
+    touch(tmp_path, "train/NORMAL/.DS_Store", "train/NORMAL/notes.txt", "contamination/P/f.jpeg")
+    assert found(tmp_path, "archive") == [
+        ("test/PNEUMONIA/d.jpeg", 1, "test"),
+        ("test/Tuberculosis/sub/e.dcm", 1, "test"),
+        ("test/normal/c.PNG", 0, "test"),
+        ("train/NORMAL/a.jpeg", 0, "train"),
+        ("train/NORMAL/b.jpeg", 0, "train"),
+    ]
+
+
+def test_archive_refuses_images_beside_the_classes(tmp_path: Path) -> None:
+    touch(tmp_path, "train/NORMAL/a.jpg", "train/stray.jpg")
+    with pytest.raises(LayoutError, match=r"stray\.jpg"):
+        find_records(tmp_path)
+
+
+def test_authors(tmp_path: Path) -> None:
+    touch(tmp_path, "train_256/normal_256/a.png", "valid_256_pa/normal_256/b.png")
+    touch(tmp_path, "valid_256_pa/abnormal_256/c.png", "test/normal_256/d.png")
+    touch(tmp_path, "test/pneumonia_256/e.png", "train/patient1/x.png")
+    assert found(tmp_path, "authors") == [
+        ("test/normal_256/d.png", 0, "test"),
+        ("test/pneumonia_256/e.png", 1, "test"),
+        ("train_256/normal_256/a.png", 0, "train"),
+        ("valid_256_pa/abnormal_256/c.png", 1, "val"),
+        ("valid_256_pa/normal_256/b.png", 0, "val"),
+    ]
+
+
+def test_flat(tmp_path: Path) -> None:
+    touch(tmp_path, "b.png", "a/deep/c.JPG", "readme.md", ".hidden/d.png", "plain")
+    (tmp_path / "IM0001").write_bytes(bytes(128) + b"DICM")
+    (tmp_path / "1.2.840.5").write_bytes(bytes(128) + b"DICM")
+    assert found(tmp_path, "flat") == [
+        ("1.2.840.5", None, None),
+        ("IM0001", None, None),
+        ("a/deep/c.JPG", None, None),
+        ("b.png", None, None),
+    ]
+
+
+def test_flat_is_not_guessed_for_folders_called_train(tmp_path: Path) -> None:
+    touch(tmp_path, "train/healthy/a.png", "train/sick/b.png")
+    with pytest.raises(LayoutError, match=r"holds 1 folders \(train\).*Known are authors, archive"):
+        find_records(tmp_path)
+    assert len(find_records(tmp_path, "flat")) == 2
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"train": {"0": ["a.png"]}, "test": {"0": ["b.png"], "1": ["c.png"]}},
+        {"train": ["a.png"], "test": {"normal": ["b.png"], "abnormal": ["c.png"]}},
+        {"train": {"normal": ["a.png"]}, "test": {"Normal": ["b.png"], "anomaly": ["c.png"]}},
+    ],
+)
+def test_medianomaly(tmp_path: Path, content: object) -> None:
+    touch(tmp_path, "images/a.png", "images/b.png", "images/c.png", "images/unlisted.png")
+    (tmp_path / "data.json").write_text(json.dumps(content))
+    assert found(tmp_path, "medianomaly") == [
+        ("images/a.png", 0, "train"),
+        ("images/b.png", 0, "test"),
+        ("images/c.png", 1, "test"),
+    ]
+
+
+def test_medianomaly_with_its_unlabelled_pool(tmp_path: Path) -> None:
+    touch(tmp_path, "images/a.png")
+    pool = {"0": ["d.png"], "1": ["e.png"]}
+    (tmp_path / "data.json").write_text(json.dumps({"train": {"0": ["a.png"], "unlabeled": pool}}))
+    assert found(tmp_path, "medianomaly") == [
+        ("images/a.png", 0, "train"),
+        ("images/d.png", 0, "unlabeled"),
+        ("images/e.png", 1, "unlabeled"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "no 'train' or 'test'"),
+        ('{"train": {"sick": ["a.png"]}}', "holds 'sick'"),
+        ('{"train": {"0": "a.png"}}', "holds '0'"),
+        ('{"train": 3}', "is int"),
+        ('{"train": {"0": ["../../etc/passwd"]}}', "lies outside"),
+        ('{"train": {"0": ["a.png"]}, "test": {"1": ["a.png"]}}', "listed twice"),
+    ],
+)
+def test_medianomaly_errors(tmp_path: Path, text: str, reason: str) -> None:
+    touch(tmp_path, "images/a.png")
+    (tmp_path / "data.json").write_text(text)
+    with pytest.raises(LayoutError, match=reason):
+        find_records(tmp_path)
+
+
+HEADER = "Path,Sex,Frontal/Lateral,AP/PA,No Finding,Edema\n"
+
+
+def chexpert(root: Path, patients: int, prefix: str = "CheXpert-v1.0-small/") -> None:
+    lines = []
+    for number in range(patients):
+        for study, finding in (("study1", "1.0"), ("study2", "")):
+            name = f"train/patient{number:05d}/{study}/view1_frontal.jpg"
+            touch(root, name)
+            lines.append(f"{prefix}{name},Male,Frontal,AP,{finding},\n")
+        lines.append(
+            f"{prefix}train/patient{number:05d}/study1/view2_lateral.jpg,M,Lateral,,1.0,\n"
+        )
+    (root / "train.csv").write_text(HEADER + "".join(lines))
+
+
+def test_chexpert_splits_by_patient(tmp_path: Path) -> None:
+    chexpert(tmp_path, 200)
+    records = find_records(tmp_path)
+    assert records == find_records(tmp_path, "chexpert")
+    assert len(records) == 400
+    assert not any("lateral" in r.path.name for r in records)
+    of_patient: dict[str, set[str | None]] = {}
+    for record in records:
+        assert record.label == (0 if "study1" in record.path.parts else 1)
+        of_patient.setdefault(record.path.parts[-3], set()).add(record.split)
+    assert all(len(splits) == 1 for splits in of_patient.values())
+    counts = {s: len(select(records, split=s)) // 2 for s in ("train", "val", "test")}
+    assert sum(counts.values()) == 200
+    assert 10 <= counts["val"] <= 35
+    assert 10 <= counts["test"] <= 35
+    # fixed for good: the hash of a patient's number, not of this machine or run
+    assert {p: s for p, s in of_patient.items() if p < "patient00004"} == PINNED
+
+
+PINNED = {
+    "patient00000": {"train"},
+    "patient00001": {"train"},
+    "patient00002": {"train"},
+    "patient00003": {"val"},
+}
+
+
+def test_chexpert_valid_csv_is_the_test_split(tmp_path: Path) -> None:
+    chexpert(tmp_path, 60, prefix="")
+    touch(tmp_path, "valid/patient64541/study1/view1_frontal.jpg")
+    (tmp_path / "valid.csv").write_text(
+        HEADER
+        + "valid/patient64541/study1/view1_frontal.jpg,F,Frontal,AP,0.0,1\n"
+        + "train/patient00005/study1/view1_frontal.jpg,F,Frontal,AP,1.0,\n"
+    )
+    records = find_records(tmp_path)
+    tested = rows(select(records, split="test"), tmp_path)
+    assert tested == [  # patient 5 is in both files and so wholly here
+        ("train/patient00005/study1/view1_frontal.jpg", 0, "test"),
+        ("train/patient00005/study2/view1_frontal.jpg", 1, "test"),
+        ("valid/patient64541/study1/view1_frontal.jpg", 1, "test"),
+    ]
+    assert {r.split for r in records} == {"train", "val", "test"}
+
+
+def test_chexpert_errors(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text(HEADER + "a/patient00001/x.jpg,M,Frontal,AP,1.0,\n")
+    with pytest.raises(LayoutError, match="none of the 1 images"):
+        find_records(tmp_path)
+    touch(tmp_path, "a/x.jpg")
+    (tmp_path / "train.csv").write_text(HEADER + "a/x.jpg,M,Frontal,AP,1.0,\n")
+    with pytest.raises(LayoutError, match="no patient number"):
+        find_records(tmp_path)
+    (tmp_path / "train.csv").write_text("Path,Sex\nx,y\n")
+    with pytest.raises(LayoutError, match="lacks the columns frontal/lateral, no finding"):
+        find_records(tmp_path, "chexpert")
+
+
+def test_covidx(tmp_path: Path) -> None:
+    touch(tmp_path, "train/a.png", "train/COVID (12).png", "test/c.jpg")
+    (tmp_path / "train_COVIDx9A.txt").write_text(
+        "1 a.png normal rsna\n2 COVID (12).png COVID-19 x\n"
+    )
+    (tmp_path / "test_COVIDx9A.txt").write_text("3 c.jpg pneumonia\n\n")
+    assert found(tmp_path, "covidx") == [
+        ("test/c.jpg", 1, "test"),
+        ("train/COVID (12).png", 1, "train"),
+        ("train/a.png", 0, "train"),
+    ]
+
+
+def test_covidx_binary_lists_warn(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png", "b.png")
+    (tmp_path / "val.txt").write_text("1 a.png negative rsna\n2 b.png positive sirm\n")
+    with pytest.warns(UserWarning, match="'negative' is taken as normal"):
+        records = find_records(tmp_path)
+    assert rows(records, tmp_path) == [("a.png", 0, "val"), ("b.png", 1, "val")]
+
+
+def test_covidx_errors(tmp_path: Path) -> None:
+    touch(tmp_path, "train/a.png")
+    (tmp_path / "train.txt").write_text("1 a.png normal rsna\nrubbish\n")
+    with pytest.raises(LayoutError, match="line 2 is 'rubbish'"):
+        find_records(tmp_path)
+    (tmp_path / "train_COVIDx5.txt").write_text("1 a.png normal rsna\n")
+    with pytest.raises(LayoutError, match="both list the split 'train'"):
+        find_records(tmp_path)
+
+
+TABLE = "image_path,label,split,kind\n"
+
+
+def test_table(tmp_path: Path) -> None:
+    (tmp_path / "set.csv").write_text(
+        "\ufeff"  # as spreadsheet programs begin their files
+        + TABLE
+        + "b/x.png,abnormal,test,k\na.png,0,train,\nc.png,,,\nd.png,1.0,valid,\n",
+        encoding="utf-8",
+    )
+    (tmp_path / "other.csv").write_text("name,age\nx,3\n")
+    expected = [
+        ("a.png", 0, "train"),
+        ("b/x.png", 1, "test"),
+        ("c.png", None, None),
+        ("d.png", 1, "val"),
+    ]
+    assert found(tmp_path, "table") == expected
+    assert rows(find_records(tmp_path / "set.csv"), tmp_path) == expected
+    (tmp_path / "set2.csv").write_text("image_path\nonly.png\n")
+    with pytest.raises(LayoutError, match=r"2 tables \(set.csv, set2.csv\)"):
+        find_records(tmp_path)
+    assert rows(find_records(tmp_path / "set2.csv"), tmp_path) == [("only.png", None, None)]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ("../secret.png,0,train,", "lies outside"),
+        ("a/../../secret.png,0,train,", "lies outside"),
+        ("a.png,sick,train,", "label 'sick'"),
+        (",0,train,", "row 1 has no image_path"),
+        ("a.png,0,train,\na.png,1,train,", "listed twice"),
+    ],
+)
+def test_table_errors(tmp_path: Path, row: str, reason: str) -> None:
+    (tmp_path / "set.csv").write_text(TABLE + row + "\n")
+    with pytest.raises(LayoutError, match=reason):
+        find_records(tmp_path)
+
+
+def test_table_paths_inside_and_absolute(tmp_path: Path) -> None:
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    lines = f"a/../b.png,0,train,\n{tmp_path}/c.png,1,test,\nb.png,0,train,\n"
+    (inner / "set.csv").write_text(TABLE + lines)
+    paths = [record.path for record in find_records(inner)]
+    assert paths == [tmp_path / "c.png", inner / "b.png"]  # the same row twice counts once
+
+
+def test_errors_say_what_was_found(tmp_path: Path) -> None:
+    with pytest.raises(LayoutError, match="does not exist"):
+        find_records(tmp_path / "gone")
+    with pytest.raises(LayoutError, match="holds no folders and no files"):
+        find_records(tmp_path)
+    touch(tmp_path, "a.png", "notes.txt")
+    with pytest.raises(LayoutError, match="is a file"):
+        find_records(tmp_path / "notes.txt")
+    with pytest.raises(ValueError, match="layout is 'zip'; known are auto, authors"):
+        find_records(tmp_path, "zip")
+    for layout in ("archive", "authors", "chexpert", "covidx", "table", "medianomaly"):
+        with pytest.raises(LayoutError):
+            find_records(tmp_path, layout)
+
+
+def test_select() -> None:
+    a, b, c = (
+        Record(Path("a"), 0, "train"),
+        Record(Path("b"), 1, "test"),
+        Record(Path("c"), 0, "test"),
+    )
+    assert select([a, b, c], split="test") == [b, c]
+    assert select([a, b, c], label=0) == [a, c]
+    assert select([a, b, c], "test", 0) == [c]
+    assert select([a, b, c]) == [a, b, c]

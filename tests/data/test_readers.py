@@ -1,0 +1,251 @@
+"""Every format gives the values it should, and every broken file one kind of error."""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from squid_fast.data import ImageReadError, load_image, read_image, readers
+
+Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+
+RAMP = (np.arange(16 * 16, dtype=np.uint16).reshape(16, 16) * 257).astype(np.uint16)
+GREY = np.arange(256, dtype=np.uint8).reshape(16, 16)
+
+
+def saved(path: Path, array: Any, mode: str | None = None, **options: Any) -> Path:
+    image = array if isinstance(array, Image.Image) else Image.fromarray(array)
+    (image.convert(mode) if mode else image).save(path, **options)
+    return path
+
+
+def png_of_size(width: int, height: int) -> bytes:
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    body = chunk(b"IDAT", zlib.compress(b"\0" * 100))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + body + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_sixteen_bits_keep_their_precision(tmp_path: Path, suffix: str) -> None:
+    values = np.array([[0, 1, 2, 255], [256, 257, 65534, 65535]], dtype=np.uint16)
+    image = read_image(saved(tmp_path / f"a{suffix}", values))
+    assert image.dtype == np.float32
+    np.testing.assert_array_equal(np.round(image.astype(np.float64) * 65535), values)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".bmp", ".tif", ".gif"])
+def test_eight_bits_are_exact(tmp_path: Path, suffix: str) -> None:
+    image = read_image(saved(tmp_path / f"a{suffix}", GREY))
+    np.testing.assert_array_equal(np.round(image * 255), GREY)
+
+
+def test_white_is_zero_and_twelve_bit_tiffs(tmp_path: Path) -> None:
+    path = saved(tmp_path / "w.tif", RAMP, tiffinfo={262: 0})
+    with Image.open(path) as opened:
+        assert opened.tag_v2[262] == 0, "Pillow did not write the tag; the test needs it"
+    np.testing.assert_allclose(read_image(path), 1 - RAMP / 65535, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_wide_tiffs_are_stretched(tmp_path: Path, dtype: Any) -> None:
+    values = np.array([[-100, 0], [100, 300]], dtype=dtype)
+    image = read_image(saved(tmp_path / "a.tif", values))
+    np.testing.assert_allclose(image, [[0, 0.25], [0.5, 1]], atol=1e-7)
+    flat = read_image(saved(tmp_path / "b.tif", np.full((3, 2), 7, dtype=dtype)))
+    np.testing.assert_array_equal(flat, np.zeros((3, 2)))
+
+
+def test_nan_in_a_float_tiff_is_an_error(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.tif", np.array([[0, np.nan]], dtype=np.float32))
+    with pytest.raises(ImageReadError, match="NaN"):
+        read_image(path)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK", "YCbCr"])
+def test_jpegs_of_every_mode_give_luminance(tmp_path: Path, mode: str) -> None:
+    flat = Image.new("RGB", (24, 16), (200, 100, 50))
+    image = read_image(saved(tmp_path / "a.jpg", flat, mode, quality=95))
+    assert image.shape == (16, 24)
+    expected = (0.299 * 200 + 0.587 * 100 + 0.114 * 50) / 255
+    np.testing.assert_allclose(image, expected, atol=3 / 255)
+
+
+def test_transparency_lies_over_black(tmp_path: Path) -> None:
+    rgba = np.zeros((1, 3, 4), dtype=np.uint8)
+    rgba[0] = [[255, 255, 255, 255], [255, 255, 255, 51], [255, 255, 255, 0]]
+    expected = [[1.0, 0.2, 0.0]]
+    np.testing.assert_allclose(read_image(saved(tmp_path / "a.png", rgba)), expected, atol=1e-6)
+    la = Image.fromarray(rgba).convert("LA")
+    np.testing.assert_allclose(read_image(saved(tmp_path / "b.png", la)), expected, atol=1e-6)
+
+
+def test_palettes_with_and_without_a_transparent_colour(tmp_path: Path) -> None:
+    image = Image.new("P", (3, 1))
+    image.putpalette([0, 0, 0, 255, 255, 255, 255, 0, 0])
+    image.putdata([0, 1, 2])
+    expected = np.array([[0, 1, 76 / 255]], dtype=np.float32)  # 0.299 * 255 = 76
+    np.testing.assert_allclose(read_image(saved(tmp_path / "a.png", image)), expected, atol=1e-6)
+    clear = saved(tmp_path / "b.png", image, transparency=1)
+    np.testing.assert_allclose(read_image(clear), [[0, 0, 76 / 255]], atol=1e-6)
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".webp", ".tif"])
+def test_the_first_frame_of_an_animation(tmp_path: Path, suffix: str) -> None:
+    frames = [Image.new("L", (8, 6), level) for level in (255, 0, 128)]
+    path = tmp_path / f"a{suffix}"
+    options = {"lossless": True} if suffix == ".webp" else {}
+    frames[0].save(path, save_all=True, append_images=frames[1:], **options)
+    np.testing.assert_array_equal(read_image(path), np.ones((6, 8)))
+
+
+def test_content_decides_not_the_name(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.jpg", GREY, format="PNG")
+    np.testing.assert_array_equal(np.round(read_image(path) * 255), GREY)
+    npy = tmp_path / "b.png"
+    with open(npy, "wb") as file:
+        np.save(file, GREY)
+    np.testing.assert_array_equal(np.round(read_image(npy) * 255), GREY)
+
+
+@pytest.mark.parametrize(
+    ("array", "expected"),
+    [
+        (np.array([[0, 255]], dtype=np.uint8), [[0, 1]]),
+        (np.array([[0, 1, 65535]], dtype=np.uint16), [[0, 1 / 65535, 1]]),
+        (np.array([[0, 65535]], dtype=">u2"), [[0, 1]]),
+        (np.array([[True, False]]), [[1, 0]]),
+        (np.array([[0.25, 0.5]], dtype=np.float64), [[0.25, 0.5]]),
+        (np.array([[-1, 0, 3]], dtype=np.int64), [[0, 0.25, 1]]),
+        (np.array([[-60000, 60000]], dtype=np.float16), [[0, 1]]),
+        (np.array([[-1.5e308, 0, 1.5e308]]), [[0, 0.5, 1]]),
+        (np.full((2, 2), 7.0), [[0, 0], [0, 0]]),
+        (np.array([[[0.5], [1]], [[0], [0]]], dtype=np.float32), [[0.5, 1], [0, 0]]),
+        (np.array([[[0.5, 1]]], dtype=np.float32), [[0.5, 1]]),
+    ],
+)
+def test_npy(tmp_path: Path, array: Any, expected: Any) -> None:
+    np.save(tmp_path / "a.npy", array)
+    image = read_image(tmp_path / "a.npy")
+    assert image.dtype == np.float32
+    np.testing.assert_allclose(image, expected, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("array", "reason"),
+    [
+        (np.array([[np.nan, 1]]), "NaN"),
+        (np.array([[np.inf, 1]]), "NaN or infinite"),
+        (np.array([[1j]]), "complex128"),
+        (np.array([["a"]]), "<U1"),
+        (np.zeros(5), r"shape \[5\]"),
+        (np.zeros((2, 3, 3)), r"shape \[2, 3, 3\]"),
+        (np.zeros((0, 3)), "no pixels|could not be decoded"),
+        (np.array([[{}]]), "could not be decoded"),
+    ],
+)
+def test_npy_that_is_no_image(tmp_path: Path, array: Any, reason: str) -> None:
+    np.save(tmp_path / "a.npy", array, allow_pickle=True)
+    with pytest.raises(ImageReadError, match=reason):
+        read_image(tmp_path / "a.npy")
+
+
+def test_too_many_pixels_are_refused_from_the_header(tmp_path: Path) -> None:
+    png = tmp_path / "a.png"
+    png.write_bytes(png_of_size(30_000, 30_000))
+    with pytest.raises(ImageReadError, match="pixels; at most 100000000"):
+        read_image(png)
+    png.write_bytes(png_of_size(9_000, 12_000))  # below Pillow's own limit, above ours
+    with (
+        pytest.raises(ImageReadError, match="9000x12000 = 108000000"),
+        pytest.warns(Image.DecompressionBombWarning),
+    ):
+        read_image(png)
+    npy = tmp_path / "b.npy"
+    with open(npy, "wb") as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": (30_000, 30_000)}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.truncate(file.tell() + 30_000 * 30_000)  # sparse
+    with pytest.raises(ImageReadError, match="30000x30000"):
+        read_image(npy)
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.tif", "a.gif", "a.npy", "a.webp", "a.bmp"])
+def test_truncated_files_are_errors(tmp_path: Path, name: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
+    path = tmp_path / name
+    np.save(path, noise) if name.endswith("npy") else saved(path, noise)
+    data = path.read_bytes()
+    for share in (0.1, 0.5, 0.9):
+        path.write_bytes(data[: int(len(data) * share)])
+        with pytest.raises(ImageReadError, match=name):
+            read_image(path)
+
+
+def test_what_is_no_image(tmp_path: Path) -> None:
+    empty, text, folder = tmp_path / "e.png", tmp_path / "t.png", tmp_path / "x.png"
+    empty.touch()
+    text.write_text("not an image at all")
+    folder.mkdir()
+    link = tmp_path / "l.png"
+    link.symlink_to(tmp_path / "gone.png")
+    pipe = tmp_path / "p.png"
+    os.mkfifo(pipe)
+    for path, reason in (
+        (empty, "is empty"),
+        (text, "begins with b'not an i'"),
+        (folder, "is a folder"),
+        (link, "is a link to .*gone.png, which does not exist"),
+        (pipe, "is a pipe"),
+        (tmp_path / "none.png", "does not exist"),
+        (Path("a\0b.png"), "cannot be reached"),
+    ):
+        with pytest.raises(ImageReadError, match=reason):
+            read_image(path)
+
+
+def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = saved(tmp_path / "a.png", GREY)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(readers, "open", refuse, raising=False)
+    with pytest.raises(ImageReadError, match="may not be read: permission denied"):
+        read_image(path)
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read every file"
+)
+def test_no_permission_for_real(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.png", GREY)
+    path.chmod(0)
+    with pytest.raises(ImageReadError, match="permission denied"):
+        read_image(path)
+
+
+def test_load_image_squashes_and_averages(tmp_path: Path) -> None:
+    values = np.zeros((20, 40), dtype=np.uint8)
+    values[:, 20:] = 255
+    image = load_image(saved(tmp_path / "a.png", values), 2)
+    np.testing.assert_allclose(image[:, 0], image[0, 0])
+    assert image[0, 0] < 0.2
+    assert image[0, 1] > 0.8
+    stripes = np.zeros((64, 64), dtype=np.uint8)
+    stripes[:, ::2] = 255
+    grey = load_image(saved(tmp_path / "b.png", stripes), 8)
+    np.testing.assert_allclose(grey, 0.5, atol=0.05)  # without antialiasing 0 or 1
+    np.testing.assert_array_equal(load_image(saved(tmp_path / "c.png", GREY), 16) * 255, GREY)
+    with pytest.raises(ValueError, match="size is 0"):
+        load_image(tmp_path / "c.png", 0)
