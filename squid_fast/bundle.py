@@ -138,8 +138,13 @@ def _fit(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
 
 def _save_weights(state: dict[str, Tensor], path: Path) -> None:
     partial = path.with_name(path.name + ".partial")
-    # The memories are slices of one tensor; the format wants each to stand alone.
-    save_file({name: value.detach().cpu().clone() for name, value in state.items()}, partial)
+    # The memories are slices of one tensor and convolutions may be channels-last; the format wants
+    # each tensor to stand alone and contiguous.
+    plain = {
+        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, value in state.items()
+    }
+    save_file(plain, partial)
     os.replace(partial, path)
 
 

@@ -220,7 +220,7 @@ class Scorer:
     def z_score(self, name: str, raw: Tensor) -> Tensor:
         """z-scores of raw values, oriented so that greater is less normal."""
         calibration = self._calibrated(name)
-        return SCORES[name][0] * (raw - calibration.mean) / calibration.std
+        return _z_score(name, raw, calibration.mean, calibration.std)
 
     def _calibrated(self, name: str | None = None) -> ScoreCalibration:
         if self.calibration is None:
@@ -263,6 +263,11 @@ def _patch_errors(recon: Tensor, images: Tensor, num_patch: int) -> Tensor:
     """Mean squared error [B, N] of every patch."""
     squared = (recon.float() - images).square()
     return to_patches(squared, num_patch).mean(dim=(1, 2, 3)).view(images.shape[0], -1)
+
+
+def _z_score(name: str, raw: Tensor, mean: float, std: float) -> Tensor:
+    """float32; subtracted in float64, since the deviation can be tiny beside the mean."""
+    return (SCORES[name][0] * (raw.double() - mean) / std).float()
 
 
 def _parts(n: int) -> Iterator[slice]:
@@ -312,10 +317,10 @@ def calibrate(
     scores = {}
     for name, values in raw.items():
         mean, std = values.double().mean().item(), max(values.double().std().item(), 1e-12)
-        z = SCORES[name][0] * (held_out_raw[name].double().numpy() - mean) / std
+        z = _z_score(name, held_out_raw[name], mean, std).numpy()
         threshold = threshold_at_false_positive_rate(z, false_positive_rate)
         scores[name] = ScoreCalibration(
-            mean, std, threshold, false_positive_rate, np.sort(z).round(4).tolist()
+            mean, std, threshold, false_positive_rate, np.sort(z).astype(float).round(4).tolist()
         )
     source = "validation" if enough else "training"
     return Calibration(scores, patch_mean.tolist(), patch_std.tolist(), source)

@@ -12,6 +12,9 @@ from torch import Tensor
 
 SHARED = Path(os.environ.get("SQUID_FAST_SHARED") or Path(__file__).parents[2] / "shared")
 
+# The tensors of these tests are small: threads would only wait for one another.
+torch.set_num_threads(1)
+
 Golden = tuple[dict[str, str], dict[str, Tensor]]
 
 

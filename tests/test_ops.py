@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -57,9 +58,7 @@ def compare(
     wide = [x.double() for x in rounded]
     grad = normal(*expected(*wide).shape, seed=99).to(dtype)
     results = with_gradients(function, rounded, grad)
-    for actual, value in zip(
-        results, with_gradients(expected, wide, grad.double()), strict=True
-    ):
+    for actual, value in zip(results, with_gradients(expected, wide, grad.double()), strict=True):
         assert actual.dtype == dtype
         assert_close(actual, value, tolerance, floor)
 
@@ -211,9 +210,7 @@ SHRINKAGES = {
     "gumbel": (lambda x: ops.gumbel_shrinkage(x, 3), lambda x: reference.gumbel_shrinkage(x, 3)),
     "hard": (lambda x: ops.hard_shrinkage(x, 0.2), lambda x: reference.hard_shrinkage(x, 0.2)),
 }
-shrinkages = pytest.mark.parametrize(
-    ("fast", "plain"), SHRINKAGES.values(), ids=SHRINKAGES.keys()
-)
+shrinkages = pytest.mark.parametrize(("fast", "plain"), SHRINKAGES.values(), ids=SHRINKAGES.keys())
 
 
 @shrinkages
@@ -379,7 +376,9 @@ def test_lookup_of_a_buffer_gives_the_same_gradient_to_the_query() -> None:
     query, memory = normal(3, 2, 4).requires_grad_(), normal(2, 7, 4, seed=1)
     (alone,) = torch.autograd.grad(ops.memory_lookup(query, memory, 4).square().sum(), query)
     memory.requires_grad_()
-    both, _ = torch.autograd.grad(ops.memory_lookup(query, memory, 4).square().sum(), (query, memory))
+    both, _ = torch.autograd.grad(
+        ops.memory_lookup(query, memory, 4).square().sum(), (query, memory)
+    )
     assert torch.equal(alone, both)
 
 
@@ -561,9 +560,7 @@ def attention_inputs(B: int, P: int, C: int, scale: float = 1.0) -> list[Tensor]
         (0, 2, 4, 2),
     ],
 )
-def test_attention_equals_reference(
-    B: int, P: int, C: int, heads: int, dtype: torch.dtype
-) -> None:
+def test_attention_equals_reference(B: int, P: int, C: int, heads: int, dtype: torch.dtype) -> None:
     compare(
         lambda *x: ops.neighbourhood_attention(*x, heads),
         lambda *x: reference.neighbourhood_attention(*x, heads),
@@ -654,8 +651,8 @@ def operator_samples() -> dict[str, list[tuple]]:
         return x.clone().requires_grad_()
 
     return {
-        "gumbel_shrinkage": [(leaf(logits), 3), (logits.T, 2), (logits[:0], 1)],
-        "gumbel_shrinkage_backward": [(grad, logits), (grad.T, logits.T)],
+        "gumbel_shrinkage": [(leaf(logits), 3), (logits[:, ::2], 2), (logits[:0], 1)],
+        "gumbel_shrinkage_backward": [(grad, logits), (grad[:1].expand(3, 7), logits)],
         "hard_shrinkage": [(leaf(logits), 0.3), (logits.T, 0.3)],
         "hard_shrinkage_backward": [(grad, logits, 0.3), (grad.T, logits.T, 0.3)],
         "memory_lookup": [
@@ -829,6 +826,5 @@ ERRORS: dict[str, tuple[Callable[[], Tensor], str]] = {
 
 @pytest.mark.parametrize(("call", "sentence"), ERRORS.values(), ids=ERRORS.keys())
 def test_errors_name_the_value(call: Callable[[], Tensor], sentence: str) -> None:
-    with pytest.raises(ValueError, match=".*") as caught:
+    with pytest.raises(ValueError, match=re.escape(sentence)):
         call()
-    assert sentence in str(caught.value)

@@ -1,0 +1,257 @@
+"""The command line as a user meets it: train, stop, resume, evaluate, screen, convert, synth."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("typer")
+pytest.importorskip("lightning_fabric")
+Image = pytest.importorskip("PIL.Image")
+
+TRAIN = ("--preset", "small", "--epochs", "2", "--batch-size", "4", "--device", "cpu")
+
+
+def squid(*arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "squid_fast", *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def rows_of(table: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(table.read_text().splitlines()))
+
+
+@pytest.fixture(scope="module")
+def grids(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """DigitAnatomy on disk, small."""
+    folder = tmp_path_factory.mktemp("data") / "grids"
+    squid("synth", folder, "--cell", 16, "--train", 12, "--val", 24, "--test", 8)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(grids: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle, trained for a moment."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    done = squid("train", *TRAIN, "--data", grids, "--out", out, "--json")
+    assert json.loads(done.stdout)["finished"] is True
+    return out
+
+
+def test_synth_writes_what_train_reads(grids: Path) -> None:
+    rows = rows_of(grids / "labels.csv")
+    assert len(rows) == 12 + 2 * 24 + 2 * 8
+    assert {row["split"] for row in rows} == {"train", "val", "test"}
+    assert all((grids / row["image_path"]).is_file() for row in rows)
+
+
+def test_training_leaves_a_bundle_and_its_curves(run: Path) -> None:
+    names = {path.name for path in run.iterdir()}
+    assert names >= {
+        "model.safetensors",
+        "discriminator.safetensors",
+        "config.json",
+        "calibration.json",
+        "checkpoint.pt",
+        "metrics.csv",
+    }
+    config = json.loads((run / "config.json").read_text())
+    assert config["about"]["preset"] == "small"
+    assert config["about"]["training_images"] == 12
+    figures = {row["name"] for row in rows_of(run / "metrics.csv")}
+    assert "loss/reconstruction" in figures
+    assert "validation/auroc_discriminator_instance" in figures
+
+
+def test_ctrl_c_saves_and_resume_ends_the_same(grids: Path, run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "stopped"
+    arguments = [*TRAIN, "--data", str(grids), "--out", str(out)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "squid_fast", "train", *arguments, "--epochs", "4000"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    metrics = out / "metrics.csv"
+    for _ in range(600):
+        if metrics.exists() and "loss/" in metrics.read_text():
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "go on with --resume" in said
+    assert (out / "checkpoint.pt").exists()
+    assert not (out / "config.json").exists()
+    again = squid("train", *arguments, check=False)
+    assert again.returncode == 1
+    assert "already holds a run; add --resume" in again.stderr
+
+    def state(folder: Path) -> dict[str, float]:
+        rows = rows_of(folder / "metrics.csv")
+        return {f"{row['step']} {row['name']}": float(row["value"]) for row in rows}
+
+    # The stopped run was planned longer, but its first epoch is that of the finished run.
+    first = {k: v for k, v in state(out).items() if k.startswith("3 loss")}
+    assert first == {k: v for k, v in state(run).items() if k.startswith("3 loss")}
+
+
+def test_evaluate_prints_and_writes_every_score(grids: Path, run: Path, tmp_path: Path) -> None:
+    done = squid("evaluate", run, "--data", grids, "--out", tmp_path, "--json", "--device", "cpu")
+    figures = json.loads(done.stdout)
+    assert figures == json.loads((tmp_path / "evaluation.json").read_text())
+    assert figures.keys() == {
+        "discriminator_instance",
+        "discriminator_running",
+        "reconstruction_error",
+        "patch_error",
+    }
+    for figure in figures.values():
+        assert figure["n_normal"] == figure["n_anomalous"] == 8
+        assert figure["auroc_interval"][0] <= figure["auroc"] <= figure["auroc_interval"][1]
+        assert figure["paper_best_test_accuracy"]["accuracy"] >= 0.5
+    with Image.open(tmp_path / "roc.png") as picture:
+        assert picture.size[0] > 300
+    assert "AUROC" in squid("evaluate", run, "--data", grids, "--out", tmp_path).stdout
+
+
+def broken_files(folder: Path) -> dict[str, str | None]:
+    """Ten files as archives have them: name to a part of the error, None where it can be read."""
+    pixels = np.linspace(0, 255, 64 * 64).reshape(64, 64)
+    Image.fromarray(pixels.astype(np.uint8)).save(folder / "good.jpeg")
+    whole = (folder / "good.jpeg").read_bytes()
+    (folder / "truncated.jpeg").write_bytes(whole[: len(whole) // 2])
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "text.png").write_text("not an image")
+    Image.fromarray((pixels * 257).astype(np.uint16)).save(folder / "deep.png")
+    Image.fromarray(np.dstack([pixels.astype(np.uint8)] * 4), "CMYK").save(folder / "cmyk.jpeg")
+    frames = [Image.fromarray((pixels / n).astype(np.uint8)) for n in (1, 2)]
+    frames[0].save(folder / "moving.gif", save_all=True, append_images=frames[1:])
+    size = (30_000).to_bytes(4, "big") * 2
+    parts = {b"IHDR": size + b"\x08\x00\x00\x00\x00", b"IDAT": zlib.compress(b""), b"IEND": b""}
+    chunks = [
+        len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+        for kind, data in parts.items()
+    ]
+    (folder / "huge.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    (folder / "folder.png").mkdir()
+    (folder / "gone.png").symlink_to(folder / "nowhere.png")
+    expected: dict[str, str | None] = {
+        "good.jpeg": None,
+        "truncated.jpeg": "truncated",
+        "empty.png": "empty",
+        "text.png": "",
+        "deep.png": None,
+        "cmyk.jpeg": None,
+        "moving.gif": None,
+        "huge.png": "30000",
+        "folder.png": "folder",
+        "gone.png": "",
+    }
+    pydicom = pytest.importorskip("pydicom")
+    dataset = pydicom.Dataset()
+    dataset.file_meta = pydicom.dataset.FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    dataset.SOPClassUID, dataset.SOPInstanceUID = "1.2.840.10008.5.1.4.1.1.1", "1.2.3"
+    dataset.save_as(folder / "nopixels.dcm", enforce_file_format=True)
+    return expected | {"nopixels.dcm": "pixel"}
+
+
+def test_every_file_has_its_row(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    expected = broken_files(folder)
+    table, report = tmp_path / "out.csv", tmp_path / "report.html"
+    done = squid("screen", run, folder, "--out", table, "--report", report, "--json")
+    rows = {Path(row["path"]).name: row for row in rows_of(table)}
+    assert rows.keys() == expected.keys()
+    for name, part in expected.items():
+        error, scored = rows[name]["error"], bool(rows[name]["raw_score"])
+        if part is None:
+            assert (scored, error) == (True, ""), name
+        else:
+            assert error, name
+            assert not scored, name
+            assert part in error.lower(), name
+    summary = json.loads(done.stdout)
+    assert summary["count"] == len(expected)
+    assert summary["errors"] == sum(part is not None for part in expected.values())
+    assert "truncated.jpeg" in report.read_text()
+
+
+def test_screening_ranks_by_the_score_asked_for(grids: Path, run: Path, tmp_path: Path) -> None:
+    images = [str(grids / row["image_path"]) for row in rows_of(grids / "labels.csv")]
+    columns = []
+    for score in ("discriminator_instance", "patch_error"):
+        out = tmp_path / f"{score}.jsonl"
+        squid("screen", run, *images[:6], "--out", out, "--score", score, "--device", "cpu")
+        rows = [json.loads(line) for line in out.read_text().splitlines()]
+        assert [row["path"] for row in rows] == images[:6]
+        columns.append([row["raw_score"] for row in rows])
+    assert columns[0] != columns[1]
+
+
+def test_convert_turns_published_checkpoints_into_a_bundle(grids: Path, tmp_path: Path) -> None:
+    import torch
+
+    from squid_fast import PRESETS, reference
+
+    torch.manual_seed(0)
+    torch.save(reference.SQUID(**PRESETS["small"].model).state_dict(), tmp_path / "model.pth")
+    torch.save(reference.Discriminator(2).state_dict(), tmp_path / "discriminator.pth")
+    pair = (
+        "--generator",
+        tmp_path / "model.pth",
+        "--discriminator",
+        tmp_path / "discriminator.pth",
+    )
+    out = tmp_path / "bundle"
+    squid("convert", *pair, "--out", out, "--preset", "small", "--data", grids)
+    table = tmp_path / "t.csv"
+    squid("screen", out, grids / "labels.csv", "--out", table)
+    assert len(rows_of(table)) == 1  # the table itself is no image
+    wrong = squid("convert", *pair, "--out", tmp_path / "w", "--preset", "zhanglab", check=False)
+    assert wrong.returncode == 1
+    assert "do not fit the configuration" in wrong.stderr
+    assert not (tmp_path / "w").exists()
+
+
+def test_mistakes_end_in_one_sentence(grids: Path, run: Path, tmp_path: Path) -> None:
+    cases = {
+        ("train", "--data", grids, "--out", tmp_path, "--preset", "large"): "preset is 'large'",
+        ("train", "--data", tmp_path / "no", "--out", tmp_path): "no",
+        ("screen", tmp_path, grids, "--out", "x.csv"): "config.json is missing",
+        ("screen", run, grids, "--out", tmp_path / "x.xls"): ".parquet",
+        ("evaluate", run, "--data", grids, "--split", "exam"): "split 'exam'",
+    }
+    for arguments, sentence in cases.items():
+        done = squid(*arguments, check=False)
+        assert done.returncode == 1, arguments
+        assert sentence in done.stderr, arguments
+        assert "Traceback" not in done.stderr, arguments
+
+
+def test_the_demo_runs_through(tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    done = squid("demo", "--out", out, "--minutes", "0.02", "--json", "--device", "cpu")
+    result = json.loads(done.stdout)
+    assert result["paper_score"] == "discriminator_instance"
+    for by_kind in result["aurocs"].values():
+        assert by_kind.keys() == {"missing", "swapped", "flipped", "foreign"}
+        assert all(0 <= value <= 1 for value in by_kind.values())
+    assert result["screened"]["errors"] == 0
+    assert result["screened"]["count"] == 5 * 400
+    assert Path(result["report"]).stat().st_size > 100_000

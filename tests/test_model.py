@@ -1,0 +1,599 @@
+"""The generator: against the reference in float64, its state dicts, presets, errors."""
+
+from __future__ import annotations
+
+import copy
+import io
+import re
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import squid_fast
+from squid_fast import PRESETS, SQUID, InpaintBlock, reference
+from squid_fast.modules.unet import to_image, to_patches
+from tests.tolerances import assert_close, error
+
+pytestmark = pytest.mark.usefixtures("seeded")
+
+# The sum of float64 roundings over a whole network, magnified by batch norm in training.
+EXACT = 1e-9
+# squid_fast computes the distillation loss in float32 whatever the model's dtype is.
+DISTILLED = 1e-5
+
+V1, V3, V4 = "MemoryMatrixBlock", "MemoryMatrixBlockV3", "MemoryMatrixBlockV4"
+
+
+def memory(kind: str, multiplier: int, num_memory: int) -> dict[str, Any]:
+    return {"type": kind, "multiplier": multiplier, "num_memory": num_memory}
+
+
+BASE: dict[str, Any] = {
+    "num_in_ch": 1,
+    "features_root": 4,
+    "shrink_thres": 3,
+    "num_slots": 9,
+    "num_patch": 2,
+    "level": 2,
+    "ratio": 0.95,
+    "memory_channel": 16,  # maps of 2 x 2 per patch: images of 16 x 16
+    "dist": True,
+    "mem_num_slots": 7,
+    "ops": ["concat", "none"],
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "combine none": {},
+    "combine 1": {"initial_combine": 1},
+    "combine L": {"initial_combine": 2},
+    "all concat": {"ops": ["concat", "concat"], "initial_combine": 1},
+    "none of the skips": {"ops": ["none", "none"], "initial_combine": 2},
+    "a single patch": {"num_patch": 1},
+    "nine patches, two channels": {"num_patch": 3, "num_in_ch": 2, "initial_combine": 1},
+    "no teacher": {"dist": False, "initial_combine": 1},
+    "hard shrinkage": {
+        "shrink_thres": 0.01,
+        "initial_combine": 1,
+        "decoder_memory": [None, memory(V1, 4, 4)],
+    },
+    "no shrinkage": {"shrink_thres": 0, "decoder_memory": [memory(V3, 64, 4), None]},
+    "windows of the image and of patches": {
+        "initial_combine": 1,
+        "decoder_memory": [memory(V1, 64, 4), memory(V1, 4, 4)],
+    },
+    "memories of patches": {
+        "initial_combine": 1,
+        "decoder_memory": [None, memory(V3, 16, 4)],
+    },
+    "one memory for all": {
+        "initial_combine": 1,
+        "decoder_memory": [memory(V4, 256, 4), memory(V4, 16, 1)],
+    },
+    "three levels": {
+        "level": 3,
+        "memory_channel": 32,
+        "initial_combine": 2,
+        "ops": ["concat", "none", "concat"],
+    },
+    "five levels": {"level": 5, "memory_channel": 16, "ops": ["none", "concat"] * 2 + ["none"]},
+}
+configs = pytest.mark.parametrize("name", CONFIGS)
+
+
+def pair(name: str) -> tuple[SQUID, reference.SQUID]:
+    """A model and its reference, in float64, with the same weights and open masks."""
+    config = BASE | CONFIGS[name]
+    model, plain = SQUID(**config).double(), reference.SQUID(**config).double()
+    with torch.no_grad():
+        for value in model.parameters():
+            if value.dim() == 1:
+                value.add_(0.2 * torch.randn_like(value))
+        # Statistics of data, without which evaluation ends in dead units and constant images.
+        norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+        for norm in norms:
+            norm.momentum = 1.0
+        model.train()(images_for(model))
+        for norm in norms:
+            norm.momentum = 0.1
+        model.inpaint_block.memory.pending = None
+    plain.load_state_dict(model.state_dict(), strict=True)
+    for module in (*model.modules(), *plain.modules()):
+        if hasattr(module, "mask_ratio"):
+            module.mask_ratio = 1.0
+    return model, plain
+
+
+def images_for(model: SQUID, B: int = 3) -> Tensor:
+    dtype = next(model.parameters()).dtype
+    return torch.rand(B, model.num_in_ch, model.image_size, model.image_size, dtype=dtype)
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Gradients under the published names; those that stayed None are left out."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is None:
+            continue
+        if name.endswith(".slots") and not isinstance(model, reference.SQUID):
+            stem, grads = name.removesuffix("slots"), parameter.grad
+            single = f"{stem}memMatrix" in model.state_dict()
+            keys = [f"{stem}{'' if single else f'{i}.'}memMatrix" for i in range(len(grads))]
+            found |= dict(zip(keys, grads, strict=True))
+        else:
+            found[name] = parameter.grad
+    return found
+
+
+def loss_of(outputs: dict[str, Tensor | None], images: Tensor, dist_w: float) -> Tensor:
+    recon, teacher = outputs["recon"], outputs["teacher_recon"]
+    assert recon is not None
+    loss = 10 * F.mse_loss(recon, images)
+    if teacher is not None and outputs["dist_loss"] is not None:
+        loss = loss + 0.5 * F.mse_loss(teacher, images) + dist_w * outputs["dist_loss"]
+    return loss
+
+
+def assert_same_gradients(model: SQUID, plain: reference.SQUID, bound: float) -> None:
+    actual, expected = gradients(model), gradients(plain)
+    assert set(actual) == set(expected)
+    largest = max(float(value.abs().max()) for value in expected.values())
+    for key, value in expected.items():
+        assert float((actual[key] - value).abs().max()) <= bound * largest, key
+
+
+@configs
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("dist_w", [0.0, 0.1])
+def test_equals_reference(name: str, training: bool, dist_w: float) -> None:
+    model, plain = pair(name)
+    images = images_for(model)
+    outputs = model.train(training)(images)
+    expected = plain.train(training)(images)
+    assert list(outputs) == list(expected)
+    for key, value in expected.items():
+        if value is None:
+            assert outputs[key] is None
+        else:
+            assert_close(outputs[key], value, DISTILLED if key == "dist_loss" else EXACT)
+
+    loss_of(outputs, images, dist_w).backward()
+    loss_of(expected, images, dist_w).backward()
+    assert_same_gradients(model, plain, DISTILLED if dist_w else EXACT)
+
+    for each in (model, plain):
+        for module in each.modules():
+            if isinstance(module, (squid_fast.MemoryQueue, reference.MemoryQueue)):
+                module.update()
+    state, expected_state = model.state_dict(), plain.state_dict()
+    for key, value in expected_state.items():
+        assert_close(state[key].double(), value.double(), EXACT)
+
+
+def test_input_gradient_equals_reference() -> None:
+    model, plain = pair("windows of the image and of patches")
+    images = images_for(model).requires_grad_()
+    found = [
+        torch.autograd.grad(F.mse_loss(m(images)["recon"], images.detach()), images)[0]
+        for m in (model.train(), plain.train())
+    ]
+    assert_close(*found, EXACT)
+
+
+def test_teacher_does_not_teach_the_encoder_but_learns_from_the_distillation() -> None:
+    model, _ = pair("combine 1")
+    outputs = model.train()(images_for(model))
+    assert outputs["teacher_recon"] is not None
+    outputs["teacher_recon"].sum().backward()
+    assert {key.split(".")[0] for key in gradients(model)} == {"teacher_ups", "teacher_out"}
+    model.zero_grad()
+    outputs = model(images_for(model))
+    assert outputs["dist_loss"] is not None
+    outputs["dist_loss"].backward()
+    taught = {k.split(".")[0] for k, g in gradients(model).items() if g.abs().max() > 0}
+    assert taught == {"in_conv", "down_blocks", "inpaint_block", "up_blocks", "teacher_ups"}
+
+
+def test_without_the_teacher_the_student_is_the_same() -> None:
+    model, _ = pair("combine 1")
+    images, calls = images_for(model), []
+    whole = model.eval()(images)
+    for part in (*model.teacher_ups, model.teacher_out):
+        part.register_forward_hook(lambda *_: calls.append(1))
+    without = model(images, teacher=False)
+    assert not calls
+    assert without["teacher_recon"] is None
+    assert without["dist_loss"] is None
+    for key in ("recon", "patch", "embedding"):
+        assert torch.equal(without[key], whole[key])
+
+
+def test_a_model_without_teacher_is_the_student_of_one_with() -> None:
+    model, _ = pair("combine 1")
+    alone = SQUID(**model.config | {"dist": False}).double().eval()
+    state = {k: v for k, v in model.state_dict().items() if not k.startswith("teacher_")}
+    alone.load_state_dict(state, strict=True)
+    images = images_for(model)
+    assert torch.equal(alone(images)["recon"], model.eval()(images)["recon"])
+
+
+def test_patch_is_the_reconstruction_cut_up() -> None:
+    model, _ = pair("nine patches, two channels")
+    outputs = model.eval()(images_for(model))
+    recon, patch = outputs["recon"], outputs["patch"]
+    side = model.image_size // 3
+    for b in range(3):
+        for n in range(9):
+            rows, columns = (slice(side * i, side * (i + 1)) for i in divmod(n, 3))
+            assert torch.equal(patch[9 * b + n], recon[b, :, rows, columns])
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize(("P", "shape"), [(1, (2, 3, 4, 4)), (2, (3, 5, 4, 6)), (3, (1, 1, 9, 3))])
+def test_patches_and_image(P: int, shape: tuple[int, ...], layout: torch.memory_format) -> None:
+    x = torch.randn(shape).to(memory_format=layout)
+    patches = to_patches(x, P)
+    assert torch.equal(patches, reference.squid.to_patches(x, P))
+    assert torch.equal(to_image(patches, P), x)
+    if layout == torch.channels_last:
+        assert patches.is_contiguous(memory_format=layout)
+
+
+# --- masked shortcut and dropout in the model -----------------------------------------------------
+
+
+def test_masks_are_drawn_anew_and_repeat_under_a_seed() -> None:
+    model, _ = pair("combine 1")
+    model.inpaint_block.mask_ratio = 0.5
+    images = images_for(model)
+    runs = []
+    for seed in (1, 2, 1):
+        torch.manual_seed(seed)
+        runs.append(model.train()(images, teacher=False)["recon"])
+    assert not torch.equal(runs[0], runs[1])
+    assert torch.equal(runs[0], runs[2])
+
+
+def test_closed_masks_let_the_features_pass() -> None:
+    model, _ = pair("combine 1")
+    block = model.inpaint_block.train()
+    block.mask_ratio = 0.0
+    x = torch.randn(8, 16, 2, 2, dtype=torch.float64)
+    assert torch.equal(block(x), x)
+
+
+def test_the_models_ratio_does_not_reach_the_decoder_memories() -> None:
+    entries = [memory(V1, 64, 4), memory(V3, 16, 4) | {"ratio": 0.5}]
+    config = BASE | {"initial_combine": 1, "ratio": 0.25, "decoder_memory": entries}
+    model = SQUID(**config)
+    ratios = [m.mask_ratio for m in model.modules() if hasattr(m, "mask_ratio")]
+    assert ratios == [0.25, 0.95, 0.5]
+
+
+def test_evaluation_has_neither_masks_nor_dropout() -> None:
+    model = SQUID(**BASE | {"ratio": 0.5, "drop": 0.5}).eval()
+    images = images_for(model)
+    assert torch.equal(model(images)["recon"], model(images)["recon"])
+    assert not torch.equal(model.train()(images)["recon"], model(images)["recon"])
+
+
+def test_evaluation_does_not_depend_on_the_batch() -> None:
+    model, _ = pair("windows of the image and of patches")
+    images = images_for(model, 5)
+    whole = model.eval()(images)["recon"]
+    assert_close(torch.cat([model(x)["recon"] for x in images.split([1, 4])]), whole, EXACT)
+
+
+# --- in-painting block ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("N", [1, 4, 9, 16, 25])
+def test_code_of_the_patch_index(N: int) -> None:
+    block = InpaintBlock(16, 5, N, 16, 3)
+    bits = len(f"{N:b}")  # floor(log2 N) + 1
+    expected = [[int(digit) for digit in f"{n:0{bits}b}"] for n in range(N)]
+    assert block.code.tolist() == expected
+    assert torch.equal(reference.inpaint.patch_code(N), block.code)
+    assert block.bottleneck_conv2[0].in_channels == 4 + bits
+
+
+@pytest.mark.parametrize(("N", "h", "w"), [(1, 2, 2), (4, 2, 4), (9, 1, 8), (16, 4, 2)])
+def test_block_equals_reference(N: int, h: int, w: int) -> None:
+    arguments = (8, 6, N, 2 * h * w, 3, 1.0)
+    block = InpaintBlock(*arguments).double()
+    plain = reference.InpaintBlock(*arguments).double()
+    plain.load_state_dict(block.state_dict(), strict=True)
+    x = torch.randn(2 * N, 8, h, w, dtype=torch.float64)
+    for training in (False, True):
+        expected = plain.train(training)(x)
+        assert_close(block.train(training)(x), expected, EXACT)
+
+
+def test_block_paints_a_patch_from_its_neighbours_memories() -> None:
+    block = InpaintBlock(8, 6, 16, 8, 3).double().eval()
+    f = torch.randn(1, 16, 8, dtype=torch.float64)
+    before = block.paint(f)
+    block.memory.slots[5] += 1.0
+    changed = (block.paint(f) != before).any(dim=-1)[0]
+    # Patch 5 itself changes through the residual of its own answer.
+    assert set(changed.nonzero().flatten().tolist()) == {0, 1, 2, 4, 5, 6, 8, 9, 10}
+
+
+# --- state dicts, copies --------------------------------------------------------------------------
+
+
+@configs
+def test_state_dicts_go_both_ways(name: str) -> None:
+    model, plain = pair(name)
+    assert list(model.state_dict()) == list(plain.state_dict())
+    fresh = SQUID(**model.config).double()
+    fresh.load_state_dict(plain.state_dict(), strict=True)
+    plain.load_state_dict(fresh.state_dict(), strict=True)
+    images = images_for(model)
+    expected = model.eval()(images)["recon"]
+    assert torch.equal(fresh.eval()(images)["recon"], expected)
+
+
+def test_checkpoint_without_pickled_code() -> None:
+    model, file = SQUID(**BASE).train(), io.BytesIO()
+    model(images_for(model))
+    model.inpaint_block.memory.update()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    other = SQUID(**model.config)
+    other.load_state_dict(torch.load(file, weights_only=True), strict=True)
+    assert int(other.inpaint_block.memory.ptr) == 3
+    for key, value in model.state_dict().items():
+        assert torch.equal(other.state_dict()[key], value)
+
+
+def test_deepcopy_is_equal_and_independent() -> None:
+    model, _ = pair("windows of the image and of patches")
+    twin, images = copy.deepcopy(model), images_for(model)
+    expected = model.eval()(images)["recon"]
+    assert torch.equal(twin.eval()(images)["recon"], expected)
+    twin.train()(images)
+    twin.inpaint_block.memory.update()
+    assert int(model.inpaint_block.memory.ptr) == 0
+    assert torch.equal(model(images)["recon"], expected)
+
+
+def test_wrong_state_dict_names_the_keys() -> None:
+    model = SQUID(**BASE)
+    state = model.state_dict()
+    state["inpaint_block.memory.4.memMatrix"] = torch.zeros(9, 16)
+    del state["out_conv.conv.bias"]
+    with pytest.raises(RuntimeError, match=r"(?s)out_conv.conv.bias.*memory.4.memMatrix"):
+        model.load_state_dict(state, strict=True)
+
+
+# --- layouts, precision, compilation --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("name", ["nine patches, two channels", "memories of patches"])
+def test_channels_last_equals_contiguous(name: str, training: bool) -> None:
+    model, plain = pair(name)
+    images = images_for(model)
+    expected = plain.train(training)(images)
+    last = model.to(memory_format=torch.channels_last).train(training)  # type: ignore[call-overload]
+    outputs = last(images.to(memory_format=torch.channels_last))
+    for key in ("recon", "patch", "embedding", "teacher_recon"):
+        assert_close(outputs[key], expected[key], EXACT)
+    loss_of(outputs, images, 0.0).backward()
+    loss_of(expected, images, 0.0).backward()
+    assert_same_gradients(model, plain, EXACT)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_autocast_stays_close(training: bool) -> None:
+    # Raw dot products: what a shrinkage selects may change with a rounding, and rightly so.
+    model, _ = pair("no shrinkage")
+    model.float().train(training)
+    images = images_for(model)
+    runs = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            outputs = {key: value.float() for key, value in model(images).items()}
+        model.zero_grad()
+        loss_of(outputs, images, 0.1).backward()
+        outputs = {key: value.detach() for key, value in outputs.items()}
+        runs.append((outputs, torch.cat([g.flatten() for g in gradients(model).values()])))
+    (expected, exact), (outputs, rough) = runs
+    assert error(outputs["recon"], expected["recon"]) < 0.1
+    assert error(outputs["teacher_recon"], expected["teacher_recon"]) < 0.1
+    difference = outputs["embedding"] - expected["embedding"]
+    assert difference.square().mean().sqrt() < 0.05 * expected["embedding"].std()
+    assert error(outputs["dist_loss"], expected["dist_loss"]) < 0.05
+    assert F.cosine_similarity(rough, exact, dim=0) > 0.97
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_compiled_equals_eager(training: bool) -> None:
+    torch.compiler.reset()
+    model, _ = pair("windows of the image and of patches")
+    model.float().train(training)
+    other, images = copy.deepcopy(model), images_for(model)
+    compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
+    outputs, expected = compiled(images), model(images)
+    for key, value in expected.items():
+        assert_close(outputs[key], value, 1e-6)
+    if training:
+        loss_of(outputs, images, 0.1).backward()
+        loss_of(expected, images, 0.1).backward()
+        largest = max(float(g.abs().max()) for g in gradients(model).values())
+        for (key, value), grad in zip(
+            gradients(model).items(), gradients(other).values(), strict=True
+        ):
+            assert float((grad - value).abs().max()) <= 1e-5 * largest, key
+        for each in (model, other):
+            each.inpaint_block.memory.update()
+        slots, twin = model.inpaint_block.memory.slots, other.inpaint_block.memory.slots
+        assert_close(twin, slots, 1e-6)
+        assert int(other.inpaint_block.memory.ptr) == 3
+
+
+# --- presets --------------------------------------------------------------------------------------
+
+SIZES = {"zhanglab": 128, "chexpert": 128, "digit_anatomy": 96}
+
+
+def test_published_presets_are_there() -> None:
+    assert set(SIZES) <= set(PRESETS)
+
+
+def published_shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """Shapes by published name; ``state_dict`` cannot be asked of a model without data."""
+    shapes = {}
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if name.endswith(".slots"):
+            stem = name.removesuffix("slots")
+            shapes |= {f"{stem}{i}.memMatrix": value.shape[1:] for i in range(value.shape[0])}
+        elif not name.endswith((".ptr", ".code")):
+            shapes[name] = value.shape
+    return shapes
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset(name: str) -> None:
+    with torch.device("meta"):
+        model = SQUID.from_preset(name)
+        plain = reference.SQUID(**PRESETS[name].model)
+    assert model.image_size == PRESETS[name].image_size == SIZES.get(name, model.image_size)
+    assert published_shapes(model) == published_shapes(plain)
+    assert model.config == PRESETS[name].model
+
+
+def test_published_settings() -> None:
+    for name in ("zhanglab", "chexpert"):
+        model, recipe = PRESETS[name].model, PRESETS[name].recipe
+        assert (model["num_patch"], model["level"], model["features_root"]) == (2, 4, 32)
+        assert (model["num_slots"], model["mem_num_slots"], model["shrink_thres"]) == (200, 200, 5)
+        assert (model["memory_channel"], model["initial_combine"], model["ratio"]) == (
+            2048,
+            2,
+            0.95,
+        )
+        assert model["decoder_memory"] == [None, None, memory(V1, 64, 4), memory(V1, 16, 4)]
+        assert (recipe.recon_w, recipe.g_w, recipe.t_w) == (10, 0.005, 0.01)
+        assert (recipe.dist_w, recipe.d_w, recipe.n_critic) == (0.001, 0.005, 2)
+    digit = PRESETS["digit_anatomy"]
+    assert (digit.model["num_patch"], digit.model["level"]) == (3, 3)
+    assert digit.model["decoder_memory"] == [None, memory(V3, 256, 9), memory(V3, 64, 9)]
+    assert digit.model["ops"] == ["concat", "concat", "none"]
+    assert (digit.recipe.recon_w, digit.recipe.n_critic) == (1, 1)
+    floors = {name: PRESETS[name].recipe.lr_floor for name in SIZES}
+    assert floors == {"zhanglab": 0.1, "chexpert": 0.5, "digit_anatomy": 0.01}
+
+
+def test_preset_with_an_override() -> None:
+    with torch.device("meta"):
+        model = SQUID.from_preset("zhanglab", dist=False, num_slots=50)
+    assert not hasattr(model, "teacher_ups")
+    assert model.inpaint_block.memory.slots.shape == (4, 50, 2048)
+    assert PRESETS["zhanglab"].model["num_slots"] == 200
+
+
+def test_unknown_preset() -> None:
+    with pytest.raises(ValueError, match=r"preset is 'zhang'; known are zhanglab, chexpert"):
+        SQUID.from_preset("zhang")
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+CONFIG_ERRORS: dict[str, tuple[dict[str, Any], str]] = {
+    "level": ({"level": 6}, "level is 6; it must lie between 1 and 5."),
+    "patches": ({"num_patch": 0}, "num_patch is 0; it must be at least 1."),
+    "width": (
+        {"features_root": 1, "level": 1, "ops": ["none"]},
+        "features_root is 1; the bottleneck is a quarter of the deepest width 2",
+    ),
+    "combine": (
+        {"initial_combine": 3},
+        "initial_combine is 3; it must lie between 1 and level=2, or be None.",
+    ),
+    "combine zero": ({"initial_combine": 0}, "initial_combine is 0;"),
+    "ratio": ({"ratio": 1.5}, "ratio is 1.5; it must lie in [0, 1]."),
+    "ops length": ({"ops": ["none"]}, "ops is ['none']; it must have level=2 entries"),
+    "ops entry": ({"ops": ["none", "add"]}, "ops is ['none', 'add']"),
+    "memory_channel": (
+        {"memory_channel": 17},
+        "memory_channel is 17; it must be 4 (a quarter of width 16) times the pixels of a patch's "
+        "deepest map, one of [4, 16, 36, 64, 100, 144, 196, 256]",
+    ),
+    "memory_channel too small": ({"memory_channel": 2}, "memory_channel is 2;"),
+    "heads": ({"memory_channel": 36}, "memory_channel is 36; the attention's 8 heads"),
+    "shrink_thres": ({"shrink_thres": -1}, "shrink_thres is -1;"),
+    "k above the slots": ({"shrink_thres": 10}, "shrink_thres is 10, but a memory has only 9"),
+    "decoder_memory length": (
+        {"decoder_memory": [None]},
+        "decoder_memory has 1 entries; it must have level=2.",
+    ),
+    "type": (
+        {"decoder_memory": [None, memory("V2", 4, 4)]},
+        "decoder_memory[1] has type 'V2'; known are ['MemoryMatrixBlock'",
+    ),
+    "key": (
+        {"decoder_memory": [{"type": V1, "num_memory": 4}, None]},
+        "decoder_memory[0] lacks ['multiplier'].",
+    ),
+    "multiplier": (
+        {"decoder_memory": [None, memory(V1, 5, 4)]},
+        "decoder_memory[1] has multiplier=5; its memories hold 4 pixels of a map of 4 x 4, so "
+        "multiplier=4 would fit.",
+    ),
+    "windows": (
+        {"decoder_memory": [None, memory(V1, 4, 9)]},
+        "decoder_memory[1] has num_memory=9; it must be a square number whose root divides the "
+        "map's side of 4 pixels.",
+    ),
+    "V3 of the image": (
+        {"initial_combine": 1, "decoder_memory": [memory(V3, 64, 4), None]},
+        "decoder_memory[0] is a MemoryMatrixBlockV3, which needs patches",
+    ),
+    "V3 number": (
+        {"decoder_memory": [None, memory(V3, 16, 9)]},
+        "decoder_memory[1] has num_memory=9; a MemoryMatrixBlockV3 needs one for each of the 4",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "sentence"), CONFIG_ERRORS.values(), ids=CONFIG_ERRORS.keys())
+def test_constructor_errors(change: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        SQUID(**BASE | change)
+
+
+IMAGE_ERRORS: dict[str, tuple[Tensor, str]] = {
+    "channels": (
+        torch.zeros(2, 3, 16, 16),
+        "images are [2, 3, 16, 16]; this model takes [B, 1, 16",
+    ),
+    "dimensions": (torch.zeros(16, 16), "images are [16, 16];"),
+    "size": (
+        torch.zeros(2, 1, 32, 16),
+        "images are 32 x 16; with num_patch=2, level=2 and memory_channel=16 they must be 16 x 16.",
+    ),
+    "dtype": (
+        torch.zeros(2, 1, 16, 16, dtype=torch.uint8),
+        "images are torch.uint8; floating-point values in [0, 1] fit.",
+    ),
+    "NaN": (
+        torch.tensor([0.0, torch.nan, 1.0]).view(3, 1, 1, 1).expand(3, 1, 16, 16),
+        "1 of 3 images hold NaN or infinite values",
+    ),
+    "infinite": (torch.full((2, 1, 16, 16), torch.inf), "2 of 2 images hold NaN or infinite"),
+}
+
+
+@pytest.mark.parametrize(("images", "sentence"), IMAGE_ERRORS.values(), ids=IMAGE_ERRORS.keys())
+def test_call_errors(images: Tensor, sentence: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        SQUID(**BASE)(images)
+
+
+def test_no_images_give_no_reconstructions() -> None:
+    outputs = SQUID(**BASE).eval()(torch.zeros(0, 1, 16, 16), teacher=False)
+    assert outputs["recon"].shape == (0, 1, 16, 16)
+    assert outputs["patch"].shape == (0, 1, 8, 8)

@@ -1,0 +1,308 @@
+"""Training: losses, step, schedule, augmentation, checkpoints, resumption, stops."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import squid_fast
+from squid_fast import reference
+from squid_fast.data import ImageSet
+from squid_fast.presets import Recipe
+from squid_fast.training import (
+    CheckpointError,
+    NonFiniteLossError,
+    Trainer,
+    learning_rate,
+    make_optimizers,
+    train,
+)
+from squid_fast.training.augment import augment
+from squid_fast.training.checkpoint import load_checkpoint, save_checkpoint
+from squid_fast.training.losses import discriminator_loss, generator_losses
+
+pytest.importorskip("lightning_fabric")
+
+SIDE = 48
+RECIPE = Recipe(batch_size=4, epochs=3, t_max=3, lr=1e-3, validate_every=2)
+
+
+def tiny_model() -> squid_fast.SQUID:
+    torch.manual_seed(0)
+    model = squid_fast.SQUID(
+        1,
+        4,
+        3,
+        num_slots=12,
+        level=2,
+        memory_channel=144,
+        dist=True,
+        initial_combine=1,
+        mem_num_slots=6,
+        ops=["concat", "none"],
+        decoder_memory=[
+            None,
+            {"type": "MemoryMatrixBlockV3", "multiplier": 144, "num_memory": 4},
+        ],
+    )
+    assert model.image_size == SIDE
+    return model
+
+
+def image_set(n: int, anomalous: int = 0) -> ImageSet:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (n, 1, SIDE, SIDE), generator=generator)
+    labels = (torch.arange(n) < anomalous).long()
+    return ImageSet(images.to(torch.uint8), labels, [str(i) for i in range(n)])
+
+
+def after_steps(count: int) -> Callable[[], bool]:
+    asked = iter(range(1, 10_000))
+    return lambda: next(asked) >= count
+
+
+def assert_same_state(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+# --- losses ---------------------------------------------------------------------------------------
+
+
+def test_losses_are_those_of_the_reference() -> None:
+    torch.manual_seed(0)
+    images, recon, teacher = torch.rand(3, 2, 1, 8, 8).double()
+    outputs = {"recon": recon, "teacher_recon": teacher, "dist_loss": torch.tensor(0.3).double()}
+    logits, real = torch.randn(2, 1).double(), torch.randn(2, 1).double()
+    recipe = Recipe(recon_w=7, g_w=0.2, t_w=0.3, dist_w=0.4, d_w=0.5)
+    ours = sum(generator_losses(images, outputs, logits, recipe).values())
+    theirs = reference.generator_loss(images, outputs, logits, 7, 0.2, 0.3, 0.4)
+    assert float(ours) == pytest.approx(float(theirs), rel=1e-6)
+    assert float(discriminator_loss(real, logits, recipe)) == pytest.approx(
+        float(reference.discriminator_loss(real, logits, 0.5)), rel=1e-6
+    )
+
+
+def test_the_teachers_terms_are_left_out_without_a_teacher() -> None:
+    outputs = {"recon": torch.zeros(1, 1, 4, 4), "teacher_recon": None, "dist_loss": None}
+    terms = generator_losses(torch.ones(1, 1, 4, 4), outputs, torch.zeros(1, 1), Recipe())
+    assert terms.keys() == {"reconstruction", "adversarial"}
+    assert float(terms["reconstruction"]) == pytest.approx(10.0)
+    assert float(terms["adversarial"]) == pytest.approx(0.005 * math.log(2))
+
+
+# --- step -----------------------------------------------------------------------------------------
+
+
+def make_trainer(model: squid_fast.SQUID, recipe: Recipe) -> Trainer:
+    torch.manual_seed(1)
+    discriminator = squid_fast.Discriminator(2).train()
+    optimizers = make_optimizers(model.train(), discriminator, recipe)
+    return Trainer(model, discriminator, optimizers, recipe, lambda loss: loss.backward())
+
+
+def test_a_step_moves_what_the_published_loop_moves() -> None:
+    """One shared forward gives the parameters of a loop that runs the generator for each loss."""
+    recipe = dataclasses.replace(RECIPE, n_critic=1, weight_decay=0.0)
+    model = tiny_model()
+    for module in model.modules():
+        if hasattr(module, "mask_ratio"):
+            module.mask_ratio = 1.0  # without draws the two forwards of the loop are the same
+    published = tiny_model()
+    published.load_state_dict(model.state_dict())
+    for module in published.modules():
+        if hasattr(module, "mask_ratio"):
+            module.mask_ratio = 1.0
+    trainer, other = make_trainer(model, recipe), make_trainer(published, recipe)
+    images = image_set(4).batch(slice(0, 4))
+    trainer.step(images, 0)
+
+    recon = published(images)["recon"].detach()
+    loss = discriminator_loss(other.discriminator(images), other.discriminator(recon), recipe)
+    other.discriminator_optimizer.zero_grad()
+    loss.backward()
+    other.discriminator_optimizer.step()
+    outputs = published(images)
+    terms = generator_losses(images, outputs, other.discriminator(outputs["recon"]), recipe)
+    other.generator_optimizer.zero_grad()
+    sum(terms.values()).backward()
+    other.generator_optimizer.step()
+    for module in published.modules():
+        if isinstance(module, squid_fast.MemoryQueue):
+            module.update()
+
+    assert_same_state(dict(model.named_parameters()), dict(published.named_parameters()))
+    assert torch.equal(model.inpaint_block.memory.slots, published.inpaint_block.memory.slots)
+    assert_same_state(trainer.discriminator.state_dict(), other.discriminator.state_dict())
+
+
+def test_only_every_n_critic_th_batch_trains_the_generator() -> None:
+    model = tiny_model()
+    trainer = make_trainer(model, dataclasses.replace(RECIPE, n_critic=2))
+    images = image_set(4).batch(slice(0, 4))
+    assert trainer.step(images, 0).keys() == {
+        "discriminator",
+        "reconstruction",
+        "adversarial",
+        "teacher",
+        "distillation",
+    }
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    slots = model.inpaint_block.memory.slots.clone()
+    judge = trainer.discriminator.regressor.weight.clone()
+    assert trainer.step(images, 1).keys() == {"discriminator"}
+    assert_same_state(before, dict(model.named_parameters()))
+    assert torch.equal(slots, model.inpaint_block.memory.slots)
+    assert not torch.equal(judge, trainer.discriminator.regressor.weight)
+
+
+def test_the_cosine_schedule() -> None:
+    recipe = Recipe(lr=2.0, t_max=10, lr_floor=0.1)
+    assert learning_rate(recipe, 0) == pytest.approx(2.0)
+    assert learning_rate(recipe, 5) == pytest.approx(1.1)
+    assert learning_rate(recipe, 10) == pytest.approx(0.2)
+
+
+# --- augmentation ---------------------------------------------------------------------------------
+
+
+def test_augmentation_stays_within_its_bounds() -> None:
+    images = torch.zeros(200, 1, 41, 41)
+    images[:, :, 20, 20] = 1.0
+    torch.manual_seed(0)
+    moved = augment(images, shift=0.1, scale=0.0)
+    weight = moved.sum(dim=(1, 2, 3))
+    place = torch.arange(41.0)
+    rows = (moved.sum(dim=(1, 3)) * place).sum(dim=1) / weight
+    assert (rows - 20).abs().max() <= 0.1 * 41 + 1e-3
+    assert (rows - 20).abs().max() > 0.08 * 41
+    assert augment(images, 0.0, 0.0) is images
+
+
+def test_augmentation_scales_about_the_centre() -> None:
+    images = torch.zeros(100, 1, 64, 64)
+    images[:, :, 16:48, 16:48] = 1.0
+    torch.manual_seed(0)
+    side = augment(images, shift=0.0, scale=0.25).sum(dim=(1, 2, 3)).sqrt() / 32
+    assert 0.74 < side.min() < 0.80
+    assert 1.20 < side.max() < 1.26
+
+
+# --- the loop -------------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_ends_as_the_uninterrupted_one(tmp_path: Path) -> None:
+    images, validation = image_set(14), image_set(12, anomalous=6)
+    whole = train(tiny_model(), images, tmp_path / "whole", RECIPE, validation_set=validation)
+    assert whole.finished
+    assert whole.step == 9
+
+    part = tmp_path / "part"
+    for stop in (2, 3, 1):  # within an epoch, across one, just after a validation
+        result = train(
+            tiny_model(),
+            images,
+            part,
+            RECIPE,
+            validation_set=validation,
+            resume=stop != 2,
+            should_stop=after_steps(stop),
+        )
+        assert not result.finished
+    resumed = train(tiny_model(), images, part, RECIPE, validation_set=validation, resume=True)
+    assert resumed.finished
+    assert_same_state(whole.model.state_dict(), resumed.model.state_dict())
+    assert_same_state(whole.discriminator.state_dict(), resumed.discriminator.state_dict())
+    assert whole.model.inpaint_block.memory.ptr == resumed.model.inpaint_block.memory.ptr
+    assert whole.validation == resumed.validation
+    assert whole.validation.keys() == {
+        "auroc_discriminator_instance",
+        "auroc_discriminator_running",
+        "auroc_reconstruction_error",
+    }
+    log = [path.read_text() for path in (tmp_path / "whole/metrics.csv", part / "metrics.csv")]
+    assert log[0] == log[1]
+    assert len(list(csv.DictReader(log[0].splitlines()))) == 3 * 5 + 2 * 3
+
+
+def test_another_seed_is_another_run(tmp_path: Path) -> None:
+    recipe = dataclasses.replace(RECIPE, epochs=1, n_critic=1)
+    runs = [
+        train(tiny_model(), image_set(8), tmp_path / str(seed), recipe, seed=seed)
+        for seed in (0, 1)
+    ]
+    weights = [run.model.out_conv.conv.weight for run in runs]
+    assert not torch.equal(*weights)
+
+
+def test_a_nan_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
+    recipe = dataclasses.replace(RECIPE, validate_every=1)
+
+    def poison(progress: squid_fast.training.Progress) -> None:
+        if progress.step == 4:  # the end of an epoch, just saved
+            with torch.no_grad():
+                model.out_conv.conv.bias.fill_(math.nan)
+
+    model = tiny_model()
+    with pytest.raises(NonFiniteLossError, match=r"step 5: .*reconstruction is nan"):
+        train(model, image_set(8), tmp_path, recipe, report=poison)
+    kept = load_checkpoint(tmp_path / "checkpoint.pt")
+    assert kept["step"] == 4
+    assert all(value.isfinite().all() for value in kept["generator"].values())
+
+
+def test_nothing_is_overwritten_and_foreign_runs_are_not_resumed(tmp_path: Path) -> None:
+    images = image_set(8)
+    with pytest.raises(CheckpointError, match="there is no checkpoint at"):
+        train(tiny_model(), images, tmp_path, RECIPE, resume=True)
+    train(tiny_model(), images, tmp_path, RECIPE, should_stop=after_steps(1))
+    with pytest.raises(CheckpointError, match="already holds a run; add --resume"):
+        train(tiny_model(), images, tmp_path, RECIPE)
+    other = dataclasses.replace(RECIPE, lr=5e-4)
+    with pytest.raises(CheckpointError, match=r"recipe\.lr was 0\.001 and is 0\.0005"):
+        train(tiny_model(), images, tmp_path, other, resume=True)
+    longer = dataclasses.replace(RECIPE, epochs=4)
+    assert train(tiny_model(), images, tmp_path, longer, resume=True).finished
+
+
+def test_images_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="3 training images, fewer than a batch of 4"):
+        train(tiny_model(), image_set(3), tmp_path, RECIPE)
+    small = ImageSet(torch.zeros(8, 1, 40, 40, dtype=torch.uint8), torch.zeros(8).long(), [""] * 8)
+    with pytest.raises(ValueError, match="40 pixels wide; the model takes 48"):
+        train(tiny_model(), small, tmp_path, RECIPE)
+
+
+# --- checkpoints ----------------------------------------------------------------------------------
+
+
+def test_a_crash_while_saving_leaves_the_old_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint({"step": 1, "generator": {}}, path)
+
+    def fail(state: object, file: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_checkpoint({"step": 2, "generator": {}}, path)
+    assert load_checkpoint(path)["step"] == 1
+
+
+def test_a_pickle_with_code_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"step": 1, "generator": Path}, path)
+    with pytest.raises(CheckpointError, match="cannot be read as a checkpoint"):
+        load_checkpoint(path)
+    torch.save({"weights": torch.zeros(1)}, path)
+    with pytest.raises(CheckpointError, match="not a checkpoint written by squid-fast"):
+        load_checkpoint(path)
