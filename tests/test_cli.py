@@ -157,7 +157,7 @@ def broken_files(folder: Path) -> dict[str, str | None]:
         "deep.png": None,
         "cmyk.jpeg": None,
         "moving.gif": None,
-        "huge.png": "30000",
+        "huge.png": "too many pixels",
         "folder.png": "folder",
         "gone.png": "",
     }

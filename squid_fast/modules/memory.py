@@ -6,6 +6,7 @@ State dicts keep the published form, one entry ``{i}.memMatrix`` [M, C] for each
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -53,6 +54,12 @@ class _Memory(nn.Module):
             raise ValueError(
                 f"shrink_thres is {shrink_thres}, but a memory has only {num_slots} slots; the "
                 "k of Gumbel shrinkage cannot exceed the slots."
+            )
+        if isinstance(shrink_thres, float) and shrink_thres >= 1:
+            warnings.warn(
+                f"shrink_thres is {shrink_thres!r}, a float, which chooses "
+                f"{describe_shrinkage(shrink_thres)}; hard thresholds are usually far below 1.",
+                stacklevel=2,
             )
         self.shrink_thres = shrink_thres
         self.single = num_memory is None

@@ -1,0 +1,87 @@
+"""What a user meets first: importing without the extras, missing extras, what is exported."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import squid_fast
+
+ROOT = Path(__file__).parents[1]
+
+OPTIONAL = (
+    "triton",
+    "lightning_fabric",
+    "sklearn",
+    "matplotlib",
+    "PIL",
+    "pydicom",
+    "pyarrow",
+    "jinja2",
+    "rich",
+    "typer",
+    "tensorboard",
+)
+
+WITHOUT = f"""
+import sys
+for name in {OPTIONAL}:
+    sys.modules[name] = None
+"""
+
+
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", WITHOUT + code], capture_output=True, text=True, timeout=120
+    )
+
+
+def test_the_model_needs_no_optional_dependency_and_no_triton() -> None:
+    done = run(
+        "import torch, squid_fast\n"
+        "model = squid_fast.SQUID.from_preset('small').eval()\n"
+        "print(tuple(model(torch.rand(2, 1, 48, 48))['recon'].shape))\n"
+    )
+    assert done.stdout == "(2, 1, 48, 48)\n", done.stderr
+
+
+def test_a_missing_extra_is_named() -> None:
+    done = run("import squid_fast.__main__ as m; m.main()")
+    assert done.returncode == 1
+    assert 'pip install "squid-fast[screen]"' in done.stderr
+    assert "Traceback" not in done.stderr
+    reader = run(
+        "from squid_fast.data import read_image\n"
+        "import pathlib, tempfile\n"
+        "path = pathlib.Path(tempfile.mkdtemp()) / 'a.png'\n"
+        "path.write_bytes(b'\\x89PNG\\r\\n\\x1a\\n')\n"
+        "try:\n    read_image(path)\nexcept ImportError as error:\n    print(error)\n"
+    )
+    assert 'pip install "squid-fast[screen]"' in reader.stdout, reader.stderr
+
+
+def test_everything_exported_exists() -> None:
+    for name in squid_fast.__all__:
+        assert getattr(squid_fast, name) is not None
+
+
+def test_every_folder_with_modules_is_packaged() -> None:
+    """A folder that is missing in pyproject.toml would be missing in the wheel."""
+    text = (ROOT / "pyproject.toml").read_text()
+    for init in [*ROOT.glob("squid_fast/**/__init__.py"), ROOT / "kernels/__init__.py"]:
+        package = ".".join(init.parent.relative_to(ROOT).parts)
+        name = package if package.startswith("squid_fast") else f"squid_fast.{package}"
+        assert f'"{name}"' in text, name
+
+
+def test_reference_stands_alone() -> None:
+    for path in (ROOT / "reference").glob("*.py"):
+        assert "squid_fast" not in path.read_text(), path
+
+
+def test_figures_in_documents_are_the_measured_ones() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.readme", "--check"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
