@@ -3,7 +3,8 @@
 Each public function checks its arguments and calls an operator ``torch.ops.squid_fast.<name>``
 that has a fake implementation (so that ``torch.compile`` and export see through it), a gradient
 whose backward is an operator too, and one implementation in vectorised PyTorch that serves every
-device. Nothing synchronises with the host. Double backward is not supported.
+device. Nothing synchronises with the host. Results are contiguous, but for those of the masked
+shortcut, which keep their layout. NaN stays within its row. Double backward is not supported.
 
 Symbols: B images, N patches of an image, M memory slots, C slot width, k = ``top_k``.
 """
@@ -62,43 +63,44 @@ def _wide(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("squid_fast::gumbel_shrinkage", mutates_args=())
 def _gumbel_shrinkage(logits: Tensor, top_k: int) -> Tensor:
-    return _gumbel_weights(torch.softmax(_wide(logits), dim=-1), top_k).to(logits.dtype)
+    weights = _gumbel_weights(torch.softmax(_wide(logits), dim=-1), top_k)
+    return weights.to(logits.dtype).contiguous()
 
 
 @torch.library.custom_op("squid_fast::gumbel_shrinkage_backward", mutates_args=())
 def _gumbel_shrinkage_backward(grad: Tensor, logits: Tensor) -> Tensor:
     probabilities = torch.softmax(_wide(logits), dim=-1)
-    return _softmax_backward(_wide(grad), probabilities).to(logits.dtype)
+    return _softmax_backward(_wide(grad), probabilities).to(logits.dtype).contiguous()
 
 
 @torch.library.custom_op("squid_fast::hard_shrinkage", mutates_args=())
 def _hard_shrinkage(logits: Tensor, threshold: float) -> Tensor:
-    return _keep_above(_wide(logits), threshold).to(logits.dtype)
+    return _keep_above(_wide(logits), threshold).to(logits.dtype).contiguous()
 
 
 @torch.library.custom_op("squid_fast::hard_shrinkage_backward", mutates_args=())
 def _hard_shrinkage_backward(grad: Tensor, logits: Tensor, threshold: float) -> Tensor:
-    return _hard_backward(_wide(grad), _wide(logits), threshold).to(logits.dtype)
+    return _hard_backward(_wide(grad), _wide(logits), threshold).to(logits.dtype).contiguous()
 
 
 @_gumbel_shrinkage.register_fake
 def _(logits: Tensor, top_k: int) -> Tensor:
-    return torch.empty_like(logits)
+    return logits.new_empty(logits.shape)
 
 
 @_gumbel_shrinkage_backward.register_fake
 def _(grad: Tensor, logits: Tensor) -> Tensor:
-    return torch.empty_like(logits)
+    return logits.new_empty(logits.shape)
 
 
 @_hard_shrinkage.register_fake
 def _(logits: Tensor, threshold: float) -> Tensor:
-    return torch.empty_like(logits)
+    return logits.new_empty(logits.shape)
 
 
 @_hard_shrinkage_backward.register_fake
 def _(grad: Tensor, logits: Tensor, threshold: float) -> Tensor:
-    return torch.empty_like(logits)
+    return logits.new_empty(logits.shape)
 
 
 def _save_logits(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -437,7 +439,7 @@ def _attention_weights(query: Tensor, key: Tensor, num_heads: int) -> tuple[Tens
 
 
 def _merge_heads(x: Tensor) -> Tensor:
-    return x.transpose(1, 2).flatten(2)
+    return x.transpose(1, 2).flatten(2).contiguous()
 
 
 @torch.library.custom_op("squid_fast::neighbourhood_attention", mutates_args=())

@@ -153,3 +153,8 @@ def test_errors_of_arguments() -> None:
         reference.discriminator_logits(
             reference.Discriminator(2), torch.zeros(1, 1, 64, 64), "batch"
         )
+
+
+@pytest.mark.parametrize("mode", ["instance", "running"])
+def test_no_images_have_no_scores(mode: str) -> None:
+    assert Discriminator(2).score(torch.zeros(0, 1, 64, 64), mode).shape == (0,)

@@ -671,8 +671,17 @@ def operator_samples() -> dict[str, list[tuple]]:
         return x.clone().requires_grad_()
 
     return {
-        "gumbel_shrinkage": [(leaf(logits), 3), (logits[:, ::2], 2), (logits[:0], 1)],
-        "gumbel_shrinkage_backward": [(grad, logits), (grad[:1].expand(3, 7), logits)],
+        "gumbel_shrinkage": [
+            (leaf(logits), 3),
+            (logits[:, ::2], 2),
+            (logits[:0], 1),
+            (logits.T, 2),
+        ],
+        "gumbel_shrinkage_backward": [
+            (grad, logits),
+            (grad[:1].expand(3, 7), logits),
+            (grad, logits.view(7, 3).T),
+        ],
         "hard_shrinkage": [(leaf(logits), 0.3), (logits.T, 0.3)],
         "hard_shrinkage_backward": [(grad, logits, 0.3), (grad.T, logits.T, 0.3)],
         "memory_lookup": [
@@ -696,8 +705,9 @@ def operator_samples() -> dict[str, list[tuple]]:
         "neighbourhood_attention": [
             (*map(leaf, attention), 2),
             (attention[0].mT.contiguous().mT, *attention[1:], 2),
+            (*attention, 4),  # heads of width 1
         ],
-        "neighbourhood_attention_backward": [(attention[0], *attention, 2)],
+        "neighbourhood_attention_backward": [(attention[0], *attention, heads) for heads in (2, 4)],
     }
 
 

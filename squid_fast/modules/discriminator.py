@@ -58,6 +58,8 @@ class Discriminator(nn.Module):
                 "mode 'instance' needs images larger than 32 x 32: at that size the last feature "
                 "map is a single pixel, which has no statistics. Use 'running'."
             )
+        if images.shape[0] == 0:  # instance normalisation does not take an empty batch
+            return images.new_zeros(0)
         x = images
         for layer in self.conv_model:
             if not isinstance(layer, nn.BatchNorm2d):

@@ -183,7 +183,8 @@ class MemoryQueue(_Memory):
     ) -> None:
         _Memory._split(module, state_dict, prefix, local_metadata)
         assert isinstance(module, MemoryQueue)
-        local_metadata["ptr"] = int(module.ptr)
+        if not module.ptr.is_meta:
+            local_metadata["ptr"] = int(module.ptr)
 
     def _load_extra(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]

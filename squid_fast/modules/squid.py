@@ -128,7 +128,7 @@ class SQUID(nn.Module):
             )
             # Both sides of the distillation learn from it: the published loss stops neither.
             dist_loss = torch.stack(
-                [F.mse_loss(s.float(), t.float()) for s, t in zip(student, features, strict=True)]
+                [F.mse_loss(s, t) for s, t in zip(student, features, strict=True)]
             ).sum()
         return {
             "recon": recon,

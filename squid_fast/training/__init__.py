@@ -1,8 +1,9 @@
 """Training: losses, the step, the loop, checkpoints."""
 
 from .checkpoint import CheckpointError
-from .loop import NonFiniteLossError, Progress, TrainingResult, learning_rate, train
+from .loop import Progress, TrainingResult, learning_rate, train
 from .run import load_splits, train_bundle
+from .state import NonFiniteLossError
 from .step import Trainer, make_optimizers
 
 __all__ = [

@@ -1,0 +1,141 @@
+"""The state of a training run: modules, optimisers, position, and how it is kept."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._extras import require
+from ..devices import choose_layout, to_layout
+from ..modules import SQUID, Discriminator, discriminator_size
+from ..presets import Recipe
+from .checkpoint import CheckpointError, save_checkpoint
+from .step import Trainer, make_optimizers
+
+CHECKPOINT = "checkpoint.pt"
+
+
+class NonFiniteLossError(RuntimeError):
+    """A loss became NaN or infinite; the last good checkpoint is untouched."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What makes a run what it is; a resumed run must agree in all of it but ``epochs``."""
+
+    model: dict[str, Any]
+    recipe: Recipe
+    seed: int
+    precision: str
+    images: int
+
+
+class Run:
+    """The modules on their device, their optimisers, and where in training they are."""
+
+    def __init__(
+        self, model: SQUID, settings: Settings, device: torch.device, precision: str
+    ) -> None:
+        fabric_module = require("lightning_fabric", "train")
+        self.fabric = fabric_module.Fabric(
+            accelerator=device.type,
+            devices=[device.index or 0] if device.type == "cuda" else 1,
+            precision="bf16-mixed" if precision == "bf16" else "32-true",
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            discriminator = Discriminator(discriminator_size(model.image_size))
+        self.layout = choose_layout(settings.model["features_root"])
+        self.model, self.discriminator = model.train(), discriminator.train()
+        to_layout(model.to(device), self.layout)
+        to_layout(discriminator.to(device), self.layout)
+        optimizers = make_optimizers(model, discriminator, settings.recipe)
+        generator, generator_optimizer = self.fabric.setup(model, optimizers[0])
+        judge, discriminator_optimizer = self.fabric.setup(discriminator, optimizers[1])
+        self.optimizers = generator_optimizer, discriminator_optimizer
+        self.trainer = Trainer(
+            generator, judge, self.optimizers, settings.recipe, self.fabric.backward
+        )
+        self.step = 0
+        self.sums: dict[str, Tensor] = {}  # losses of this epoch so far, on the device
+        self.validation: dict[str, float] = {}
+
+    def save(self, settings: Settings, out: Path) -> None:
+        """Write the checkpoint, unless a loss or a weight is not finite.
+
+        Raises:
+            NonFiniteLossError: then the last good checkpoint stays.
+        """
+        self.means()
+        if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
+            raise NonFiniteLossError(
+                f"training stopped at step {self.step}: a weight is not finite. The last good "
+                "checkpoint is kept; a lower learning rate may help."
+            )
+        save_checkpoint(self.state(settings), out / CHECKPOINT)
+
+    def state(self, settings: Settings) -> dict[str, Any]:
+        return {
+            "format": 1,
+            "settings": asdict(settings),
+            "step": self.step,
+            "generator": self.model.state_dict(),
+            "discriminator": self.discriminator.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "sums": dict(self.sums),
+            "validation": dict(self.validation),
+        }
+
+    def load(self, state: dict[str, Any], settings: Settings) -> None:
+        was, now = _flat(state["settings"]), _flat(asdict(settings))
+        changed = [
+            f"{key} was {was.get(key)!r} and is {now.get(key)!r}"
+            for key in sorted(was.keys() | now.keys())
+            if was.get(key) != now.get(key) and key != "recipe.epochs"
+        ]
+        if changed:
+            raise CheckpointError(
+                f"the checkpoint is of a run with other settings: {'; '.join(changed)}."
+            )
+        self.model.load_state_dict(state["generator"])
+        self.discriminator.load_state_dict(state["discriminator"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.step = state["step"]
+        self.sums = {k: v.to(self.fabric.device) for k, v in state["sums"].items()}
+        self.validation = state["validation"]
+
+    def add(self, losses: dict[str, Tensor]) -> None:
+        for name, value in losses.items():
+            pair = torch.stack([value.float(), torch.ones_like(value, dtype=torch.float32)])
+            self.sums[name] = self.sums[name] + pair if name in self.sums else pair
+
+    def means(self) -> dict[str, float]:
+        """Mean losses of this epoch; waits for the device.
+
+        Raises:
+            NonFiniteLossError: one of them is not finite.
+        """
+        means = {name: (pair[0] / pair[1]).item() for name, pair in self.sums.items()}
+        bad = [f"{name} is {value}" for name, value in means.items() if not math.isfinite(value)]
+        if bad:
+            raise NonFiniteLossError(
+                f"training stopped at step {self.step}: {', '.join(bad)}. The last good checkpoint "
+                "is kept; a lower learning rate or float32 in place of bf16 may help."
+            )
+        return means
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat
