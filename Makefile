@@ -1,5 +1,5 @@
 # Everything here needs only make and a Python from 3.10 to 3.13; the rest goes into .venv.
-#   make test ARGS="-k memory"     hands arguments on to pytest (test, bench) or the demo
+#   make test ARGS="-k memory"     hands arguments on (test, bench, demo)
 #   make setup PYTHON=python3.12   chooses the Python that .venv is made with
 
 PYTHON ?= python3
@@ -38,8 +38,8 @@ types: $(READY)  ## Check types
 	@cd build/types/squid_fast && ln -s ../../../squid_fast/* ../../../kernels ../../../reference .
 	@$(BIN)/mypy
 
-bench: $(READY)  ## Run the benchmarks
-	@$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
+bench: $(READY)  ## Time the published way beside squid_fast on this machine
+	@$(BIN)/python -m bench.speed $(ARGS)
 
 clean:  ## Remove what make has made: .venv, build folders, caches
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -49,7 +49,7 @@ def evaluation(device: torch.device) -> dict[str, tuple[int, Callable[[], Any]]]
     return {
         "published way, batch of 1": (1, lambda: published(images[:1])),
         f"published way, batch of {BATCH}": (BATCH, lambda: published(images)),
-        f"squid_fast.Scorer, batch of {BATCH}": (BATCH, lambda: scorer._run(images, [name])[0]),
+        f"squid_fast.Scorer, batch of {BATCH}": (BATCH, lambda: scorer._look(images, [name])),
     }
 
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import sys
 
+from ._extras import require
+
 
 def main() -> None:
     """Run the command line; errors that a user can mend end in one sentence and exit code 1."""
     try:
+        require("typer", "screen")
+        require("rich", "screen")
         from .cli import app
 
         app()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import Tensor
 from .data import ImageSet
 from .devices import Precision, choose_device, choose_layout, choose_precision, to_layout
 from .evaluation import Evaluation, evaluate, threshold_at_false_positive_rate
-from .modules import SQUID, Discriminator
+from .modules import SQUID, Discriminator, ScoreMode
 from .modules.unet import to_patches
 
 PAPER_SCORE = "discriminator_instance"
@@ -30,6 +30,7 @@ SCORES: dict[str, tuple[int, str]] = {
 }  # fmt: skip
 """What an image can be scored by: (sign that makes greater mean less normal, meaning)."""
 
+_MODES: dict[str, ScoreMode] = {PAPER_SCORE: "instance", "discriminator_running": "running"}
 _CALIBRATION_IMAGES = 2000  # of the training set; more do not move mean and deviation
 _BATCH = 64
 
@@ -175,18 +176,18 @@ class Scorer:
             ValueError: images that the model cannot take, or no calibration.
         """
         self._calibrated()
-        raw, recon = self._run(images, [self.score_name])
-        values = raw[self.score_name]
+        names = [self.score_name]
+        logits, errors, recon = self._look(images, names)
+        values = self._derive(names, logits, errors)[self.score_name]
         z = self.z_score(self.score_name, values)
         return Scores(values, z, torch.sigmoid(z), recon.float().cpu() if reconstruction else None)
 
     def raw_scores(
-        self, images: ImageSet, names: Iterable[str] = tuple(SCORES)
+        self, images: ImageSet, names: Collection[str] = tuple(SCORES)
     ) -> dict[str, Tensor]:
         """Raw values [n] of several scores at once; "patch_error" needs the calibration."""
-        names = list(names)
-        parts = [self._run(images.batch(part), names)[0] for part in _parts(len(images))]
-        return {name: torch.cat([part[name] for part in parts]) for name in names}
+        logits, errors = self._look_at_all(images, names)
+        return self._derive(names, logits, errors)
 
     def evaluate(self, images: ImageSet) -> tuple[dict[str, Evaluation], dict[str, np.ndarray]]:
         """Figures of every score on labelled images, and the z-scores [n] they are made of.
@@ -208,15 +209,6 @@ class Scorer:
         }
         return evaluations, z
 
-    def patch_errors(self, images: ImageSet) -> Tensor:
-        """Mean squared reconstruction error [n, N] of every patch, float32 on the CPU."""
-        parts = []
-        for part in _parts(len(images)):
-            batch = images.batch(part)
-            recon = self._run(batch, ())[1]
-            parts.append(_patch_errors(recon.cpu(), batch, self.model.num_patch))
-        return torch.cat(parts)
-
     def z_score(self, name: str, raw: Tensor) -> Tensor:
         """z-scores of raw values, oriented so that greater is less normal."""
         calibration = self._calibrated(name)
@@ -231,27 +223,48 @@ class Scorer:
         return self.calibration.scores[name or self.score_name]
 
     @torch.inference_mode()
-    def _run(self, images: Tensor, names: Iterable[str]) -> tuple[dict[str, Tensor], Tensor]:
+    def _look(
+        self, images: Tensor, names: Collection[str]
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """The discriminator's logits by score, patch errors [B, N], and the reconstruction."""
         images = images.to(self.device, memory_format=self._layout)
         with self._autocast():
             recon = self.model(images, teacher=False)["recon"]
-            values = {
-                name: self.discriminator.score(
-                    recon, "instance" if name == PAPER_SCORE else "running"
-                )
-                for name in names
-                if name.startswith("discriminator")
+            logits = {
+                name: self.discriminator.score(recon, mode)
+                for name, mode in _MODES.items()
+                if name in names
             }
-        errors = _patch_errors(recon, images, self.model.num_patch)
+        squared = (recon.float() - images).square()
+        errors = to_patches(squared, self.model.num_patch).mean(dim=(1, 2, 3))
+        logits = {name: values.float().cpu() for name, values in logits.items()}
+        return logits, errors.view(images.shape[0], -1).cpu(), recon
+
+    def _look_at_all(
+        self, images: ImageSet, names: Collection[str]
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The same for a whole set, in batches, without the reconstructions."""
+        parts = [
+            self._look(images.batch(slice(start, start + _BATCH)), names)[:2]
+            for start in range(0, len(images), _BATCH)
+        ]
+        logits = {name: torch.cat([part[0][name] for part in parts]) for name in parts[0][0]}
+        return logits, torch.cat([part[1] for part in parts])
+
+    def _derive(
+        self, names: Collection[str], logits: dict[str, Tensor], errors: Tensor
+    ) -> dict[str, Tensor]:
+        """Raw scores by name, from the discriminator's logits and the patch errors [n, N]."""
+        values = dict(logits)
         if "reconstruction_error" in names:
             values["reconstruction_error"] = errors.mean(dim=1)
-        if "patch_error" in names and self.calibration is not None:
-            mean, std = (
-                torch.tensor(values, device=errors.device)
-                for values in (self.calibration.patch_mean, self.calibration.patch_std)
-            )
+        if "patch_error" in names:
+            if self.calibration is None:
+                raise ValueError("patch_error needs a calibration, but this scorer has none.")
+            mean = torch.tensor(self.calibration.patch_mean)
+            std = torch.tensor(self.calibration.patch_std)
             values["patch_error"] = ((errors - mean) / std).amax(dim=1)
-        return {name: value.float().cpu() for name, value in values.items()}, recon
+        return {name: values[name] for name in names}
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.precision == "float32":
@@ -259,20 +272,9 @@ class Scorer:
         return torch.autocast(self.device.type, torch.bfloat16)
 
 
-def _patch_errors(recon: Tensor, images: Tensor, num_patch: int) -> Tensor:
-    """Mean squared error [B, N] of every patch."""
-    squared = (recon.float() - images).square()
-    return to_patches(squared, num_patch).mean(dim=(1, 2, 3)).view(images.shape[0], -1)
-
-
 def _z_score(name: str, raw: Tensor, mean: float, std: float) -> Tensor:
     """float32; subtracted in float64, since the deviation can be tiny beside the mean."""
     return (SCORES[name][0] * (raw.double() - mean) / std).float()
-
-
-def _parts(n: int) -> Iterator[slice]:
-    for start in range(0, n, _BATCH):
-        yield slice(start, min(start + _BATCH, n))
 
 
 def calibrate(
@@ -308,12 +310,13 @@ def calibrate(
         raise ValueError(
             f"{len(training)} normal images cannot calibrate a score; give at least 2."
         )
-    errors = scorer.patch_errors(training)
+    logits, errors = scorer._look_at_all(training, SCORES)
     patch_mean, patch_std = errors.mean(dim=0), errors.std(dim=0).clamp_min(1e-12)
     scorer.calibration = Calibration({}, patch_mean.tolist(), patch_std.tolist(), "")
-    enough = normal_validation is not None and len(normal_validation) * false_positive_rate >= 1
-    held_out = normal_validation if enough and normal_validation is not None else training
-    raw, held_out_raw = scorer.raw_scores(training), scorer.raw_scores(held_out)
+    raw = held_out_raw = scorer._derive(SCORES, logits, errors)
+    source = "training"
+    if normal_validation is not None and len(normal_validation) * false_positive_rate >= 1:
+        held_out_raw, source = scorer.raw_scores(normal_validation), "validation"
     scores = {}
     for name, values in raw.items():
         mean, std = values.double().mean().item(), max(values.double().std().item(), 1e-12)
@@ -322,5 +325,4 @@ def calibrate(
         scores[name] = ScoreCalibration(
             mean, std, threshold, false_positive_rate, np.sort(z).astype(float).round(4).tolist()
         )
-    source = "validation" if enough else "training"
     return Calibration(scores, patch_mean.tolist(), patch_std.tolist(), source)

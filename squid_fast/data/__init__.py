@@ -1,14 +1,10 @@
 """From files to tensors: readers, dataset layouts, image sets in memory, DigitAnatomy."""
 
-from squid_fast.data.digit_anatomy import (
-    KINDS,
-    DigitAnatomy,
-    DigitGrids,
-    DigitSourceError,
-    write_digit_anatomy,
-)
+from squid_fast.data.digit_anatomy import KINDS, DigitAnatomy, DigitGrids
+from squid_fast.data.digit_files import write_digit_anatomy
+from squid_fast.data.handwriting import DigitSourceError
 from squid_fast.data.images import ImageSet, load_images
-from squid_fast.data.layouts import LAYOUTS, LayoutError, Record, find_records, select
+from squid_fast.data.layouts import LAYOUTS, find_records
 from squid_fast.data.readers import (
     IMAGE_SUFFIXES,
     MAX_PIXELS,
@@ -16,6 +12,7 @@ from squid_fast.data.readers import (
     load_image,
     read_image,
 )
+from squid_fast.data.records import LayoutError, Record, select
 
 __all__ = [
     "IMAGE_SUFFIXES",

@@ -6,26 +6,16 @@ radiograph; what breaks the order is an anomaly, and where it does is known exac
 
 from __future__ import annotations
 
-import csv
-import gzip
-import math
 import os
-import re
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
-from squid_fast._extras import require
+from squid_fast.data.handwriting import SPLITS, bundled_digits, load_mnist, split_members
 from squid_fast.data.images import ImageSet
 
 KINDS = ("missing", "swapped", "flipped", "foreign")
-
-SPLITS = ("train", "val", "test")
 
 SCALE = (0.6, 1.3)
 """Range of a digit's size; at 1 a drawing's frame fills its cell."""
@@ -45,13 +35,7 @@ _FLIPS = (
     (7, False, True),
     (9, True, False),
 )
-_SHARES = (0.6, 0.8)  # where train and val end
 _GRIDS_AT_ONCE = 256  # keeps the float cells of a chunk within the cache
-_IDX_UINT8 = 0x08
-
-
-class DigitSourceError(ValueError):
-    """Handwritten digits could not be found or read; the message says where and why."""
 
 
 @dataclass
@@ -126,10 +110,10 @@ class DigitAnatomy:
             raise ValueError(f"cell is {cell}; a digit needs at least 4 pixels")
         if split not in SPLITS:
             raise ValueError(f"split is {split!r}; {', '.join(SPLITS)} are there")
-        images, classes = _bundled_digits() if source is None else load_mnist(source)
+        images, classes = bundled_digits() if source is None else load_mnist(source)
         self.cell = cell
         self.split = split
-        members = _split_members(torch.from_numpy(classes).long(), split, seed)
+        members = split_members(torch.from_numpy(classes), split, seed)
         self.drawings = torch.cat(members)
         self._count = torch.tensor([len(member) for member in members])
         self._start = self._count.cumsum(0) - self._count
@@ -144,7 +128,7 @@ class DigitAnatomy:
             seed: the same seed gives the same grids, bit for bit; None goes on in this object's
                 own sequence.
         """
-        return self._render(self._plan(n, self._random(seed)), ["normal"] * _checked(n))
+        return self._render(self._plan(n, self._random(seed)), ["normal"] * n)
 
     def anomalous(
         self,
@@ -173,9 +157,9 @@ class DigitAnatomy:
         unknown = sorted(set(kinds) - set(KINDS))
         if unknown or not kinds:
             raise ValueError(f"kinds is {tuple(kinds)}; choose among {', '.join(KINDS)}")
-        names = [kinds[i % len(kinds)] for i in range(_checked(n))]
         generator = self._random(seed)
         plan = self._plan(n, generator)
+        names = [kinds[i % len(kinds)] for i in range(n)]
         _spoil(plan, names, generator)
         return self._render(plan, names)
 
@@ -185,7 +169,8 @@ class DigitAnatomy:
         return seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
 
     def _plan(self, n: int, generator: torch.Generator) -> _Plan:
-        n = _checked(n)
+        if n < 0:
+            raise ValueError(f"n is {n}; a number of grids is 0 or more")
         drawing = torch.rand(n, 9, generator=generator)
         low, high = SCALE
         scale = low + (high - low) * torch.rand(n, 9, generator=generator)
@@ -211,12 +196,6 @@ class DigitAnatomy:
         masks = plan.affected.reshape(-1, 1, 1).expand(-1, self.cell, self.cell)
         labels = torch.tensor([int(kind != "normal") for kind in kinds], dtype=torch.int64)
         return DigitGrids(images, labels, kinds, _assembled(masks))
-
-
-def _checked(n: int) -> int:
-    if n < 0:
-        raise ValueError(f"n is {n}; a number of grids is 0 or more")
-    return n
 
 
 def _spoil(plan: _Plan, kinds: list[str], generator: torch.Generator) -> None:
@@ -264,25 +243,6 @@ def _assembled(cells: torch.Tensor) -> torch.Tensor:
     return grid.reshape(-1, 1, 3 * side, 3 * side)
 
 
-def _split_members(classes: torch.Tensor, split: str, seed: int) -> list[torch.Tensor]:
-    """The drawings of each class, 0 to 9, that belong to a split."""
-    generator = torch.Generator().manual_seed(seed)
-    members = []
-    for digit in range(10):
-        all_of_it = (classes == digit).nonzero()[:, 0]
-        shuffled = all_of_it[torch.randperm(len(all_of_it), generator=generator)]
-        ends = [0, *(math.floor(share * len(shuffled)) for share in _SHARES), len(shuffled)]
-        which = SPLITS.index(split)
-        chosen = shuffled[ends[which] : ends[which + 1]]
-        if len(chosen) == 0:
-            raise DigitSourceError(
-                f"the source has {len(all_of_it)} drawings of the digit {digit}, none is left for "
-                f"the split {split!r}; at least 5 of each digit are needed"
-            )
-        members.append(chosen)
-    return members
-
-
 def _resized(drawings: torch.Tensor, cell: int) -> torch.Tensor:
     """uint8 [m, h, w] -> uint8 [m, cell, cell], antialiased."""
     resized = [
@@ -292,181 +252,3 @@ def _resized(drawings: torch.Tensor, cell: int) -> torch.Tensor:
         for part in torch.split(drawings, 4096)
     ]
     return torch.cat(resized)[:, 0].add_(0.5).clamp_(0, 255).to(torch.uint8)
-
-
-Bytes = npt.NDArray[np.uint8]
-
-
-def _bundled_digits() -> tuple[Bytes, npt.NDArray[np.int64]]:
-    """scikit-learn's digits, 0..16, with a margin of 2 so that they fill their frame as MNIST's."""
-    digits = require("sklearn.datasets", "train").load_digits()
-    images = np.pad(digits.images * (255 / 16), ((0, 0), (2, 2), (2, 2)))
-    return np.round(images).astype(np.uint8), digits.target.astype(np.int64)
-
-
-def load_mnist(source: str | os.PathLike[str]) -> tuple[Bytes, npt.NDArray[np.int64]]:
-    """Read MNIST's images and labels.
-
-    Args:
-        source: the images' file, or the folder that holds it; of several pairs "train" comes
-            before "t10k". The labels' file has the same name with "labels" for "images" and "idx1"
-            for "idx3". Either may be gzipped.
-
-    Returns:
-        uint8 ``[n, h, w]``, white ink on black, and int64 ``[n]`` in 0..9.
-
-    Raises:
-        DigitSourceError: a file is missing or is not what its name says.
-    """
-    images_path = _images_file(Path(source))
-    stem = re.sub(r"\.gz$", "", images_path.name).replace("images", "labels")
-    stem = stem.replace("idx3", "idx1")
-    labels_path = next(
-        (path for name in (stem, stem + ".gz") if (path := images_path.with_name(name)).is_file()),
-        None,
-    )
-    if labels_path is None or labels_path == images_path:
-        raise DigitSourceError(f"{images_path} has no labels: {stem} or {stem}.gz is not beside it")
-    images, labels = read_idx(images_path), read_idx(labels_path)
-    if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
-        raise DigitSourceError(
-            f"{images_path} has the shape {list(images.shape)} and {labels_path.name} "
-            f"{list(labels.shape)}; [n, h, w] and [n] are needed"
-        )
-    if labels.size and labels.max() > 9:
-        raise DigitSourceError(f"{labels_path} holds the label {labels.max()}; 0 to 9 are digits")
-    return images, labels.astype(np.int64)
-
-
-def _images_file(source: Path) -> Path:
-    if source.is_file():
-        return source
-    if not source.is_dir():
-        raise DigitSourceError(f"{source} does not exist; give MNIST's folder or its images' file")
-    found = {
-        match.group(1): path
-        for path in sorted(source.iterdir(), reverse=True)
-        if (match := re.fullmatch(r"(train|t10k)-images[-.]idx3-ubyte(\.gz)?", path.name))
-    }
-    if not found:
-        raise DigitSourceError(
-            f"{source} holds neither train-images-idx3-ubyte nor t10k-images-idx3-ubyte (or .gz)"
-        )
-    return found.get("train", found.get("t10k", source))
-
-
-def read_idx(path: str | os.PathLike[str]) -> Bytes:
-    """Read an IDX file of bytes, gzipped or not (told by its content).
-
-    Returns:
-        uint8 of the shape that the header gives.
-
-    Raises:
-        DigitSourceError: it cannot be read, is no IDX file of unsigned bytes, or its size does not
-            fit its header.
-    """
-    path = Path(path)
-    try:
-        with open(path, "rb") as probe:
-            zipped = probe.read(2) == b"\x1f\x8b"
-        with gzip.open(path, "rb") if zipped else open(path, "rb") as file:
-            start = file.read(4)
-            if len(start) < 4 or start[:2] != b"\0\0" or start[2] != _IDX_UINT8 or not start[3]:
-                raise DigitSourceError(
-                    f"{path} begins with {start!r}; an IDX file of bytes begins with 00 00 08 "
-                    "and its number of dimensions"
-                )
-            sizes = file.read(4 * start[3])
-            if len(sizes) < 4 * start[3]:
-                raise DigitSourceError(f"{path} ends within its header of {start[3]} sizes")
-            shape = [int(size) for size in np.frombuffer(sizes, dtype=">u4")]
-            expected = math.prod(shape)
-            data = file.read(expected + 1)
-    except (OSError, EOFError, zlib.error, MemoryError, OverflowError, ValueError) as error:
-        if isinstance(error, DigitSourceError):
-            raise
-        raise DigitSourceError(f"{path} cannot be read: {error}") from error
-    if len(data) != expected:
-        raise DigitSourceError(
-            f"{path} promises {expected} bytes in the shape {shape} and holds "
-            f"{'more' if len(data) > expected else len(data)}"
-        )
-    return np.frombuffer(bytearray(data), dtype=np.uint8).reshape(shape)
-
-
-DEFAULT_COUNTS: Mapping[str, tuple[int, int]] = {
-    "train": (2000, 0),
-    "val": (200, 200),
-    "test": (500, 500),
-}
-"""Normal and anomalous grids in each split of a data set that is written."""
-
-_COLUMNS = ("image_path", "label", "split", "kind", "mask_path")
-
-
-def write_digit_anatomy(
-    out_dir: str | os.PathLike[str],
-    counts: Mapping[str, tuple[int, int]] = DEFAULT_COUNTS,
-    source: str | os.PathLike[str] | None = None,
-    cell: int = 32,
-    seed: int = 0,
-    kinds: Sequence[str] = KINDS,
-    overwrite: bool = False,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> Path:
-    """Write a data set that :func:`squid_fast.data.find_records` reads back.
-
-    PNG images go to ``images/{split}/``, the masks of anomalous grids (255 where affected) to
-    ``masks/{split}/``, and the table ``labels.csv`` with image_path, label, split, kind, mask_path
-    (empty for normal grids) is written last.
-
-    Args:
-        out_dir: created if it is not there.
-        counts: (normal, anomalous) grids by split.
-        source, cell, seed: as for :class:`DigitAnatomy`.
-        kinds: the anomalies to draw.
-        overwrite: write into a folder that already has a ``labels.csv``.
-        on_progress: called with (images written, images in all).
-
-    Returns:
-        the path of the table.
-
-    Raises:
-        FileExistsError: there is a ``labels.csv`` and ``overwrite`` is off.
-        DigitSourceError, ImportError, ValueError: as :class:`DigitAnatomy`.
-    """
-    root = Path(out_dir)
-    table = root / "labels.csv"
-    if table.exists() and not overwrite:
-        raise FileExistsError(f"{table} exists already; choose another folder or overwrite it")
-    total = sum(normal + anomalous for normal, anomalous in counts.values())
-    rows: list[tuple[str, int, str, str, str]] = []
-    for split, (normal, anomalous) in counts.items():
-        digits = DigitAnatomy(source, cell, split, seed)
-        for grids in (digits.normal(normal), digits.anomalous(anomalous, kinds=kinds)):
-            for row in _write_grids(root, split, grids):
-                rows.append(row)
-                if on_progress is not None:
-                    on_progress(len(rows), total)
-    root.mkdir(parents=True, exist_ok=True)
-    with open(table, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(_COLUMNS)
-        writer.writerows(rows)
-    return table
-
-
-def _write_grids(
-    root: Path, split: str, grids: DigitGrids
-) -> Iterator[tuple[str, int, str, str, str]]:
-    pil = require("PIL.Image", "train")
-    for folder in ("images", "masks"):
-        (root / folder / split).mkdir(parents=True, exist_ok=True)
-    for number, kind in enumerate(grids.kinds):
-        name = f"{split}/{kind}_{number:05d}.png"
-        pil.fromarray(grids.images[number, 0].numpy()).save(root / "images" / name)
-        mask = grids.masks[number, 0]
-        if mask.any():
-            pil.fromarray(mask.numpy().astype(np.uint8) * 255).save(root / "masks" / name)
-        mask_path = f"masks/{name}" if mask.any() else ""
-        yield f"images/{name}", int(grids.labels[number]), split, kind, mask_path

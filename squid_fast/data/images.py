@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from squid_fast.data.layouts import Record
 from squid_fast.data.readers import ImageReadError, load_image
+from squid_fast.data.records import Record
 
 UNKNOWN = -1
 _CHUNK = 256

@@ -10,16 +10,12 @@
 Rows stream from the files to the table; what the report needs is collected on the way.
 """
 
-from squid_fast.screening.pipeline import ScreenRow, find_files, screen
+from squid_fast.screening.files import find_files
+from squid_fast.screening.pipeline import ScreenRow, screen
+from squid_fast.screening.plain import utf8_text
 from squid_fast.screening.report import write_report
-from squid_fast.screening.results import (
-    COLUMNS,
-    ResultWriter,
-    Summary,
-    open_writer,
-    summarise,
-    utf8_text,
-)
+from squid_fast.screening.results import COLUMNS, ResultWriter, open_writer
+from squid_fast.screening.summary import Summary, summarise
 
 __all__ = [
     "COLUMNS",

@@ -17,13 +17,15 @@ import numpy as np
 import torch
 
 from squid_fast._extras import require
-from squid_fast.screening.pipeline import PathInput, ScorerLike, ScreenRow, load_or_explain
-from squid_fast.screening.results import Summary, summarise, utf8_text
+from squid_fast.screening.files import PathInput
+from squid_fast.screening.histogram import draw_histogram
+from squid_fast.screening.pipeline import ScorerLike, ScreenRow, load_or_explain
+from squid_fast.screening.plain import utf8_text
+from squid_fast.screening.summary import Summary, summarise
 
 _RESCORE_BATCH = 16
 _MAX_SIDE = 320  # pixels; larger images are shown at this size
 _MAX_TEXT = 400  # characters of a path or an error
-_BINS = 40
 _HEAT_ANCHORS = (  # from black to pale yellow, evenly spaced, brightness always rising
     (0, 0, 4),
     (31, 12, 72),
@@ -79,6 +81,7 @@ def write_report(
         raise ValueError("reference_z must be finite")
     summary = rows if isinstance(rows, Summary) else summarise(rows)
     threshold = float(scorer.threshold)
+    histogram = draw_histogram(summary.z_scores, threshold, reference) if summary.scored else None
     findings, heat_scale = _findings(scorer, summary.most_anomalous, reference)
     template = importlib.resources.files("squid_fast.screening").joinpath("report.html.j2")
     environment = jinja2.Environment(
@@ -94,7 +97,7 @@ def write_report(
         threshold=threshold,
         false_positive_rate=float(scorer.false_positive_rate),
         summary=summary,
-        histogram=_histogram(summary.z_scores, threshold, reference) if summary.scored else None,
+        histogram=histogram,
         reference_count=reference.size,
         findings=findings,
         heat_scale=heat_scale,
@@ -186,100 +189,6 @@ def _pictures(scorer: ScorerLike, rows: list[ScreenRow]) -> Iterator[_Picture]:
                 yield _Picture(image)
 
 
-@dataclass(frozen=True)
-class _Bar:
-    left: float
-    width: float
-    height: float
-    flagged: bool
-    label: str
-
-
-@dataclass(frozen=True)
-class _Histogram:
-    """A drawing on a square of 100 x 100, y downwards; ticks are (position, text)."""
-
-    bars: list[_Bar]
-    reference: str  # points of a polyline; empty without a reference
-    threshold: float | None
-    x_ticks: list[tuple[float, str]]
-    y_ticks: list[tuple[float, str]]
-    outside: int
-
-
-def _histogram(z: np.ndarray, threshold: float, reference: np.ndarray) -> _Histogram:
-    """Bins whose edges meet the threshold, so that every bar is wholly flagged or wholly not.
-
-    The axis spans the bulk of the scores; those beyond it go to the outermost bins.
-    """
-    z = z.astype(np.float64)
-    anchor = threshold if math.isfinite(threshold) else 0.0
-    bounds = [_bulk(values) for values in (z, reference) if values.size]
-    low = min([anchor, *(bound[0] for bound in bounds)])
-    high = max([anchor, *(bound[1] for bound in bounds)])
-    step = _round_step((high - low or 1.0) / _BINS)
-    first = min(-1, math.floor((low - anchor) / step))
-    last = max(1, math.ceil((high - anchor) / step))
-    bins = last - first
-    counts = _count(z, anchor, step, first, last)
-    outline = _count(reference, anchor, step, first, last) * (z.size / max(1, reference.size))
-    top = max(counts.max(), outline.max()) * 1.06
-    start = anchor + first * step
-
-    def place(value: float) -> float:
-        return (value - start) / (bins * step) * 100
-
-    bars = [
-        _Bar(
-            left=i / bins * 100,
-            width=100 / bins,
-            height=max(count / top * 100, 0.8),  # a single image must not vanish
-            flagged=first + i >= 0 and math.isfinite(threshold),
-            label=f"{start + i * step:.3g} to {start + (i + 1) * step:.3g}: {int(count):,}",
-        )
-        for i, count in enumerate(counts)
-        if count
-    ]
-    points = [f"{(i + side) / bins * 100:.2f},{100 - y / top * 100:.2f}"
-              for i, y in enumerate(outline) for side in (0, 1)]  # fmt: skip
-    y_step = max(1.0, _round_step(top / 4))
-    x_ticks = _ticks(start, start + bins * step, _round_step(bins * step / 10))
-    return _Histogram(
-        bars=bars,
-        reference=" ".join(points) if reference.size else "",
-        threshold=place(threshold) if math.isfinite(threshold) else None,
-        x_ticks=[(place(x), f"{x:g}".replace("-", "\N{MINUS SIGN}")) for x in x_ticks],
-        y_ticks=[(y / top * 100, f"{y:,.0f}") for y in _ticks(0, top, y_step)],
-        outside=int(((z <= start) | (z > start + bins * step)).sum()),
-    )
-
-
-def _count(values: np.ndarray, anchor: float, step: float, first: int, last: int) -> np.ndarray:
-    """Values in each bin (anchor + i * step, anchor + (i + 1) * step], first <= i < last."""
-    index = np.clip(np.ceil((values - anchor) / step) - 1, first, last - 1).astype(np.int64)
-    return np.bincount(index - first, minlength=last - first)
-
-
-def _bulk(values: np.ndarray) -> tuple[float, float]:
-    """Range of the values without far outliers: within four box lengths of the quartiles."""
-    quarter, three_quarters = np.quantile(values, (0.25, 0.75))
-    reach = 4 * (three_quarters - quarter)
-    return (
-        float(max(values.min(), quarter - reach)),
-        float(min(values.max(), three_quarters + reach)),
-    )
-
-
-def _round_step(step: float) -> float:
-    """The next greater of 1, 2, 2.5, 5 and 10 times a power of ten."""
-    power = 10.0 ** math.floor(math.log10(step))
-    return next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= step * (1 - 1e-9))
-
-
-def _ticks(low: float, high: float, step: float) -> list[float]:
-    return [round(i * step, 10) for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
-
-
 def _meaning(z: float, reference: np.ndarray) -> str:
     if not reference.size:
         side = "less" if z >= 0 else "more"
@@ -298,27 +207,23 @@ def _anomaly_text(score: float) -> str:
 
 
 def _grey_png(values: np.ndarray | None) -> str | None:
-    if values is None:
-        return None
-    image = require("PIL.Image", "screen")
-    return _data_url(image.fromarray((values.clip(0, 1) * 255).round().astype(np.uint8)))
+    return None if values is None else _png(values.clip(0, 1) * 255)
 
 
 def _heat_png(difference: np.ndarray | None, scale: float) -> str | None:
     if difference is None:
         return None
-    image = require("PIL.Image", "screen")
     anchors = np.array(_HEAT_ANCHORS, dtype=np.float64)
     position = (difference / scale).clip(0, 1) * (len(anchors) - 1)
     index = np.minimum(position.astype(np.int64), len(anchors) - 2)
     part = (position - index)[..., None]
     colours = anchors[index] * (1 - part) + anchors[index + 1] * part
-    return _data_url(image.fromarray(colours.round().astype(np.uint8)))
+    return _png(colours)
 
 
-def _data_url(picture: object) -> str:
-    image = require("PIL.Image", "screen").Image
-    assert isinstance(picture, image)
+def _png(pixels: np.ndarray) -> str:
+    """Grey values [H, W] or colours [H, W, 3] from 0 to 255, as a data URL."""
+    picture = require("PIL.Image", "screen").fromarray(pixels.round().astype(np.uint8))
     picture.thumbnail((_MAX_SIDE, _MAX_SIDE))
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", optimize=True)

@@ -1,29 +1,25 @@
-"""Result tables (Parquet, CSV, JSON lines) and running figures about the rows."""
+"""Result tables: Parquet, CSV, JSON lines."""
 
 from __future__ import annotations
 
 import csv
 import dataclasses
-import heapq
 import json
 import logging
-import math
 import os
-from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-import numpy as np
-
 from squid_fast._extras import require
-from squid_fast.screening.pipeline import PathInput, ScreenRow
+from squid_fast.screening.files import PathInput
+from squid_fast.screening.pipeline import ScreenRow
+from squid_fast.screening.plain import finite_or_none, utf8_text
 
 COLUMNS = tuple(field.name for field in dataclasses.fields(ScreenRow))
 """path, raw_score, z_score, anomaly_score, flag, threshold, error"""
 
-_QUANTILES = {"min": 0.0, "q05": 0.05, "median": 0.5, "q95": 0.95, "max": 1.0}
 _log = logging.getLogger("squid_fast")
 
 
@@ -119,105 +115,6 @@ class ResultWriter:
         )
 
 
-class Summary:
-    """Running figures about a stream of rows, and the few rows that a report shows.
-
-    Memory: four bytes for each scored row, plus ``top_k`` rows, plus ``max_errors`` rows.
-
-    Attributes:
-        count: rows so far.
-        flagged: rows whose z-score is above the threshold.
-        errors: rows without a score.
-        threshold: the rows' threshold; None before the first row.
-        error_rows: the first ``max_errors`` rows without a score.
-    """
-
-    def __init__(self, top_k: int = 12, max_errors: int = 500) -> None:
-        if top_k < 0 or max_errors < 0:
-            raise ValueError(f"top_k ({top_k}) and max_errors ({max_errors}) cannot be negative")
-        self.top_k = top_k
-        self.max_errors = max_errors
-        self.count = 0
-        self.flagged = 0
-        self.errors = 0
-        self.threshold: float | None = None
-        self.error_rows: list[ScreenRow] = []
-        self._z_scores = array("f")
-        self._top: list[tuple[float, int, ScreenRow]] = []
-
-    @property
-    def scored(self) -> int:
-        """Rows with a score."""
-        return self.count - self.errors
-
-    @property
-    def z_scores(self) -> np.ndarray:
-        """z-scores of all scored rows in their order, float32 [scored], a copy."""
-        return np.array(self._z_scores, dtype=np.float32)
-
-    @property
-    def most_anomalous(self) -> list[ScreenRow]:
-        """The ``top_k`` rows of greatest z-score, greatest first; among equals the earlier."""
-        return [row for *_, row in sorted(self._top, key=lambda entry: entry[:2], reverse=True)]
-
-    def add(self, row: ScreenRow) -> None:
-        """Count one row."""
-        self.count += 1
-        self.threshold = row.threshold
-        if row.error is not None or row.z_score is None:
-            self.errors += 1
-            if len(self.error_rows) < self.max_errors:
-                self.error_rows.append(row)
-            return
-        self.flagged += bool(row.flag)
-        self._z_scores.append(row.z_score)
-        entry = (row.z_score, -self.count, row)  # counts differ, so rows are never compared
-        if len(self._top) < self.top_k:
-            heapq.heappush(self._top, entry)
-        elif self.top_k:
-            heapq.heappushpop(self._top, entry)
-
-    def watch(self, rows: Iterable[ScreenRow]) -> Iterator[ScreenRow]:
-        """Pass rows on, counting each."""
-        for row in rows:
-            self.add(row)
-            yield row
-
-    def as_dict(self) -> dict[str, Any]:
-        """The figures, ready for JSON.
-
-        Keys: count, scored, flagged, errors, threshold, z_score. The last is None without a
-        scored row, else a dict with min, q05, median, q95 and max.
-        """
-        z_scores = self.z_scores
-        return {
-            "count": self.count,
-            "scored": self.scored,
-            "flagged": self.flagged,
-            "errors": self.errors,
-            "threshold": _finite_or_none(self.threshold),
-            "z_score": {key: float(np.quantile(z_scores, q)) for key, q in _QUANTILES.items()}
-            if self.scored
-            else None,
-        }
-
-
-def summarise(rows: Iterable[ScreenRow], top_k: int = 12, max_errors: int = 500) -> Summary:
-    """Consume ``rows`` into a `Summary`."""
-    summary = Summary(top_k, max_errors)
-    for row in rows:
-        summary.add(row)
-    return summary
-
-
-def utf8_text(text: str) -> str:
-    r"""``text`` with what UTF-8 cannot hold spelled out, such as a file name's byte as ``\xff``."""
-    try:
-        return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    except UnicodeEncodeError:  # a lone surrogate that stands for no byte
-        return text.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
 class _Table(Protocol):
     def __init__(self, path: Path) -> None: ...
     def write(self, row: ScreenRow) -> None: ...
@@ -246,8 +143,8 @@ class _JsonLinesTable:
 
     def write(self, row: ScreenRow) -> None:
         values = {
-            name: _finite_or_none(value) if isinstance(value, float) else value
-            for name, value in _values(row).items()  # JSON knows neither NaN nor infinity
+            name: finite_or_none(value) if isinstance(value, float) else value
+            for name, value in _values(row).items()
         }
         self._file.write(json.dumps(values, ensure_ascii=False) + "\n")
 
@@ -317,7 +214,3 @@ def _sync(path: Path) -> None:
     """Have the file's content reach the disk before it gets its final name."""
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
-
-
-def _finite_or_none(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None

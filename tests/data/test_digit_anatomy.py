@@ -23,7 +23,8 @@ from squid_fast.data import (
     load_images,
     write_digit_anatomy,
 )
-from squid_fast.data.digit_anatomy import _spoil, load_mnist, read_idx
+from squid_fast.data.digit_anatomy import _spoil
+from squid_fast.data.handwriting import load_mnist, read_idx
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed")
 

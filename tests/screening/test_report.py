@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from squid_fast.screening import ScreenRow, Summary, report, screen, summarise, write_report
+from squid_fast.screening import ScreenRow, Summary, screen, summarise, write_report
+from squid_fast.screening.histogram import Histogram, draw_histogram
 
 pytest.importorskip("jinja2")
 pil_image = pytest.importorskip("PIL.Image")
@@ -291,14 +292,14 @@ def test_failure_leaves_the_old_report(tmp_path: Path) -> None:
 # The histogram
 
 
-def bar_counts(histogram: report._Histogram) -> list[tuple[int, bool]]:
+def bar_counts(histogram: Histogram) -> list[tuple[int, bool]]:
     return [(int(bar.label.split(": ")[1].replace(",", "")), bar.flagged) for bar in histogram.bars]
 
 
 def test_bars_count_every_score_and_divide_at_the_threshold() -> None:
     rng = np.random.default_rng(2)
     z = np.concatenate([rng.normal(size=5000), [1.5] * 100, [4000.0, -500.0]]).astype(np.float32)
-    histogram = report._histogram(z, 1.5, np.empty(0))
+    histogram = draw_histogram(z, 1.5, np.empty(0))
     counts = bar_counts(histogram)
     assert sum(count for count, _ in counts) == z.size
     assert sum(count for count, flagged in counts if flagged) == (z > 1.5).sum()
@@ -315,7 +316,7 @@ def test_bars_count_every_score_and_divide_at_the_threshold() -> None:
 @pytest.mark.parametrize("threshold", [2.0, -40.0, float("inf")])
 def test_odd_distributions(z: list[float], threshold: float) -> None:
     values = np.array(z, dtype=np.float32)
-    histogram = report._histogram(values, threshold, np.empty(0))
+    histogram = draw_histogram(values, threshold, np.empty(0))
     counts = bar_counts(histogram)
     assert sum(count for count, _ in counts) == len(z)
     assert sum(count for count, flagged in counts if flagged) == (values > threshold).sum()
@@ -327,7 +328,7 @@ def test_odd_distributions(z: list[float], threshold: float) -> None:
 
 def test_reference_outline_has_the_total_of_the_run() -> None:
     z = np.linspace(-2, 2, 1000).astype(np.float32)
-    histogram = report._histogram(z, 1.0, np.linspace(-2, 2, 50))
+    histogram = draw_histogram(z, 1.0, np.linspace(-2, 2, 50))
     points = [tuple(map(float, p.split(","))) for p in histogram.reference.split()]
     outline = sum(100 - y for _, y in points[::2])
     bars = sum(bar.height for bar in histogram.bars)

@@ -13,8 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from squid_fast.screening import COLUMNS, ScreenRow, Summary, open_writer, summarise
-from squid_fast.screening.results import _ParquetTable, utf8_text
+from squid_fast.screening import (
+    COLUMNS,
+    ScreenRow,
+    Summary,
+    open_writer,
+    summarise,
+    utf8_text,
+)
+from squid_fast.screening.results import _ParquetTable
 
 STRANGE = os.fsdecode(
     b"caf\xe9/\xf0\x9f\xa9\xbb.png"

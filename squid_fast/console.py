@@ -1,0 +1,142 @@
+"""What people see of the command line: tables, progress bars, and how a run is stopped."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from .evaluation import Evaluation
+from .inference import PAPER_SCORE
+from .training import Progress as TrainingProgress
+
+console = Console(stderr=True)  # progress and remarks; stdout is for results
+
+
+def print_table(table: Table) -> None:
+    """To stdout, as a result."""
+    Console().print(table)
+
+
+def print_json(value: Any) -> None:
+    """To stdout, as a result."""
+    json.dump(value, sys.stdout, indent=2)
+    print()
+
+
+def evaluation_table(evaluations: dict[str, Evaluation]) -> Table:
+    """One row for each score."""
+    first = next(iter(evaluations.values()))
+    table = Table(title=f"{first.n_normal} normal, {first.n_anomalous} anomalous images")
+    table.add_column("score")
+    for name in ("AUROC", "95 % interval", "AUPR"):
+        table.add_column(name, justify="right")
+    table.add_column("accuracy / F1 at best test threshold", justify="right")
+    table.add_column("sensitivity / specificity calibrated", justify="right")
+    for name, e in evaluations.items():
+        paper, own = e.paper_best_test_accuracy, e.calibrated
+        table.add_row(
+            name,
+            f"{e.auroc:.3f}",
+            f"{e.auroc_interval[0]:.3f} - {e.auroc_interval[1]:.3f}",
+            f"{e.auprc:.3f}",
+            f"{paper.accuracy:.3f} / {paper.f1:.3f}",
+            f"{own.sensitivity:.3f} / {own.specificity:.3f}" if own else "-",
+        )
+    return table
+
+
+def demo_table(aurocs: dict[str, dict[str, float]], best: str) -> Table:
+    """AUROC of every score for every kind of anomaly."""
+    table = Table(title="AUROC on unseen grids, against normal ones")
+    table.add_column("score")
+    for kind in next(iter(aurocs.values())):
+        table.add_column(kind, justify="right")
+    for name, by_kind in aurocs.items():
+        label = f"{name} (the paper's)" if name == PAPER_SCORE else name
+        style = "bold" if name == best else ""
+        table.add_row(label, *(f"{value:.3f}" for value in by_kind.values()), style=style)
+    return table
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar that is moved by calls with (done, total) and vanishes at the end."""
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(title, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+@contextmanager
+def training_report() -> Iterator[Callable[[TrainingProgress], None]]:
+    """A progress bar with losses and time left; validation AUROCs become lines above it."""
+    columns = (
+        TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("[dim]{task.fields[losses]}[/]"),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=None, epoch=0, epochs=0, losses="", visible=False)
+        shown = 0.0
+
+        def report(state: TrainingProgress) -> None:
+            nonlocal shown
+            if state.validation is not None:
+                figures = "  ".join(f"{k} {v:.3f}" for k, v in state.validation.items())
+                progress.console.print(f"epoch {state.epoch + 1}: {figures}")
+            now = time.monotonic()
+            if now - shown < 0.5 and state.step < state.steps:
+                return
+            shown = now
+            losses = "  ".join(f"{name} {value:.4f}" for name, value in state.losses().items())
+            progress.update(
+                task,
+                completed=state.step,
+                total=state.steps,
+                epoch=state.epoch + 1,
+                epochs=state.epochs,
+                losses=losses,
+                visible=True,
+            )
+
+        yield report
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C or a termination asks for a stop after the step; a second Ctrl-C is at once."""
+    asked = False
+
+    def ask(number: int, frame: object) -> None:
+        nonlocal asked
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked = True
+        console.print("stopping after this step; once more to stop at once")
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,297 @@
+"""Layouts that are read from lists: which images there are, and what is known of each."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import itertools
+import json
+import posixpath
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from squid_fast.data.records import (
+    ANOMALOUS,
+    NORMAL,
+    SPLITS,
+    Layout,
+    LayoutError,
+    Record,
+    enumerated,
+)
+
+_LABELS = {
+    **dict.fromkeys(("0", "0.0", "normal"), NORMAL),
+    **dict.fromkeys(("1", "1.0", "abnormal", "anomaly", "anomalous"), ANOMALOUS),
+}
+
+
+def medianomaly(root: Path) -> Iterator[Record]:
+    """The benchmark MedIAnomaly: ``images/`` and ``data.json``.
+
+    The JSON maps "train", "test" (and perhaps "val") to lists of file names by class:
+    ``{"train": {"0": [...]}, "test": {"0": [...], "1": [...]}}``. Instead of "0" and "1" it may
+    say "normal" and "abnormal", "anomaly" or "anomalous"; a bare list is normal. The pool
+    ``train.unlabeled`` that some of its datasets carry, by class as well, becomes the split
+    "unlabeled" and keeps the labels that the JSON gives.
+    """
+    table = root / "data.json"
+    content = _json(table)
+    if not isinstance(content, dict) or not set(content) & set(SPLITS):
+        raise LayoutError(f"{table} has no 'train' or 'test' on its first level")
+    for key, classes in content.items():
+        if key not in SPLITS:
+            continue
+        pool = classes.get("unlabeled") if isinstance(classes, dict) else None
+        if pool is not None:
+            classes = {name: names for name, names in classes.items() if name != "unlabeled"}
+            yield from _by_class(root, pool, "unlabeled", f"{table}, {key}.unlabeled")
+        yield from _by_class(root, classes, SPLITS[key], f"{table}, {key}")
+
+
+def _by_class(root: Path, classes: Any, split: str, origin: str) -> Iterator[Record]:
+    by_name = {"normal": classes} if isinstance(classes, list) else classes
+    if not isinstance(by_name, dict):
+        raise LayoutError(f"{origin} is {type(classes).__name__}; lists of file names are needed")
+    for name, files in by_name.items():
+        label = _LABELS.get(name.lower())
+        if label is None or not isinstance(files, list):
+            raise LayoutError(f"{origin} holds {name!r}; 0 and 1 with lists of file names are read")
+        for file in files:
+            yield Record(_inside(root / "images", str(file), origin), label, split)
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise LayoutError(f"{path} is not valid JSON: {error}") from error
+
+
+def _fits_medianomaly(root: Path) -> bool:
+    return (root / "data.json").is_file() and (root / "images").is_dir()
+
+
+_CHEXPERT_COLUMNS = {"path", "frontal/lateral", "no finding"}
+
+
+def chexpert(root: Path) -> Iterator[Record]:
+    """CheXpert: ``train.csv`` and ``valid.csv`` with Path, Frontal/Lateral and No Finding.
+
+    Frontal images only. "No Finding" 1 is normal, everything else anomalous. All rows of
+    ``valid.csv`` are the split "test". The patients of ``train.csv`` are divided by a hash of
+    their number: a tenth "val", and where there is no ``valid.csv`` another tenth "test"; the rest,
+    normal and anomalous, is "train". No patient is in two splits: one who is in both files is
+    wholly in "test". Paths may begin with the dataset's own folder name.
+    """
+    train, valid = root / "train.csv", root / "valid.csv"
+    tables = {train: _chexpert_rows(train), valid: _chexpert_rows(valid)}
+    tested = {_patient(row["path"], valid) for row in tables[valid]}
+    for table, rows in tables.items():
+        if not rows:
+            continue
+        paths = [row["path"] for row in rows]
+        if not any((root / path).is_file() for path in paths):
+            paths = [path.partition("/")[2] or path for path in paths]
+            _first_that_holds([root], paths, table)
+        for path, row in zip(paths, rows, strict=True):
+            label = NORMAL if row.get("no finding", "").strip() in ("1", "1.0") else ANOMALOUS
+            patient = _patient(path, table)
+            split = "test" if patient in tested else _patient_split(patient, not tested)
+            yield Record(_inside(root, path, str(table)), label, split)
+
+
+def _chexpert_rows(table: Path) -> list[dict[str, str]]:
+    if not table.is_file():
+        return []
+    missing = _CHEXPERT_COLUMNS - set(_columns(table))
+    if missing:
+        raise LayoutError(f"{table} lacks the columns {', '.join(sorted(missing))}")
+    rows = _read_csv(table)
+    return [row for row in rows if row.get("frontal/lateral", "").strip().lower() == "frontal"]
+
+
+def _patient(path: str, table: Path) -> str:
+    match = re.search(r"patient\d+", path)
+    if match is None:
+        raise LayoutError(f"{table} names {path!r}, in which no patient number (patient00001) is")
+    return match.group()
+
+
+def _patient_split(patient: str, with_test: bool) -> str:
+    share = int.from_bytes(hashlib.sha256(patient.encode()).digest()[:8], "big") / 2**64
+    if share < 0.1:
+        return "val"
+    return "test" if with_test and share < 0.2 else "train"
+
+
+def _fits_chexpert(root: Path) -> bool:
+    tables = [root / name for name in ("train.csv", "valid.csv")]
+    return any(path.is_file() and set(_columns(path)) >= _CHEXPERT_COLUMNS for path in tables)
+
+
+_COVIDX_LIST = re.compile(r"(train|val|valid|test)(_(covidx|split).*)?\.txt", re.IGNORECASE)
+_COVIDX_LINE = re.compile(
+    r"\S+\s+(?P<file>\S.*?\.(png|jpe?g|bmp|tiff?|gif|webp|dcm))\s+(?P<label>\S+)(\s+.*)?",
+    re.IGNORECASE,
+)
+
+
+def covidx(root: Path) -> Iterator[Record]:
+    """COVIDx: one text list per split with lines ``patient filename label [source]``.
+
+    "normal" is normal, every other label anomalous. The lists that tell COVID-19 ("positive")
+    from everything else ("negative") are read with "negative" as normal, and a warning, for it
+    includes other diseases. The images lie in ``train/``, ``val/``, ``test/`` or in the folder
+    itself.
+    """
+    binary = False
+    for split, table in _covidx_lists(root).items():
+        entries = [_covidx_entry(table, number, line) for number, line in _lines(table)]
+        if not entries:
+            continue
+        own_word = re.split("[_.]", table.name.lower())[0]  # "valid", where the split is "val"
+        folders = list(dict.fromkeys([root / own_word, root / split, root]))
+        base = _first_that_holds(folders, [name for name, _ in entries], table)
+        for name, label in entries:
+            binary = binary or label == "negative"
+            known = NORMAL if label in ("normal", "negative") else ANOMALOUS
+            yield Record(_inside(base, name, str(table)), known, split)
+    if binary:
+        warnings.warn(
+            f"{root} tells COVID-19 from its absence: 'negative' is taken as normal, though it "
+            "includes other diseases",
+            stacklevel=2,
+        )
+
+
+def _covidx_lists(root: Path) -> dict[str, Path]:
+    lists: dict[str, Path] = {}
+    for path in sorted(root.iterdir()):
+        match = _COVIDX_LIST.fullmatch(path.name)
+        if match is None or not path.is_file():
+            continue
+        split = SPLITS[match.group(1).lower()]
+        if split in lists:
+            raise LayoutError(
+                f"{lists[split]} and {path.name} both list the split {split!r}; keep one version "
+                "of the lists in the folder"
+            )
+        lists[split] = path
+    return lists
+
+
+def _covidx_entry(table: Path, number: int, line: str) -> tuple[str, str]:
+    match = _COVIDX_LINE.fullmatch(line)
+    if match is None:
+        raise LayoutError(
+            f"{table}, line {number} is {line[:80]!r}; 'patient filename label source' is read"
+        )
+    return match["file"], match["label"].lower()
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    with open(path, encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield number, line.strip()
+
+
+def _fits_covidx(root: Path) -> bool:
+    if not root.is_dir():
+        return False
+    lists = [path for path in root.iterdir() if _COVIDX_LIST.fullmatch(path.name)]
+    first_lines = [line for path in lists for _, line in itertools.islice(_lines(path), 1)]
+    return any(_COVIDX_LINE.fullmatch(line) for line in first_lines)
+
+
+def table(root: Path) -> Iterator[Record]:
+    """A CSV with the column ``image_path`` and perhaps ``label`` and ``split``; others are ignored.
+
+    Paths are relative to the CSV's folder, which they may not leave through ``..``; absolute paths
+    are taken as they are. A label is 0 or normal, 1 or abnormal (anomaly, anomalous), or empty for
+    unknown. A split is any name or empty; "valid" and "validation" become "val".
+    """
+    candidates = _tables(root)
+    if len(candidates) != 1:
+        names = [path.name for path in candidates]
+        raise LayoutError(
+            f"{root} is not a table and holds {enumerated(names, 'tables')} with the column "
+            "image_path; exactly one is needed, or its path"
+        )
+    source = candidates[0]
+    for number, row in enumerate(_read_csv(source), start=1):
+        name = row.get("image_path", "").strip()
+        label = row.get("label", "").strip().lower()
+        split = row.get("split", "").strip().lower()
+        origin = f"{source}, row {number}"
+        if not name:
+            raise LayoutError(f"{origin} has no image_path")
+        if label and label not in _LABELS:
+            raise LayoutError(
+                f"{origin} has the label {label!r}; 0, 1, normal, abnormal or nothing is read"
+            )
+        path = _inside(source.parent, name, origin)
+        yield Record(path, _LABELS.get(label), SPLITS.get(split, split) or None)
+
+
+def _tables(root: Path) -> list[Path]:
+    files = [root] if root.is_file() else sorted(root.glob("*.[cC][sS][vV]"))
+    return [path for path in files if path.is_file() and "image_path" in _columns(path)]
+
+
+def _fits_table(root: Path) -> bool:
+    return bool(_tables(root))
+
+
+def _inside(folder: Path, name: str, origin: str) -> Path:
+    """A listed path relative to its folder; absolute ones are taken as they are."""
+    if not posixpath.isabs(name) and posixpath.normpath(name).split("/")[0] == "..":
+        raise LayoutError(f"{origin} names {name!r}, which lies outside of {folder}; it may not")
+    return folder / posixpath.normpath(name)
+
+
+def _first_that_holds(folders: Sequence[Path], names: Sequence[str], origin: Path) -> Path:
+    """The first folder in which any of the named files exists."""
+    for name in names:
+        for folder in folders:
+            if (folder / name).is_file():
+                return folder
+    places = " or ".join(str(folder) for folder in folders)
+    raise LayoutError(
+        f"none of the {len(names)} images that {origin} names, for example "
+        f"{names[0]!r}, lies under {places}"
+    )
+
+
+def _read_csv(path: Path) -> list[dict[str, str]]:
+    lines = _csv_lines(path)
+    header = next(lines)
+    return [dict(zip(header, row, strict=False)) for row in lines if row]
+
+
+def _columns(path: Path) -> list[str]:
+    try:
+        return next(_csv_lines(path))
+    except (UnicodeDecodeError, csv.Error):
+        return []
+
+
+def _csv_lines(path: Path) -> Iterator[list[str]]:
+    """Column names in lower case, then the rows; a byte order mark is dropped."""
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        lines = csv.reader(file)
+        yield [name.strip().lower() for name in next(lines, [])]
+        yield from lines
+
+
+TABLE_LAYOUTS: dict[str, Layout] = {
+    "medianomaly": (_fits_medianomaly, medianomaly),
+    "chexpert": (_fits_chexpert, chexpert),
+    "covidx": (_fits_covidx, covidx),
+    "table": (_fits_table, table),
+}
+"""Layouts by name, in the order in which they are tried."""
