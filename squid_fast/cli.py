@@ -13,17 +13,17 @@ import typer
 from . import __version__
 from .bundle import Bundle, load_published, save_bundle
 from .console import (
-    console,
     demo_table,
     evaluation_table,
     print_json,
     print_table,
     progress_bar,
+    say,
     stop_on_signals,
     training_report,
 )
 from .data import find_records, load_images, select, write_digit_anatomy
-from .demo import run_demo
+from .demo import new_folder, run_demo
 from .evaluation import plot_roc
 from .inference import Scorer, calibrate
 from .presets import preset as find_preset
@@ -96,7 +96,7 @@ def train(
         train_set, validation_set = load_splits(
             find_records(data, layout), chosen.image_size, advance
         )
-    console.print(
+    say(
         f"{len(train_set)} normal training images, "
         f"{0 if validation_set is None else len(validation_set)} for validation"
     )
@@ -127,10 +127,10 @@ def train(
             }
         )
     if not result.finished:
-        console.print(f"[yellow]stopped after step {result.step} and saved[/]; go on with --resume")
+        say(f"stopped after step {result.step} and saved; go on with --resume", "yellow")
         raise typer.Exit(130)
-    console.print(
-        f"trained: [bold]{out}[/]\nnext: squid-fast evaluate {out} --data {data}\n"
+    say(
+        f"trained: {out}\nnext: squid-fast evaluate {out} --data {data}\n"
         f"      squid-fast screen {out} FILES... --out results.csv --report report.html"
     )
 
@@ -165,7 +165,7 @@ def evaluate(
         print_json(figures)
     else:
         print_table(evaluation_table(evaluations))
-    console.print(f"written: {out / 'evaluation.json'}, {out / 'roc.png'}")
+    say(f"written: {out / 'evaluation.json'}, {out / 'roc.png'}")
 
 
 @app.command()
@@ -201,7 +201,7 @@ def screen(
         )
     if as_json:
         print_json({**summary.as_dict(), "seconds": round(seconds, 2), "out": str(out)})
-    console.print(
+    say(
         f"{summary.count} files in {seconds:.1f} s: {summary.flagged} flagged, "
         f"{summary.errors} with errors\ntable: {out}" + (f"\nreport: {report}" if report else "")
     )
@@ -234,7 +234,7 @@ def convert(
     about = {"converted_from": [generator.name, discriminator.name]}
     save_bundle(Bundle(model, judge, calibration, about=about), out)
     note = "" if calibration else "; without --data it has no thresholds and cannot screen"
-    console.print(f"written: {out}{note}")
+    say(f"written: {out}{note}")
 
 
 @app.command()
@@ -243,8 +243,12 @@ def synth(
     mnist: Mnist = None,
     cell: Annotated[int, typer.Option(min=8, help="Pixels of a digit's cell.")] = 32,
     train_count: Annotated[int, typer.Option("--train", min=1, help="Normal grids.")] = 2000,
-    val_count: Annotated[int, typer.Option("--val", min=0, help="Grids of each kind.")] = 200,
-    test_count: Annotated[int, typer.Option("--test", min=0, help="Grids of each kind.")] = 400,
+    val_count: Annotated[
+        int, typer.Option("--val", min=0, help="Normal grids, and as many anomalous ones.")
+    ] = 200,
+    test_count: Annotated[
+        int, typer.Option("--test", min=0, help="Normal grids, and as many anomalous ones.")
+    ] = 400,
     seed: int = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite")] = False,
 ) -> None:
@@ -258,12 +262,14 @@ def synth(
         table = write_digit_anatomy(
             out, counts, mnist, cell, seed, overwrite=overwrite, on_progress=advance
         )
-    console.print(f"written: {table}")
+    say(f"written: {table}")
 
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("runs/demo"),
+    out: Annotated[Path | None, typer.Option(help="Folder to write; else a new one in runs.")] = (
+        None
+    ),
     minutes: Annotated[float, typer.Option(min=0.01, help="Of training, about.")] = 5.0,
     mnist: Mnist = None,
     seed: int = 0,
@@ -273,17 +279,17 @@ def demo(
     """The whole method in minutes: draw DigitAnatomy, train, evaluate, screen, report."""
     with stop_on_signals() as should_stop, training_report() as report:
         result = run_demo(
-            out,
+            out or new_folder(Path("runs/demo")),
             minutes,
             source=mnist,
             seed=seed,
             device=device,
-            say=console.print,
+            say=say,
             report=report,
             should_stop=should_stop,
         )
     if result is None:
-        console.print("[yellow]stopped[/]: the demo needs its training to end")
+        say("stopped: the demo needs its training to end", "yellow")
         raise typer.Exit(130)
     if as_json:
         print_json(result.to_json())

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -20,12 +21,18 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from .evaluation import Evaluation
 from .inference import PAPER_SCORE
 from .training import Progress as TrainingProgress
 
 console = Console(stderr=True)  # progress and remarks; stdout is for results
+
+
+def say(text: str, style: str = "") -> None:
+    """A remark to stderr, as it is: paths may hold brackets, and are not broken over lines."""
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def print_table(table: Table) -> None:
@@ -42,28 +49,31 @@ def print_json(value: Any) -> None:
 def evaluation_table(evaluations: dict[str, Evaluation]) -> Table:
     """One row for each score."""
     first = next(iter(evaluations.values()))
-    table = Table(title=f"{first.n_normal} normal, {first.n_anomalous} anomalous images")
-    table.add_column("score")
-    for name in ("AUROC", "95 % interval", "AUPR"):
-        table.add_column(name, justify="right")
-    table.add_column("accuracy / F1 at best test threshold", justify="right")
-    table.add_column("sensitivity / specificity calibrated", justify="right")
+    rate = first.false_positive_rate
+    table = Table(
+        title=f"{first.n_normal} normal, {first.n_anomalous} anomalous images",
+        caption="acc*, F1*: at the threshold that is best on these very labels, the paper's "
+        "protocol. sens., spec.: at the threshold set on normal validation images"
+        + (f" for {rate:.0%} false positives." if rate else "."),
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    table.add_column("score", no_wrap=True)
+    for name in ("AUROC", "95 %", "AUPR", "acc*", "F1*", "sens.", "spec."):
+        table.add_column(name, justify="right", no_wrap=True)
     for name, e in evaluations.items():
         paper, own = e.paper_best_test_accuracy, e.calibrated
-        table.add_row(
-            name,
-            f"{e.auroc:.3f}",
-            f"{e.auroc_interval[0]:.3f} - {e.auroc_interval[1]:.3f}",
-            f"{e.auprc:.3f}",
-            f"{paper.accuracy:.3f} / {paper.f1:.3f}",
-            f"{own.sensitivity:.3f} / {own.specificity:.3f}" if own else "-",
-        )
+        low, high = e.auroc_interval
+        figures = [e.auprc, paper.accuracy, paper.f1]
+        figures += [own.sensitivity, own.specificity] if own else []
+        cells = [f"{value:.3f}" for value in figures]
+        table.add_row(name, f"{e.auroc:.3f}", f"{low:.2f}-{high:.2f}", *cells)
     return table
 
 
 def demo_table(aurocs: dict[str, dict[str, float]], best: str) -> Table:
     """AUROC of every score for every kind of anomaly."""
-    table = Table(title="AUROC on unseen grids, against normal ones")
+    table = Table(title="AUROC on unseen grids, against normal ones", box=SIMPLE_HEAD)
     table.add_column("score")
     for kind in next(iter(aurocs.values())):
         table.add_column(kind, justify="right")
@@ -83,6 +93,17 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
+class _TrainingBar(Progress):
+    """A bar with the losses on a line of their own."""
+
+    losses = ""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield from super().get_renderables()
+        if self.losses:
+            yield Text(self.losses, style="dim")
+
+
 @contextmanager
 def training_report() -> Iterator[Callable[[TrainingProgress], None]]:
     """A progress bar with losses and time left; validation AUROCs become lines above it."""
@@ -93,29 +114,27 @@ def training_report() -> Iterator[Callable[[TrainingProgress], None]]:
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("[dim]{task.fields[losses]}[/]"),
     )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=None, epoch=0, epochs=0, losses="", visible=False)
+    with _TrainingBar(*columns, console=console) as progress:
+        task = progress.add_task("", total=None, epoch=0, epochs=0, visible=False)
         shown = 0.0
 
         def report(state: TrainingProgress) -> None:
             nonlocal shown
             if state.validation is not None:
                 figures = "  ".join(f"{k} {v:.3f}" for k, v in state.validation.items())
-                progress.console.print(f"epoch {state.epoch + 1}: {figures}")
+                say(f"epoch {state.epoch + 1}: {figures}")
             now = time.monotonic()
             if now - shown < 0.5 and state.step < state.steps:
                 return
             shown = now
-            losses = "  ".join(f"{name} {value:.4f}" for name, value in state.losses().items())
+            progress.losses = "  ".join(f"{k} {v:.4f}" for k, v in state.losses().items())
             progress.update(
                 task,
                 completed=state.step,
                 total=state.steps,
                 epoch=state.epoch + 1,
                 epochs=state.epochs,
-                losses=losses,
                 visible=True,
             )
 
@@ -132,7 +151,7 @@ def stop_on_signals() -> Iterator[Callable[[], bool]]:
         if asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         asked = True
-        console.print("stopping after this step; once more to stop at once")
+        say("stopping after this step; once more to stop at once")
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

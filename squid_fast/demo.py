@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -73,30 +74,25 @@ def run_demo(
         seed: of data, weights and training.
 
     Raises:
-        ValueError: ``out`` already holds a run.
+        CheckpointError: ``out`` already holds a run.
     """
     chosen = preset(PRESET)
     cell = chosen.image_size // 3
-    validation = DigitAnatomy(source, cell, "val", seed).normal(HELD_OUT_GRIDS, seed + 1)
-    unseen = DigitAnatomy(source, cell, "test", seed)
-    normal = unseen.normal(HELD_OUT_GRIDS, seed + 2)
-    anomalous = unseen.anomalous(HELD_OUT_GRIDS * len(KINDS), seed + 3)
-
     recipe = replace(chosen.recipe, epochs=EPOCHS, t_max=EPOCHS, validate_every=EPOCHS)
     drawer = DigitAnatomy(source, cell, "train", seed)
-    sample = drawer.normal(recipe.batch_size, seed).as_image_set()
     say("timing a few steps")
+    sample = drawer.normal(recipe.batch_size, seed).as_image_set()
     per_step = seconds_per_step(SQUID(**chosen.model), sample, recipe, device)
     per_epoch = recipe.batch_size * max(1, int(60 * minutes / per_step / EPOCHS))
-    train_set = drawer.normal(per_epoch, seed).as_image_set()
     say(
         f"training for about {minutes:g} minutes: {EPOCHS} times {per_epoch} normal grids of "
         f"{chosen.image_size} x {chosen.image_size} pixels"
     )
+    validation = DigitAnatomy(source, cell, "val", seed).normal(HELD_OUT_GRIDS, seed + 1)
     started = time.perf_counter()
     result = train_bundle(
         chosen,
-        train_set,
+        drawer.normal(per_epoch, seed).as_image_set(),
         out,
         recipe=recipe,
         validation_set=validation.as_image_set(),
@@ -109,36 +105,30 @@ def run_demo(
     if not result.finished:
         return None
     seconds = time.perf_counter() - started
-    scorer = Scorer.load(out, device=device)
-    aurocs = auroc_by_kind(scorer, normal, anomalous)
 
-    say("screening unseen grids")
-    grids = _write_pngs(out / "grids", normal, anomalous)
-    summary = Summary()
-    table, page = out / "results.csv", out / "report.html"
-    with open_writer(table) as writer:
-        writer.write(summary.watch(screen(scorer, [str(grids)])))
-    write_report(
-        page,
-        scorer,
-        summary,
-        title="DigitAnatomy screening report",
-        inputs=[str(grids)],
-        model_name=PRESET,
-        results=table,
-        reference_z=scorer.reference_z,
-    )
+    say("evaluating and screening unseen grids")
+    scorer = Scorer.load(out, device=device)
+    unseen = DigitAnatomy(source, cell, "test", seed)
+    normal = unseen.normal(HELD_OUT_GRIDS, seed + 2)
+    anomalous = unseen.anomalous(HELD_OUT_GRIDS * len(KINDS), seed + 3)
+    screened, table, page = _screen(scorer, _write_pngs(out / "grids", normal, anomalous), out)
     demo = DemoResult(
-        aurocs,
+        auroc_by_kind(scorer, normal, anomalous),
         best=SCORE,
         trained_grids=EPOCHS * per_epoch,
         training_seconds=round(seconds, 1),
-        screened=summary.as_dict(),
+        screened=screened,
         report=str(page),
         table=str(table),
     )
     (out / "demo.json").write_text(json.dumps(demo.to_json(), indent=2) + "\n", encoding="utf-8")
     return demo
+
+
+def new_folder(wanted: Path) -> Path:
+    """``wanted``, or with a number behind it if it exists already."""
+    numbered = (wanted.with_name(f"{wanted.name}-{n}") for n in itertools.count(2))
+    return next(path for path in itertools.chain([wanted], numbered) if not path.exists())
 
 
 def auroc_by_kind(
@@ -157,6 +147,24 @@ def auroc_by_kind(
             labels = np.repeat([0, 1], [len(calm), len(odd)])
             aurocs[name][kind] = round(image_auroc(labels, np.concatenate([calm, odd])), 4)
     return aurocs
+
+
+def _screen(scorer: Scorer, images: Path, out: Path) -> tuple[dict[str, Any], Path, Path]:
+    """Screen a folder as a user would; returns the summary, the table and the report."""
+    summary, table, page = Summary(), out / "results.csv", out / "report.html"
+    with open_writer(table) as writer:
+        writer.write(summary.watch(screen(scorer, images)))
+    write_report(
+        page,
+        scorer,
+        summary,
+        title="DigitAnatomy screening report",
+        inputs=images,
+        model_name=PRESET,
+        results=table,
+        reference_z=scorer.reference_z,
+    )
+    return summary.as_dict(), table, page
 
 
 def _write_pngs(folder: Path, normal: DigitGrids, anomalous: DigitGrids) -> Path:

@@ -130,8 +130,13 @@ def _subfolders(folder: Path) -> dict[str, Path]:
     """Folders by their name in lower case."""
     if not folder.is_dir():
         return {}
-    entries = sorted(folder.iterdir())
-    return {path.name.lower(): path for path in entries if path.is_dir() and not _hidden(path.name)}
+    folders: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not _hidden(path.name):
+            twin = folders.setdefault(path.name.lower(), path)
+            if twin is not path:
+                raise LayoutError(f"{twin} and {path} differ in case alone; one of them has to go")
+    return folders
 
 
 def _author_splits(root: Path) -> Iterator[tuple[str, dict[str, Path]]]:

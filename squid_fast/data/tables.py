@@ -83,9 +83,9 @@ def chexpert(root: Path) -> Iterator[Record]:
 
     Frontal images only. "No Finding" 1 is normal, everything else anomalous. All rows of
     ``valid.csv`` are the split "test". The patients of ``train.csv`` are divided by a hash of
-    their number: a tenth "val", and where there is no ``valid.csv`` another tenth "test"; the rest,
-    normal and anomalous, is "train". No patient is in two splits: one who is in both files is
-    wholly in "test". Paths may begin with the dataset's own folder name.
+    their number: a tenth "val", and where ``valid.csv`` has no frontal images another tenth
+    "test"; the rest, normal and anomalous, is "train". No patient is in two splits: one who is in
+    both files is wholly in "test". Paths may begin with the dataset's own folder name.
     """
     train, valid = root / "train.csv", root / "valid.csv"
     tables = {train: _chexpert_rows(train), valid: _chexpert_rows(valid)}
@@ -111,7 +111,10 @@ def _chexpert_rows(table: Path) -> list[dict[str, str]]:
     if missing:
         raise LayoutError(f"{table} lacks the columns {', '.join(sorted(missing))}")
     rows = _read_csv(table)
-    return [row for row in rows if row.get("frontal/lateral", "").strip().lower() == "frontal"]
+    frontal = [row for row in rows if row.get("frontal/lateral", "").strip().lower() == "frontal"]
+    if any("path" not in row for row in frontal):
+        raise LayoutError(f"{table} has rows that are too short to name a Path")
+    return frontal
 
 
 def _patient(path: str, table: Path) -> str:
@@ -194,7 +197,7 @@ def _covidx_entry(table: Path, number: int, line: str) -> tuple[str, str]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    with open(path, encoding="utf-8-sig") as file:
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 yield number, line.strip()
@@ -203,7 +206,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 def _fits_covidx(root: Path) -> bool:
     if not root.is_dir():
         return False
-    lists = [path for path in root.iterdir() if _COVIDX_LIST.fullmatch(path.name)]
+    lists = [p for p in root.iterdir() if _COVIDX_LIST.fullmatch(p.name) and p.is_file()]
     first_lines = [line for path in lists for _, line in itertools.islice(_lines(path), 1)]
     return any(_COVIDX_LINE.fullmatch(line) for line in first_lines)
 
