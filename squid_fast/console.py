@@ -57,6 +57,7 @@ def evaluation_table(evaluations: dict[str, Evaluation]) -> Table:
         + (f" for {rate:.0%} false positives." if rate else "."),
         box=SIMPLE_HEAD,
         pad_edge=False,
+        collapse_padding=True,
     )
     table.add_column("score", no_wrap=True)
     for name in ("AUROC", "95 %", "AUPR", "acc*", "F1*", "sens.", "spec."):
