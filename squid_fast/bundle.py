@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .inference import PAPER_SCORE, SCORES, Calibration
 from .modules import SQUID, Discriminator, discriminator_size
+from .scores import PAPER_SCORE, SCORES, Calibration
 
 FORMAT = 1
 _QUEUE_PTR = "inpaint_block.memory.ptr"
@@ -34,7 +34,7 @@ class Bundle:
     """A trained pair with its calibration.
 
     Attributes:
-        score: name of the score that screening uses, see ``squid_fast.inference.SCORES``.
+        score: name of the score that screening uses, see ``squid_fast.scores.SCORES``.
         about: free facts for people: preset, data, versions.
     """
 

@@ -24,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .evaluation import Evaluation
-from .inference import PAPER_SCORE
+from .scores import PAPER_SCORE
 from .training import Progress as TrainingProgress
 
 console = Console(stderr=True)  # progress and remarks; stdout is for results

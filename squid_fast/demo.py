@@ -15,9 +15,10 @@ import numpy as np
 from ._extras import require
 from .data import KINDS, DigitAnatomy, DigitGrids
 from .evaluation import image_auroc
-from .inference import PAPER_SCORE, SCORES, Scorer
+from .inference import Scorer
 from .modules import SQUID
 from .presets import preset
+from .scores import PAPER_SCORE, SCORES
 from .screening import Summary, open_writer, screen, write_report
 from .training import Progress, train_bundle
 from .training.loop import seconds_per_step

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,70 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .bundle import load_bundle
 from .data import ImageSet
 from .devices import Precision, choose_device, choose_layout, choose_precision, to_layout
 from .evaluation import Evaluation, evaluate, threshold_at_false_positive_rate
 from .modules import SQUID, Discriminator, ScoreMode
 from .modules.unet import to_patches
-
-PAPER_SCORE = "discriminator_instance"
-
-SCORES: dict[str, tuple[int, str]] = {
-    PAPER_SCORE: (-1, "the paper's: the discriminator's logit of the reconstruction, every image "
-                  "normalised by its own statistics"),
-    "discriminator_running": (-1, "the same with the discriminator's running statistics"),
-    "reconstruction_error": (+1, "mean squared difference of image and reconstruction"),
-    "patch_error": (+1, "the largest reconstruction error of a patch, each measured in standard "
-                    "deviations of its place on normal training images"),
-}  # fmt: skip
-"""What an image can be scored by: (sign that makes greater mean less normal, meaning)."""
+from .scores import PAPER_SCORE, SCORES, Calibration, ScoreCalibration
 
 _MODES: dict[str, ScoreMode] = {PAPER_SCORE: "instance", "discriminator_running": "running"}
 _CALIBRATION_IMAGES = 2000  # of the training set; more do not move mean and deviation
 _BATCH = 64
-
-
-@dataclass(frozen=True)
-class ScoreCalibration:
-    """Where one score lies on normal images.
-
-    Attributes:
-        mean, std: of the raw score on normal training images.
-        threshold: on the z-score; images above it are flagged.
-        false_positive_rate: share of normal validation images that ``threshold`` flags at most.
-        reference_z: z-scores of the normal images that gave the threshold, for the report.
-    """
-
-    mean: float
-    std: float
-    threshold: float
-    false_positive_rate: float
-    reference_z: list[float]
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Calibration of every score by its name.
-
-    Attributes:
-        scores: by name, see ``SCORES``.
-        patch_mean, patch_std: reconstruction error of each patch [N] on normal training images.
-        threshold_images: which normal images gave the thresholds: "validation" or, where there
-            were too few, "training", which makes them optimistic.
-    """
-
-    scores: dict[str, ScoreCalibration]
-    patch_mean: list[float]
-    patch_std: list[float]
-    threshold_images: str
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Calibration:
-        scores = {name: ScoreCalibration(**score) for name, score in values["scores"].items()}
-        return cls(**{**values, "scores": scores})
 
 
 @dataclass(frozen=True)
@@ -142,8 +89,6 @@ class Scorer:
         device: str | torch.device | None = None,
     ) -> Scorer:
         """The scorer of a bundle folder; its configured score unless another is named."""
-        from .bundle import load_bundle
-
         loaded = load_bundle(bundle)
         return cls(
             loaded.model,

@@ -14,7 +14,8 @@ import squid_fast
 from squid_fast import reference
 from squid_fast.bundle import BundleError, load_published
 from squid_fast.data import ImageSet
-from squid_fast.inference import SCORES, calibrate
+from squid_fast.inference import calibrate
+from squid_fast.scores import SCORES
 
 SIDE = 48
 ARGUMENTS = {

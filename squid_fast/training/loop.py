@@ -20,9 +20,10 @@ import torch
 from ..data import ImageSet
 from ..devices import Precision, choose_device, choose_precision, to_layout
 from ..evaluation import image_auroc
-from ..inference import SCORES, Scorer
+from ..inference import Scorer
 from ..modules import SQUID, Discriminator
 from ..presets import Recipe
+from ..scores import SCORES
 from .augment import augment
 from .checkpoint import CheckpointError, load_checkpoint
 from .logs import LogKind, make_logger

@@ -12,9 +12,10 @@ import torch
 from ..bundle import Bundle, save_bundle
 from ..data import ImageSet, Record, load_images, select
 from ..devices import Precision
-from ..inference import PAPER_SCORE, calibrate
+from ..inference import calibrate
 from ..modules import SQUID
 from ..presets import Preset, Recipe
+from ..scores import PAPER_SCORE
 from .logs import LogKind
 from .loop import Progress, TrainingResult, train
 

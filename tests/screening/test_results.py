@@ -31,7 +31,7 @@ ROWS = [
     ScreenRow("plain.png", -1e-9, -3.25, 0.037, False, 1.64, None),
     ScreenRow(STRANGE, None, None, None, None, 1.64, f"{STRANGE} is no image"),
 ]
-SAFE = "caf\\xe9/\N{X-RAY}.png"
+SAFE = "caf\\xe9/\U0001fa7b.png"
 
 
 def scored(index: int, z: float, flag: bool = False) -> ScreenRow:
