@@ -85,3 +85,11 @@ def test_figures_in_documents_are_the_measured_ones() -> None:
         [sys.executable, "-m", "bench.readme", "--check"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_drop_in_example_of_the_readme_runs() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    example = readme.split("```python\n")[1].split("```")[0]
+    names: dict[str, object] = {}
+    exec(example, names)
+    assert names["scores"].shape == (16,)  # type: ignore[attr-defined]
