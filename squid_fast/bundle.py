@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from .modules import SQUID, Discriminator, discriminator_size
@@ -144,7 +144,7 @@ def _save_weights(state: dict[str, Tensor], path: Path) -> None:
         name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, value in state.items()
     }
-    save_file(plain, partial)
+    partial.write_bytes(save(plain))  # save_file would leave it readable to its owner alone
     os.replace(partial, path)
 
 

@@ -270,7 +270,7 @@ def demo(
     out: Annotated[Path | None, typer.Option(help="Folder to write; else a new one in runs.")] = (
         None
     ),
-    minutes: Annotated[float, typer.Option(min=0.01, help="Of training, about.")] = 5.0,
+    minutes: Annotated[float, typer.Option(min=0.01, help="Of training, about.")] = 4.5,
     mnist: Mnist = None,
     seed: int = 0,
     device: Device = None,

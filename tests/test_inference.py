@@ -195,6 +195,9 @@ def test_a_bundle_comes_back_as_it_was(bundle: squid_fast.Bundle, tmp_path: Path
         "discriminator.safetensors",
         "model.safetensors",
     ]
+    assert (tmp_path / "b/model.safetensors").stat().st_mode & 0o444 == (
+        (tmp_path / "b/config.json").stat().st_mode & 0o444
+    )
     images = image_set(3).batch(slice(0, 3))
     ours = squid_fast.Scorer(bundle.model, bundle.discriminator, bundle.calibration, device="cpu")
     loaded = squid_fast.Scorer.load(tmp_path / "b", device="cpu")
