@@ -44,7 +44,7 @@ def demo() -> str:
     lines += [
         "",
         f"{figures['trained_grids']} normal grids in {figures['training_seconds']:.0f} s of "
-        "training; 400 unseen normal grids against 400 of each kind.",
+        "training, one seed; 400 unseen normal grids against 400 of each kind.",
     ]
     return "\n".join(lines)
 

@@ -232,6 +232,26 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(tmp_path: Path) -> None:
     assert len(list(csv.DictReader(log[0].splitlines()))) == 3 * 5 + 2 * 3
 
 
+def test_a_run_that_died_leaves_no_figures_twice(tmp_path: Path) -> None:
+    images = image_set(8)
+    train(tiny_model(), images, tmp_path, RECIPE, should_stop=after_steps(3))
+    log = tmp_path / "metrics.csv"
+    with log.open("a") as file:
+        file.write("4,loss/discriminator,1.0\n")  # after the checkpoint of step 3
+    train(tiny_model(), images, tmp_path, RECIPE, resume=True)
+    rows = [(row["step"], row["name"]) for row in csv.DictReader(log.read_text().splitlines())]
+    assert len(rows) == len(set(rows)) == 3 * 5
+
+
+def test_training_leaves_the_callers_random_numbers_alone(tmp_path: Path) -> None:
+    model = tiny_model()
+    torch.manual_seed(7)
+    expected = torch.rand(1)
+    torch.manual_seed(7)
+    train(model, image_set(8), tmp_path, RECIPE, should_stop=after_steps(1))
+    assert torch.equal(torch.rand(1), expected)
+
+
 def test_another_seed_is_another_run(tmp_path: Path) -> None:
     recipe = dataclasses.replace(RECIPE, epochs=1, n_critic=1)
     runs = [

@@ -19,15 +19,19 @@ class Logger(Protocol):
 
 
 class CsvLogger:
-    """Appends one row of ``step, name, value`` per figure, so that new names need no new file."""
+    """Appends one row of ``step, name, value`` per figure, so that new names need no new file.
 
-    def __init__(self, folder: Path) -> None:
+    Rows after ``step`` are left over from a run that died after its last checkpoint; they go.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
         path = folder / "metrics.csv"
-        new = not path.exists()
-        self._file = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115 (kept open)
+        rows = list(csv.reader(path.read_text().splitlines()))[1:] if path.exists() else []
+        self._file = open(path, "w", newline="", encoding="utf-8")  # noqa: SIM115 (kept open)
         self._writer = csv.writer(self._file)
-        if new:
-            self._writer.writerow(("step", "name", "value"))
+        self._writer.writerow(("step", "name", "value"))
+        self._writer.writerows(row for row in rows if int(row[0]) <= step)
+        self._file.flush()
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self._writer.writerows((step, name, repr(value)) for name, value in values.items())
@@ -40,11 +44,11 @@ class CsvLogger:
 class TensorBoardLogger:
     """Writes event files under ``tensorboard/``."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, step: int) -> None:
         require("tensorboard", "train")
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder / "tensorboard"))
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -55,8 +59,8 @@ class TensorBoardLogger:
         self._writer.close()
 
 
-def make_logger(kind: LogKind, folder: Path) -> Logger:
-    """The logger of that kind, writing under ``folder``."""
+def make_logger(kind: LogKind, folder: Path, step: int) -> Logger:
+    """The logger of that kind, writing under ``folder`` what comes after ``step``."""
     if kind not in ("csv", "tensorboard"):
         raise ValueError(f"the log is {kind!r}; it must be 'csv' or 'tensorboard'.")
-    return CsvLogger(folder) if kind == "csv" else TensorBoardLogger(folder)
+    return CsvLogger(folder, step) if kind == "csv" else TensorBoardLogger(folder, step)

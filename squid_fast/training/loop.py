@@ -104,12 +104,15 @@ def train(
         raise CheckpointError(
             f"{out} already holds a run; add --resume to go on with it, or choose another folder."
         )
-    run = Run(model, settings, where, chosen)
+    run = Run(model, settings, where)
     if resume:
         run.load(load_checkpoint(out / CHECKPOINT), settings)
-    logger = make_logger(log, out)
+    logger = make_logger(log, out, run.step)
     try:
-        return _loop(run, train_set, validation_set, out, settings, logger.log, report, should_stop)
+        with torch.random.fork_rng():  # the steps' seeds do not reach the caller
+            return _loop(
+                run, train_set, validation_set, out, settings, logger.log, report, should_stop
+            )
     finally:
         logger.close()
 
@@ -133,7 +136,7 @@ def seconds_per_step(
     """Time of a training step here, median of a few; trains ``model``, which is then spent."""
     where = choose_device(device)
     chosen = choose_precision(precision, where)
-    run = Run(model, Settings(model.config, recipe, 0, chosen, len(images)), where, chosen)
+    run = Run(model, Settings(model.config, recipe, 0, chosen, len(images)), where)
     batch = images.batch(slice(0, recipe.batch_size), where).to(memory_format=run.layout)
     seconds = []
     for _ in range(_TIMED):
@@ -204,7 +207,7 @@ def _end_epoch(
         return None
     validation = None
     if validation_set is not None and len(set(validation_set.labels.tolist())) == 2:
-        validation = validate(run.model, run.discriminator, validation_set, settings.precision)  # type: ignore[arg-type]
+        validation = validate(run.model, run.discriminator, validation_set, settings.precision)
         run.validation = validation
         log(run.step, {f"validation/{name}": value for name, value in validation.items()})
     run.save(settings, out)

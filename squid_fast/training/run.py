@@ -71,8 +71,9 @@ def train_bundle(
     See ``squid_fast.training.train`` for the arguments it shares; ``score`` is the one that the
     bundle screens by.
     """
-    torch.manual_seed(seed)
-    model = SQUID(**preset.model)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = SQUID(**preset.model)
     recipe = recipe or preset.recipe
     result = train(
         model,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._extras import require
-from ..devices import choose_layout, to_layout
+from ..devices import Precision, choose_layout, to_layout
 from ..modules import SQUID, Discriminator, discriminator_size
 from ..presets import Recipe
 from .checkpoint import CheckpointError, save_checkpoint
@@ -31,21 +31,19 @@ class Settings:
     model: dict[str, Any]
     recipe: Recipe
     seed: int
-    precision: str
+    precision: Precision
     images: int
 
 
 class Run:
     """The modules on their device, their optimisers, and where in training they are."""
 
-    def __init__(
-        self, model: SQUID, settings: Settings, device: torch.device, precision: str
-    ) -> None:
+    def __init__(self, model: SQUID, settings: Settings, device: torch.device) -> None:
         fabric_module = require("lightning_fabric", "train")
         self.fabric = fabric_module.Fabric(
             accelerator=device.type,
             devices=[device.index or 0] if device.type == "cuda" else 1,
-            precision="bf16-mixed" if precision == "bf16" else "32-true",
+            precision="bf16-mixed" if settings.precision == "bf16" else "32-true",
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
