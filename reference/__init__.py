@@ -1,6 +1,6 @@
 """SQUID in plain PyTorch: the text to read in order to understand the method.
 
-Every file states one idea and opens with the section or equation of the paper that it implements
+Every file states one idea and opens with the section of the paper that it implements
 (Xiang et al., "SQUID: Deep Feature In-Painting for Unsupervised Anomaly Detection", CVPR 2023,
 arXiv 2111.13495). Nothing here is fast: loops run over patches, intermediate tensors are kept,
 and everything works in float64. The fast implementation is tested against it.

@@ -1,4 +1,4 @@
-"""Attention of every patch to its neighbours (paper section 3.3, "Feature-level in-painting").
+"""Attention of every patch to its neighbours (paper section 3.3).
 
 The N looked-up features of an image lie on a P x P grid. What patch n should look like is asked
 of its eight neighbours, never of itself: n is the blank that is painted.

@@ -1,4 +1,4 @@
-"""Building blocks of encoder and decoders (paper section 3.1 and its supplement on architecture).
+"""Building blocks of encoder and decoders (paper section 3.1; widths as in the published code).
 
 Every stage is a *residual double convolution*:
 

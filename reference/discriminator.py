@@ -1,4 +1,4 @@
-"""The discriminator (paper section 3.5): is this image a real one or a painted one?
+"""The discriminator (paper section 3.4): is this image a real one or a painted one?
 
 Five 5x5 convolutions of stride 2, batch norm in all but the first, one linear layer to a logit.
 """

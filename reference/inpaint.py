@@ -1,4 +1,4 @@
-"""The in-painting block (paper section 3.3 and figure 3).
+"""The in-painting block (paper section 3.3, "Formulating Anomaly Detection as In-painting").
 
 Each patch's bottleneck feature f is looked up in its own memory queue; a transformer layer then
 paints the patch from what its neighbours' memories answered, with f as the query.

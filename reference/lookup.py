@@ -6,7 +6,7 @@ A memory holds M slots of width C. A query is answered by a weighted sum of few 
 
 Two ways of shrinking are published. *Gumbel shrinkage* keeps the largest softmax weights and lets
 the gradient pass straight through to the softmax, so that slots which were not chosen still
-learn. *Hard shrinkage* is that of MemAE (Gong et al. 2019, equation 7).
+learn. *Hard shrinkage* is that of MemAE (Gong et al. 2019).
 """
 
 import torch

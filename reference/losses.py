@@ -1,4 +1,4 @@
-"""The losses (paper section 3.5, equations 3 to 5).
+"""The losses (paper section 3.5).
 
 Generator:      recon_w * MSE(recon, x) + g_w * BCE(D(recon), 1)
                 + t_w * MSE(teacher_recon, x) + dist_w * dist_loss

@@ -1,4 +1,4 @@
-"""The anomaly score (paper section 3.6, "Anomaly Detection", equation 6).
+"""The anomaly score (paper section 3.4, "Anomaly Discrimination").
 
     s = D(recon),    A = 1 - sigmoid((s - mean) / std)
 

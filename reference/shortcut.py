@@ -1,4 +1,4 @@
-"""The masked shortcut (paper section 3.4, equation 2).
+"""The masked shortcut (paper section 3.3).
 
 If the in-painted features were all that the decoder sees, training would be hard at first; if
 the input could pass beside the block, there would be nothing to learn. So in training a random

@@ -1,4 +1,4 @@
-"""A trained model as a scorer: images in, calibrated anomaly scores out (paper section 3.6)."""
+"""A trained model as a scorer: images in, calibrated anomaly scores out (paper section 3.4)."""
 
 from __future__ import annotations
 

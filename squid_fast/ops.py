@@ -141,7 +141,7 @@ def gumbel_shrinkage(logits: Tensor, top_k: int) -> Tensor:
 def hard_shrinkage(logits: Tensor, threshold: float) -> Tensor:
     """Weights [..., M]: logits above ``threshold``, L1-normalised, all of it differentiated.
 
-    MemAE (Gong et al. 2019), equation 7; the logits are raw dot products, no softmax.
+    As in MemAE (Gong et al. 2019); the logits are raw dot products, no softmax.
 
     Args:
         logits: [..., M], any floating dtype.
@@ -377,7 +377,7 @@ def masked_shortcut(
 ) -> Tensor:
     """``mask * inpainted + (1 - mask) * shortcut``, one Bernoulli draw per (image, row, column).
 
-    Paper section 3.4, equation 2. The draw is shared by the channels and is a function of
+    Paper section 3.3. The draw is shared by the channels and is a function of
     ``seed`` alone: the same on every device, made again in the backward, never stored.
 
     Args:

@@ -1,4 +1,4 @@
-"""The discriminator (paper section 3.5) and the raw score made of it (section 3.6)."""
+"""The discriminator and the raw score made of it (paper section 3.4)."""
 
 from __future__ import annotations
 

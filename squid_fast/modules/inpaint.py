@@ -1,4 +1,4 @@
-"""The in-painting block (paper section 3.3 and figure 3)."""
+"""The in-painting block (paper section 3.3)."""
 
 from __future__ import annotations
 

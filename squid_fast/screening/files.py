@@ -134,6 +134,7 @@ def _glob(pattern: str) -> list[str]:
         rest.pop()
     start = "/".join(parts[:first]) + "/" * (first > 0)
     roots = sorted(glob.glob(start)) if glob.has_magic(start) else [start]
+    roots = [root for root in roots if os.path.isdir(root or os.curdir)]
     if not rest:
         return [root or os.curdir for root in roots]
     found = []

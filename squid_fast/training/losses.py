@@ -1,4 +1,4 @@
-"""The losses (paper section 3.5, equations 3 to 5)."""
+"""The losses (paper section 3.5)."""
 
 from __future__ import annotations
 

@@ -358,3 +358,11 @@ def test_arguments_are_checked_at_the_call() -> None:
     with pytest.raises(ValueError, match="workers must be at least 1, not 0"):
         screen(MeanScorer(), [], workers=0)
     assert list(screen(MeanScorer(), [])) == []
+
+
+@pytest.mark.parametrize("pattern", ["gone/**/*.png", "**/*.tiff", "*.tiff"])
+def test_a_pattern_without_a_match_keeps_its_own_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_files(pattern) == [pattern]
