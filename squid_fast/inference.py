@@ -53,7 +53,8 @@ class Scorer:
         model, discriminator: trained.
         calibration: as from ``calibrate``; without one only ``raw_scores`` can be used.
         score: one of ``SCORES``.
-        precision: "float32", "bf16", or "auto": bf16 where the hardware computes in it.
+        precision: "float32", "bf16", or "auto": bf16 where the hardware computes in it. Scores of
+            the two differ a little, so a calibration belongs to the precision it was made in.
         device: "cpu", "cuda", ...; a GPU if there is one unless given.
 
     Raises:

@@ -112,7 +112,9 @@ def test_scores_do_not_depend_on_the_batch(bundle: squid_fast.Bundle) -> None:
 
 
 def test_calibration_of_normal_images(bundle: squid_fast.Bundle) -> None:
-    scorer = squid_fast.Scorer(bundle.model, bundle.discriminator, bundle.calibration, device="cpu")
+    scorer = squid_fast.Scorer(
+        bundle.model, bundle.discriminator, bundle.calibration, precision="float32", device="cpu"
+    )
     training, validation = scorer.raw_scores(image_set(30)), scorer.raw_scores(image_set(40, 5))
     assert bundle.calibration.threshold_images == "validation"
     for name in SCORES:

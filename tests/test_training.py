@@ -326,3 +326,17 @@ def test_a_pickle_with_code_is_refused(tmp_path: Path) -> None:
     torch.save({"weights": torch.zeros(1)}, path)
     with pytest.raises(CheckpointError, match="not a checkpoint written by squid-fast"):
         load_checkpoint(path)
+
+
+def test_training_in_bf16_keeps_weights_in_float32(tmp_path: Path) -> None:
+    images = image_set(8)
+    whole, exact = (
+        train(tiny_model(), images, tmp_path / name, RECIPE, precision=name)
+        for name in ("bf16", "float32")
+    )
+    for name, value in whole.model.named_parameters():
+        assert value.dtype == torch.float32, name
+    log = (tmp_path / "bf16/metrics.csv").read_text()
+    assert log != (tmp_path / "float32/metrics.csv").read_text()
+    difference = whole.model.out_conv.conv.bias - exact.model.out_conv.conv.bias
+    assert difference.abs().max() < 0.02
