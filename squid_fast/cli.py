@@ -24,12 +24,14 @@ from .console import (
 )
 from .data import find_records, load_images, select, write_digit_anatomy
 from .demo import new_folder, run_demo
+from .devices import Precision
 from .evaluation import plot_roc
 from .inference import Scorer, calibrate
 from .presets import preset as find_preset
 from .screening import Summary, open_writer, write_report
 from .screening import screen as screen_files
 from .training import load_splits, train_bundle
+from .training.logs import LogKind
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -42,7 +44,7 @@ app = typer.Typer(
 Data = Annotated[Path, typer.Option("--data", help="Folder or table of images.")]
 Layout = Annotated[str, typer.Option(help="How the data is laid out; found out unless named.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; a GPU if there is one.")]
-PrecisionName = Annotated[str, typer.Option(help="auto, bf16 or float32.")]
+PrecisionName = Annotated[Precision, typer.Option(help="auto: bf16 where computed in.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Mnist = Annotated[Path | None, typer.Option(help="MNIST IDX files; else bundled digits.")]
 Rate = Annotated[float, typer.Option(help="Share of normal images that may be flagged.")]
@@ -82,7 +84,7 @@ def train(
     seed: int = 0,
     device: Device = None,
     precision: PrecisionName = "auto",
-    log: Annotated[str, typer.Option(help="csv or tensorboard.")] = "csv",
+    log: Annotated[LogKind, typer.Option(help="Where figures go.")] = "csv",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -111,9 +113,9 @@ def train(
             false_positive_rate=false_positive_rate,
             seed=seed,
             device=device,
-            precision=precision,  # type: ignore[arg-type]
+            precision=precision,
             resume=resume,
-            log=log,  # type: ignore[arg-type]
+            log=log,
             report=report,
             should_stop=should_stop,
         )
@@ -149,7 +151,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Figures of every score on labelled images, with a picture of the ROC curves."""
-    scorer = Scorer.load(bundle, precision=precision, device=device)  # type: ignore[arg-type]
+    scorer = Scorer.load(bundle, precision=precision, device=device)
     records = [r for r in select(find_records(data, layout), split) if r.label is not None]
     if not records:
         raise ValueError(f"{data} has no labelled images in the split {split!r}.")
@@ -182,7 +184,7 @@ def screen(
     as_json: Json = False,
 ) -> None:
     """Score files: one row for each, errors included, most unusual first in the report."""
-    scorer = Scorer.load(bundle, score, precision, device)  # type: ignore[arg-type]
+    scorer = Scorer.load(bundle, score, precision, device)
     summary = Summary()
     started = time.perf_counter()
     with progress_bar("screening") as advance, open_writer(out) as writer:
