@@ -29,7 +29,7 @@ from .checkpoint import CheckpointError, load_checkpoint
 from .logs import LogKind, make_logger
 from .state import CHECKPOINT, Run, Settings
 
-_TIMED, _WARM_UP = 12, 4  # steps
+_TIMED, _WARM_UP = 24, 8  # steps
 
 
 @dataclass(frozen=True)
