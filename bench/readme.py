@@ -41,10 +41,11 @@ def demo() -> str:
     for name, by_kind in figures["aurocs"].items():
         label = f"`{name}`" + (" (the paper's)" if name == figures["paper_score"] else "")
         lines.append(f"| {label} | " + " | ".join(f"{by_kind[k]:.2f}" for k in kinds) + " |")
+    each = figures["screened"]["count"] // (len(kinds) + 1)
     lines += [
         "",
         f"{figures['trained_grids']} normal grids in {figures['training_seconds']:.0f} s of "
-        "training, one seed; 400 unseen normal grids against 400 of each kind.",
+        f"training, one seed; {each} unseen normal grids against {each} of each kind.",
     ]
     return "\n".join(lines)
 

@@ -82,7 +82,7 @@ def training(device: torch.device) -> dict[str, tuple[int, Callable[[], Any]]]:
     layout = choose_layout(PRESET.model["features_root"])
     model = to_layout(SQUID(**PRESET.model).to(device), layout)
     discriminator = to_layout(Discriminator(4).to(device), layout)
-    pair = make_optimizers(model, discriminator, recipe)  # type: ignore[arg-type]
+    pair = make_optimizers(model, discriminator, recipe)
     trainer = Trainer(model, discriminator, pair, recipe, lambda loss: loss.backward())
     bf16 = choose_precision("auto", device) == "bf16"
     laid_out = images.to(memory_format=layout)

@@ -296,7 +296,7 @@ def demo(
     if as_json:
         print_json(result.to_json())
     else:
-        print_table(demo_table(result.aurocs, result.best))
+        print_table(demo_table(result.aurocs, result.score))
         print(result.summary())
 
 

@@ -72,15 +72,15 @@ def evaluation_table(evaluations: dict[str, Evaluation]) -> Table:
     return table
 
 
-def demo_table(aurocs: dict[str, dict[str, float]], best: str) -> Table:
-    """AUROC of every score for every kind of anomaly."""
+def demo_table(aurocs: dict[str, dict[str, float]], score: str) -> Table:
+    """AUROC of every score for every kind of anomaly; ``score`` in bold."""
     table = Table(title="AUROC on unseen grids, against normal ones", box=SIMPLE_HEAD)
     table.add_column("score")
     for kind in next(iter(aurocs.values())):
         table.add_column(kind, justify="right")
     for name, by_kind in aurocs.items():
         label = f"{name} (the paper's)" if name == PAPER_SCORE else name
-        style = "bold" if name == best else ""
+        style = "bold" if name == score else ""
         table.add_row(label, *(f"{value:.3f}" for value in by_kind.values()), style=style)
     return table
 

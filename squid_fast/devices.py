@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import nn
 
+Module = TypeVar("Module", bound=nn.Module)
 Precision = Literal["auto", "bf16", "float32"]
 
 
@@ -56,6 +57,6 @@ def choose_layout(features_root: int) -> torch.memory_format:
     return torch.channels_last if features_root % 16 == 0 else torch.contiguous_format
 
 
-def to_layout(module: nn.Module, layout: torch.memory_format) -> nn.Module:
+def to_layout(module: Module, layout: torch.memory_format) -> Module:
     """The module with its four-dimensional weights in that layout."""
     return module.to(memory_format=layout)  # type: ignore[call-overload]

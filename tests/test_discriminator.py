@@ -54,7 +54,7 @@ def test_score_equals_reference(size: int, side: int, mode: str) -> None:
     discriminator = trained(size)
     images = torch.rand(3, 1, side, side, dtype=torch.float64)
     expected = reference.discriminator_logits(twin(discriminator), images, mode)
-    assert_close(discriminator.score(images, mode), expected)  # type: ignore[arg-type]
+    assert_close(discriminator.score(images, mode), expected)
 
 
 def test_instance_score_is_what_training_mode_says_of_batches_of_one() -> None:
@@ -80,9 +80,9 @@ def test_running_score_is_what_evaluation_says() -> None:
 def test_score_does_not_depend_on_the_batch(mode: str, dtype: torch.dtype) -> None:
     discriminator = trained(2, dtype)
     images = torch.rand(7, 1, 64, 64, dtype=dtype)
-    whole = discriminator.score(images, mode)  # type: ignore[arg-type]
+    whole = discriminator.score(images, mode)
     for sizes in ([1] * 7, [2, 5], [6, 1]):
-        parts = [discriminator.score(x, mode) for x in images.split(sizes)]  # type: ignore[arg-type]
+        parts = [discriminator.score(x, mode) for x in images.split(sizes)]
         assert_close(torch.cat(parts), whole, 5 * TOLERANCES[dtype])
 
 
@@ -91,7 +91,7 @@ def test_score_does_not_depend_on_the_batch(mode: str, dtype: torch.dtype) -> No
 def test_score_changes_nothing(mode: str, training: bool) -> None:
     discriminator = trained(2).train(training)
     before = {key: value.clone() for key, value in discriminator.state_dict().items()}
-    discriminator.score(torch.rand(3, 1, 64, 64, dtype=torch.float64), mode)  # type: ignore[arg-type]
+    discriminator.score(torch.rand(3, 1, 64, 64, dtype=torch.float64), mode)
     assert all(torch.equal(v, before[k]) for k, v in discriminator.state_dict().items())
     assert discriminator.training is training
     assert all(m.training is training for m in discriminator.modules())
@@ -116,7 +116,7 @@ def test_channels_last_gives_the_same_score() -> None:
     discriminator = trained(2)
     images = torch.rand(3, 1, 64, 64, dtype=torch.float64)
     expected = discriminator.score(images)
-    last = discriminator.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    last = discriminator.to(memory_format=torch.channels_last)
     assert_close(last.score(images.to(memory_format=torch.channels_last)), expected)
 
 
@@ -146,7 +146,7 @@ def test_errors_of_arguments() -> None:
     with pytest.raises(ValueError, match=r"size is 0; it must be the image side / 32"):
         Discriminator(0)
     with pytest.raises(ValueError, match=r"mode is 'batch'; it must be 'instance' or 'running'"):
-        Discriminator(2).score(torch.zeros(1, 1, 64, 64), "batch")  # type: ignore[arg-type]
+        Discriminator(2).score(torch.zeros(1, 1, 64, 64), "batch")
     with pytest.raises(ValueError, match=r"mode 'instance' needs images larger than 32 x 32"):
         Discriminator(1).score(torch.zeros(1, 1, 32, 32))
     with pytest.raises(ValueError, match=r"mode is 'batch'"):

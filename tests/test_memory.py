@@ -150,8 +150,8 @@ def test_state_dict_is_that_of_the_published_list_of_memories() -> None:
     )
     assert list(holder.state_dict()) == list(published.state_dict())
     holder.load_state_dict(published.state_dict(), strict=True)
-    for i, queue in enumerate(published["memory"]):  # type: ignore[arg-type]
-        assert torch.equal(holder["memory"].slots[i], queue.memMatrix)  # type: ignore[index]
+    for i, queue in enumerate(published["memory"]):
+        assert torch.equal(holder["memory"].slots[i], queue.memMatrix)
     published.load_state_dict(holder.state_dict(), strict=True)
 
 
@@ -162,11 +162,11 @@ def test_ptr_survives_a_saved_checkpoint() -> None:
     file.seek(0)
     other = nn.ModuleDict({"memory": MemoryQueue(7, 3, 2, 4)})
     other.load_state_dict(torch.load(file, weights_only=True), strict=True)
-    assert int(other["memory"].ptr) == 5  # type: ignore[index, arg-type]
+    assert int(other["memory"].ptr) == 5
     features = torch.randn(4, 4, 3)
     feed(queue, features)
-    feed(other["memory"], features)  # type: ignore[index]
-    assert torch.equal(queue.slots, other["memory"].slots)  # type: ignore[index]
+    feed(other["memory"], features)
+    assert torch.equal(queue.slots, other["memory"].slots)
 
 
 @pytest.mark.parametrize("ptr", [torch.tensor(4), torch.tensor([4]), torch.tensor([11])], ids=str)
@@ -175,7 +175,7 @@ def test_ptr_may_be_an_entry(ptr: Tensor) -> None:
     queue = nn.ModuleDict({"memory": MemoryQueue(7, 3, 2, 4)})
     state = dict(queue.state_dict()) | {"memory.ptr": ptr}
     queue.load_state_dict(state, strict=True)
-    assert int(queue["memory"].ptr) == 4  # type: ignore[index, arg-type]
+    assert int(queue["memory"].ptr) == 4
 
 
 def test_published_state_dict_begins_the_ring_anew() -> None:
@@ -213,12 +213,12 @@ def test_single_memory_has_the_published_key() -> None:
 @pytest.mark.parametrize("kind", [MemoryQueue, MemoryMatrix])
 def test_wrong_state_dict(kind: type, change: Any, sentence: str) -> None:
     holder = nn.ModuleDict({"memory": kind(5, 3, 2, 4)})
-    before = holder["memory"].slots.detach().clone()  # type: ignore[index, operator]
+    before = holder["memory"].slots.detach().clone()
     state = holder.state_dict()
     change(state)
     with pytest.raises(RuntimeError, match=r"(?s)" + sentence):
         holder.load_state_dict(state, strict=True)
-    assert torch.equal(holder["memory"].slots.detach(), before)  # type: ignore[index, operator]
+    assert torch.equal(holder["memory"].slots.detach(), before)
 
 
 # --- shrinkage by the type of the argument --------------------------------------------------------

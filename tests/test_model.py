@@ -375,7 +375,7 @@ def test_channels_last_equals_contiguous(name: str, training: bool) -> None:
     model, plain = pair(name)
     images = images_for(model)
     expected = plain.train(training)(images)
-    last = model.to(memory_format=torch.channels_last).train(training)  # type: ignore[call-overload]
+    last = model.to(memory_format=torch.channels_last).train(training)
     outputs = last(images.to(memory_format=torch.channels_last))
     for key in ("recon", "patch", "embedding", "teacher_recon"):
         assert_close(outputs[key], expected[key], EXACT)
@@ -595,3 +595,14 @@ def test_no_images_give_no_reconstructions() -> None:
     outputs = SQUID(**BASE).eval()(torch.zeros(0, 1, 16, 16), teacher=False)
     assert outputs["recon"].shape == (0, 1, 16, 16)
     assert outputs["patch"].shape == (0, 1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("shrink_thres", "said"), [(5, "Gumbel shrinkage, top 5"), (0.02, "hard shrinkage"), (0, "raw")]
+)
+def test_the_kind_of_shrinkage_is_said(
+    caplog: pytest.LogCaptureFixture, shrink_thres: float, said: str
+) -> None:
+    with caplog.at_level("INFO", "squid_fast"):
+        SQUID.from_preset("small", shrink_thres=shrink_thres)
+    assert said in caplog.text

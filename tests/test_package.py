@@ -92,4 +92,4 @@ def test_the_drop_in_example_of_the_readme_runs() -> None:
     example = readme.split("```python\n")[1].split("```")[0]
     names: dict[str, object] = {}
     exec(example, names)
-    assert names["scores"].shape == (16,)  # type: ignore[attr-defined]
+    assert names["scores"].shape == (16,)

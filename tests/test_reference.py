@@ -137,7 +137,7 @@ def test_flattening_order_of_the_blocks() -> None:
         with torch.no_grad():
             for parameter in block.parameters():
                 parameter.zero_()
-            memory.memMatrix[0, entry] = 1.0  # type: ignore[index, operator]
+            memory.memMatrix[0, entry] = 1.0
         answer = block.eval()(x)
         assert torch.equal(answer[answer != 0], x[answer != 0])
         return (answer[0] if answer.shape[0] == 1 else answer).nonzero()[0].tolist()
@@ -147,18 +147,18 @@ def test_flattening_order_of_the_blocks() -> None:
     block = MemoryMatrixBlock(1, c * 2 * 3, 4, 0)
     for entry in range(12):  # window 2 is the one below left; (row, column, channel)
         row, column, channel = entry // 6, entry // 2 % 3, entry % 2
-        assert probe(block, block.memory[2], x, entry) == [channel, 2 + row, column]  # type: ignore[index]
+        assert probe(block, block.memory[2], x, entry) == [channel, 2 + row, column]
     patches = torch.rand(4, c, 2, 3) + 1
     block = MemoryMatrixBlockV3(1, c * 2 * 3, 4, 0)
     for entry in range(12):  # (channel, row, column)
         place = [2, entry // 6, entry // 3 % 2, entry % 3]
-        assert probe(block, block.memory[2], patches, entry) == place  # type: ignore[index]
+        assert probe(block, block.memory[2], patches, entry) == place
     block = MemoryMatrixBlockV4(1, c * h * w, 4, 0)
     for entry in (0, 13, 25, 47):  # windows end to end, each (row, column, channel)
         window, rest = divmod(entry, 12)
         row, column, channel = rest // 6, rest // 2 % 3, rest % 2
         place = [channel, window // 2 * 2 + row, window % 2 * 3 + column]
-        assert probe(block, block.memory, x, entry) == place  # type: ignore[arg-type]
+        assert probe(block, block.memory, x, entry) == place
 
 
 # --- masked shortcut ------------------------------------------------------------------------------

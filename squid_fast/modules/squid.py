@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -10,11 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..presets import preset
 from .inpaint import InpaintBlock
-from .memory import BLOCKS
+from .memory import BLOCKS, describe_shrinkage
 from .unet import Down, InConv, OutConv, Up, to_image, to_patches
 
 MAX_LEVEL = 5
+_log = logging.getLogger("squid_fast")
 
 
 class SQUID(nn.Module):
@@ -70,6 +73,7 @@ class SQUID(nn.Module):
         self.num_in_ch, self.num_patch, self.level, self.dist = num_in_ch, num_patch, level, dist
         self.initial_combine = initial_combine
         self.image_size = _check_config(self.config, widths)
+        _log.info("memories with %s", describe_shrinkage(shrink_thres))
 
         self.in_conv = InConv(num_in_ch, features_root)
         self.down_blocks = nn.ModuleList(Down(widths[i], widths[i + 1]) for i in range(level))
@@ -101,8 +105,6 @@ class SQUID(nn.Module):
         Raises:
             ValueError: no such preset.
         """
-        from ..presets import preset
-
         return cls(**{**preset(name).model, **overrides})
 
     def forward(self, images: Tensor, teacher: bool = True) -> dict[str, Tensor | None]:
