@@ -1,10 +1,11 @@
 """The five operations of SQUID as PyTorch custom operators.
 
 Each public function checks its arguments and calls an operator ``torch.ops.squid_fast.<name>``
-that has a fake implementation (so that ``torch.compile`` and export see through it), a gradient
-whose backward is an operator too, and one implementation in vectorised PyTorch that serves every
-device. Nothing synchronises with the host. Results are contiguous, but for those of the masked
-shortcut, which keep their layout. NaN stays within its row. Double backward is not supported.
+that has a fake implementation (so that ``torch.compile`` and export see through it) and a gradient
+whose backward is an operator too. An operator runs the Triton kernel of its name where
+``kernels.choice`` says that it serves, else the vectorised PyTorch of the same name. Nothing
+synchronises with the host. Results are contiguous, but for those of the masked shortcut, which keep
+their layout. NaN stays within its row. Double backward is not supported.
 
 Symbols: B images, N patches of an image, M memory slots, C slot width, k = ``top_k``.
 """
@@ -12,50 +13,19 @@ Symbols: B images, N patches of an image, M memory slots, C slot width, k = ``to
 from __future__ import annotations
 
 import math
+from importlib import import_module
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-EPSILON = 1e-12  # floor of the published normalisations
-
-_GUMBEL, _HARD, _RAW = "gumbel", "hard", "raw"
-
-
-# --- shrinkage: values and gradients, shared by the stand-alone operators and the lookup ---------
+from . import vectorised
+from .kernels import choice
 
 
-def _keep_above(values: Tensor, threshold: Tensor | float) -> Tensor:
-    distance = values - threshold
-    kept = distance.relu() * values / (distance.abs() + EPSILON)
-    return kept / kept.sum(dim=-1, keepdim=True).clamp_min(EPSILON)
-
-
-def _gumbel_weights(probabilities: Tensor, top_k: int) -> Tensor:
-    threshold = probabilities.topk(top_k, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
-    return _keep_above(probabilities, threshold)
-
-
-def _softmax_backward(grad: Tensor, probabilities: Tensor) -> Tensor:
-    weighted = grad * probabilities
-    return weighted - probabilities * weighted.sum(dim=-1, keepdim=True)
-
-
-def _hard_backward(grad: Tensor, logits: Tensor, threshold: float) -> Tensor:
-    # kept = u * a / (u + eps) for u = a - threshold > 0, else 0; weights = kept / max(sum, eps).
-    u = (logits - threshold).relu()
-    inverse = 1 / (u + EPSILON)
-    kept = u * logits * inverse
-    total = kept.sum(dim=-1, keepdim=True)
-    floor = total.clamp_min(EPSILON)
-    through_total = (grad * kept).sum(dim=-1, keepdim=True) / floor.square()
-    grad_kept = grad / floor - torch.where(total > EPSILON, through_total, 0.0)
-    slope = (logits + u) * inverse - kept * inverse
-    return torch.where(u > 0, grad_kept * slope, 0.0)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """At least float32: selection and normalisation never happen in half precision."""
-    return x if x.dtype == torch.float64 else x.float()
+def _kernels(operation: str) -> ModuleType:
+    """The launchers of an operation, imported (and Triton with them) when they are first needed."""
+    return import_module(f".kernels.{operation}", __package__)
 
 
 # --- gumbel and hard shrinkage --------------------------------------------------------------------
@@ -63,24 +33,26 @@ def _wide(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("squid_fast::gumbel_shrinkage", mutates_args=())
 def _gumbel_shrinkage(logits: Tensor, top_k: int) -> Tensor:
-    weights = _gumbel_weights(torch.softmax(_wide(logits), dim=-1), top_k)
-    return weights.to(logits.dtype).contiguous()
+    if choice.serves_gumbel_shrinkage(logits, top_k):
+        return _kernels("gumbel_shrinkage").forward(logits, top_k)
+    return vectorised.gumbel_shrinkage(logits, top_k)
 
 
 @torch.library.custom_op("squid_fast::gumbel_shrinkage_backward", mutates_args=())
 def _gumbel_shrinkage_backward(grad: Tensor, logits: Tensor) -> Tensor:
-    probabilities = torch.softmax(_wide(logits), dim=-1)
-    return _softmax_backward(_wide(grad), probabilities).to(logits.dtype).contiguous()
+    if choice.serves_gumbel_shrinkage(logits):
+        return _kernels("gumbel_shrinkage").backward(grad, logits)
+    return vectorised.gumbel_shrinkage_backward(grad, logits)
 
 
 @torch.library.custom_op("squid_fast::hard_shrinkage", mutates_args=())
 def _hard_shrinkage(logits: Tensor, threshold: float) -> Tensor:
-    return _keep_above(_wide(logits), threshold).to(logits.dtype).contiguous()
+    return vectorised.hard_shrinkage(logits, threshold)
 
 
 @torch.library.custom_op("squid_fast::hard_shrinkage_backward", mutates_args=())
 def _hard_shrinkage_backward(grad: Tensor, logits: Tensor, threshold: float) -> Tensor:
-    return _hard_backward(_wide(grad), _wide(logits), threshold).to(logits.dtype).contiguous()
+    return vectorised.hard_shrinkage_backward(grad, logits, threshold)
 
 
 @_gumbel_shrinkage.register_fake
@@ -158,22 +130,15 @@ def hard_shrinkage(logits: Tensor, threshold: float) -> Tensor:
 # --- memory lookup --------------------------------------------------------------------------------
 
 
-def _lookup_weights(logits: Tensor, mode: str, top_k: int, threshold: float) -> Tensor:
-    if mode == _GUMBEL:
-        return _gumbel_weights(torch.softmax(logits, dim=-1), top_k)
-    if mode == _HARD:
-        return _keep_above(logits, threshold)
-    return logits
-
-
 @torch.library.custom_op("squid_fast::memory_lookup", mutates_args=())
 def _memory_lookup(
-    query: Tensor, memory: Tensor, mode: str, top_k: int, threshold: float
-) -> Tensor:
-    q = query.transpose(0, 1)  # [N, B, C]
-    logits = _wide(torch.bmm(q, memory.transpose(1, 2)))
-    weights = _lookup_weights(logits, mode, top_k, threshold).to(memory.dtype)
-    return torch.bmm(weights, memory).transpose(0, 1).contiguous()
+    query: Tensor, memory: Tensor, mode: str, top_k: int, threshold: float, keep_scores: bool
+) -> tuple[Tensor, Tensor]:
+    """The answer, and the scores [N, B, M] in float32 or wider, empty unless ``keep_scores``."""
+    arguments = (query, memory, mode, top_k, threshold, keep_scores)
+    if choice.serves_memory_lookup(query, memory.shape[1], mode, top_k):
+        return _kernels("memory_lookup").forward(*arguments)
+    return vectorised.memory_lookup(*arguments)
 
 
 @torch.library.custom_op("squid_fast::memory_lookup_backward", mutates_args=())
@@ -181,6 +146,7 @@ def _memory_lookup_backward(
     grad: Tensor,
     query: Tensor,
     memory: Tensor,
+    scores: Tensor,
     mode: str,
     top_k: int,
     threshold: float,
@@ -188,35 +154,25 @@ def _memory_lookup_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of query and memory; the latter is empty unless ``memory_grad``.
 
-    The scores are computed again rather than kept: they are the cheap half of the work.
+    Scores that were not kept are computed again.
     """
-    q, g = query.transpose(0, 1), grad.transpose(0, 1)  # [N, B, C]
-    logits = _wide(torch.bmm(q, memory.transpose(1, 2)))
-    grad_weights = _wide(torch.bmm(g, memory.transpose(1, 2)))
-    probabilities = torch.softmax(logits, dim=-1) if mode == _GUMBEL else logits
-    if mode == _GUMBEL:
-        grad_logits = _softmax_backward(grad_weights, probabilities)
-    elif mode == _HARD:
-        grad_logits = _hard_backward(grad_weights, logits, threshold)
-    else:
-        grad_logits = grad_weights
-    grad_logits = grad_logits.to(memory.dtype)
-    grad_query = torch.bmm(grad_logits, memory).transpose(0, 1).contiguous()
-    if not memory_grad:
-        return grad_query, memory.new_empty(0)
-    if mode == _GUMBEL:
-        weights = _gumbel_weights(probabilities, top_k)
-    else:
-        weights = _lookup_weights(logits, mode, top_k, threshold)
-    weights = weights.to(memory.dtype)
-    grad_memory = torch.bmm(weights.transpose(1, 2), g)
-    grad_memory = grad_memory.baddbmm_(grad_logits.transpose(1, 2), q)
-    return grad_query, grad_memory
+    arguments = (grad, query, memory, scores, mode, top_k, threshold, memory_grad)
+    if choice.serves_memory_lookup(query, memory.shape[1], mode, top_k):
+        return _kernels("memory_lookup").backward(*arguments)
+    return vectorised.memory_lookup_backward(*arguments)
+
+
+def _empty_scores(query: Tensor, num_slots: int, keep_scores: bool) -> Tensor:
+    B, N, _ = query.shape
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return query.new_empty((N, B, num_slots) if keep_scores else (0,), dtype=dtype)
 
 
 @_memory_lookup.register_fake
-def _(query: Tensor, memory: Tensor, mode: str, top_k: int, threshold: float) -> Tensor:
-    return query.new_empty(query.shape)
+def _(
+    query: Tensor, memory: Tensor, mode: str, top_k: int, threshold: float, keep_scores: bool
+) -> tuple[Tensor, Tensor]:
+    return query.new_empty(query.shape), _empty_scores(query, memory.shape[1], keep_scores)
 
 
 @_memory_lookup_backward.register_fake
@@ -224,6 +180,7 @@ def _(
     grad: Tensor,
     query: Tensor,
     memory: Tensor,
+    scores: Tensor,
     mode: str,
     top_k: int,
     threshold: float,
@@ -233,15 +190,18 @@ def _(
 
 
 def _save_lookup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    query, memory, *ctx.parameters = inputs
-    ctx.save_for_backward(query, memory)
+    query, memory, *ctx.parameters, _ = inputs
+    ctx.save_for_backward(query, memory, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
-def _lookup_gradients(ctx, grad):  # type: ignore[no-untyped-def]
-    query, memory = ctx.saved_tensors
+def _lookup_gradients(ctx, grad, _):  # type: ignore[no-untyped-def]
+    if grad is None:
+        return (None,) * 6
     wanted = ctx.needs_input_grad[1]
-    grad_query, grad_memory = _memory_lookup_backward(grad, query, memory, *ctx.parameters, wanted)
-    return grad_query, grad_memory if wanted else None, None, None, None
+    gradients = _memory_lookup_backward(grad, *ctx.saved_tensors, *ctx.parameters, wanted)
+    return gradients[0], gradients[1] if wanted else None, None, None, None, None
 
 
 _memory_lookup.register_autograd(_lookup_gradients, setup_context=_save_lookup)
@@ -292,101 +252,121 @@ def memory_lookup(
         _check_top_k(top_k, memory.shape[1])
     if threshold is not None:
         _check_threshold(threshold)
-    mode = _GUMBEL if top_k is not None else _HARD if threshold is not None else _RAW
-    return _memory_lookup(
-        query, memory.to(query.dtype), mode, top_k or 0, 0.0 if threshold is None else threshold
-    )
+    mode = "gumbel" if top_k is not None else "hard" if threshold is not None else "raw"
+    # A backward will want the scores again. They are kept where they are fewer than the numbers of
+    # the query, which is kept anyway.
+    trained = torch.is_grad_enabled() and (query.requires_grad or memory.requires_grad)
+    keep_scores = trained and memory.shape[1] <= memory.shape[2]
+    memory = memory.to(query.dtype)
+    return _memory_lookup(query, memory, mode, top_k or 0, threshold or 0.0, keep_scores)[0]
 
 
 # --- masked shortcut ------------------------------------------------------------------------------
 
-_PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
-_LOW = 0xFFFFFFFF
-
-
-def _philox_uniform(seed: Tensor, count: int) -> Tensor:
-    """Uniform float32 [count] in [0, 1): Philox 4x32-10 of the counters 0 .. count-1.
-
-    Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3". 32-bit words are held in
-    int64, whose multiplication wraps, so that it runs on every device. The numbers are those of
-    Triton's ``tl.rand(seed, offset)``.
-    """
-    c0 = torch.arange(count, device=seed.device, dtype=torch.int64)
-    c1 = torch.zeros_like(c0)
-    c2, c3 = c1, c1
-    k0, k1 = seed & _LOW, (seed >> 32) & _LOW
-    for _ in range(10):
-        low, high = c0 * _PHILOX_MULTIPLIERS[0], c2 * _PHILOX_MULTIPLIERS[1]
-        c0, c2 = ((high >> 32) & _LOW) ^ c1 ^ k0, ((low >> 32) & _LOW) ^ c3 ^ k1
-        c1, c3 = high & _LOW, low & _LOW
-        k0, k1 = (k0 + _PHILOX_WEYL[0]) & _LOW, (k1 + _PHILOX_WEYL[1]) & _LOW
-    # As a signed word folded at zero: 31 random bits, scaled so that 1 is never reached.
-    return torch.where(c0 >= 2**31, _LOW - c0, c0).float() * 4.6566127342e-10
-
-
-def shortcut_mask(seed: Tensor, shape: tuple[int, ...], keep_probability: float) -> Tensor:
-    """The draw of ``masked_shortcut``: bool [B, 1, H, W] for maps of ``shape`` [B, C, H, W]."""
-    B, _, H, W = shape
-    return (_philox_uniform(seed, B * H * W) < keep_probability).view(B, 1, H, W)
-
 
 @torch.library.custom_op("squid_fast::masked_shortcut", mutates_args=())
 def _masked_shortcut(
-    inpainted: Tensor, shortcut: Tensor, keep_probability: float, seed: Tensor
+    inpainted: Tensor,
+    shortcut: Tensor,
+    keep_probability: float,
+    seed: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
 ) -> Tensor:
-    return torch.where(shortcut_mask(seed, inpainted.shape, keep_probability), inpainted, shortcut)
+    arguments = (inpainted, shortcut, keep_probability, seed, scale, shift)
+    if choice.serves_masked_shortcut(inpainted):
+        return _kernels("masked_shortcut").forward(*arguments)
+    return vectorised.masked_shortcut(*arguments)
 
 
 @torch.library.custom_op("squid_fast::masked_shortcut_backward", mutates_args=())
 def _masked_shortcut_backward(
-    grad: Tensor, keep_probability: float, seed: Tensor
-) -> tuple[Tensor, Tensor]:
-    mask = shortcut_mask(seed, grad.shape, keep_probability)
-    return torch.where(mask, grad, 0), torch.where(mask, 0, grad)
+    grad: Tensor,
+    inpainted: Tensor | None,
+    keep_probability: float,
+    seed: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of inpainted, shortcut, scale and shift; the last two empty without an affine."""
+    arguments = (grad, inpainted, keep_probability, seed, scale, shift)
+    if choice.serves_masked_shortcut(grad):
+        return _kernels("masked_shortcut").backward(*arguments)
+    return vectorised.masked_shortcut_backward(*arguments)
 
 
 @_masked_shortcut.register_fake
-def _(inpainted: Tensor, shortcut: Tensor, keep_probability: float, seed: Tensor) -> Tensor:
+def _(
+    inpainted: Tensor,
+    shortcut: Tensor,
+    keep_probability: float,
+    seed: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> Tensor:
     return torch.where(inpainted[:, :1].bool(), inpainted, shortcut)
 
 
 @_masked_shortcut_backward.register_fake
-def _(grad: Tensor, keep_probability: float, seed: Tensor) -> tuple[Tensor, Tensor]:
+def _(
+    grad: Tensor,
+    inpainted: Tensor | None,
+    keep_probability: float,
+    seed: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     mask = grad[:, :1].bool()
-    return torch.where(mask, grad, 0), torch.where(mask, 0, grad)
+    kept, passed = torch.where(mask, grad, 0), torch.where(mask, 0, grad)
+    if scale is None or shift is None:
+        return kept, passed, grad.new_empty(0), grad.new_empty(0)
+    return kept, passed, torch.empty_like(scale), torch.empty_like(shift)
 
 
 def _save_draw(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.keep_probability = inputs[2]
-    ctx.save_for_backward(inputs[3])
+    inpainted, _, ctx.keep_probability, seed, scale, shift = inputs
+    # Without an affine the gradient needs nothing of the maps.
+    ctx.save_for_backward(None if scale is None else inpainted, seed, scale, shift)
 
 
-_masked_shortcut.register_autograd(
-    lambda ctx, grad: (
-        *_masked_shortcut_backward(grad, ctx.keep_probability, *ctx.saved_tensors),
-        None,
-        None,
-    ),
-    setup_context=_save_draw,
-)
+def _shortcut_gradients(ctx, grad):  # type: ignore[no-untyped-def]
+    inpainted, seed, scale, shift = ctx.saved_tensors
+    kept, passed, grad_scale, grad_shift = _masked_shortcut_backward(
+        grad, inpainted, ctx.keep_probability, seed, scale, shift
+    )
+    if scale is None:
+        grad_scale = grad_shift = None
+    return kept, passed, None, None, grad_scale, grad_shift
+
+
+_masked_shortcut.register_autograd(_shortcut_gradients, setup_context=_save_draw)
 
 
 def masked_shortcut(
-    inpainted: Tensor, shortcut: Tensor, keep_probability: float, seed: Tensor | None = None
+    inpainted: Tensor,
+    shortcut: Tensor,
+    keep_probability: float,
+    seed: Tensor | None = None,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> Tensor:
     """``mask * inpainted + (1 - mask) * shortcut``, one Bernoulli draw per (image, row, column).
 
-    Paper section 3.3. The draw is shared by the channels and is a function of
-    ``seed`` alone: the same on every device, made again in the backward, never stored.
+    Paper section 3.3. The draw is shared by the channels and is a function of ``seed`` alone: the
+    same on every device, made again in the backward, never stored. With ``scale`` and ``shift``,
+    ``relu(scale * inpainted + shift)`` takes the place of ``inpainted`` in the same pass: a batch
+    norm of known statistics and the activation behind it.
 
     Args:
         inpainted, shortcut: [B, C, H, W], same shape, dtype and device.
         keep_probability: chance of ``inpainted``, 0 to 1.
         seed: int64 [] on the same device; drawn from PyTorch's generator unless given.
+        scale, shift: [C] each, or neither; computed with in float32.
 
     Raises:
-        ValueError: shapes or dtypes differ, or the probability is outside [0, 1].
+        ValueError: shapes or dtypes differ, the probability is outside [0, 1], or only one of
+            ``scale`` and ``shift`` is given.
     """
     if inpainted.dim() != 4 or inpainted.shape != shortcut.shape:
         raise ValueError(
@@ -401,53 +381,34 @@ def masked_shortcut(
         raise ValueError(f"keep_probability is {keep_probability}; it must lie in [0, 1].")
     if seed is None:
         seed = torch.randint(2**62, (), dtype=torch.int64, device=inpainted.device)
-    return _masked_shortcut(inpainted, shortcut, float(keep_probability), seed)
+    if scale is not None or shift is not None:
+        scale, shift = _affine_parameters(inpainted, scale, shift)
+    return _masked_shortcut(inpainted, shortcut, float(keep_probability), seed, scale, shift)
+
+
+def _affine_parameters(
+    inpainted: Tensor, scale: Tensor | None, shift: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    C = inpainted.shape[1]
+    if scale is None or shift is None:
+        given, absent = ("shift", "scale") if scale is None else ("scale", "shift")
+        raise ValueError(f"{given} is given without {absent}; an affine needs both, [{C}] each.")
+    if scale.shape != (C,) or shift.shape != (C,):
+        raise ValueError(f"scale is {_shape(scale)} and shift {_shape(shift)}; both must be [{C}].")
+    return vectorised.wide(scale), vectorised.wide(shift)
 
 
 # --- neighbourhood attention ----------------------------------------------------------------------
-
-
-def _neighbour_bias(P: int, like: Tensor) -> Tensor:
-    """[N, N + 1]: 0 for a neighbour, -inf for none; last column the log count of places outside.
-
-    What lies outside the grid is the same key each time, so its e^score counts that many times.
-    """
-    place = torch.arange(P, device=like.device)
-    near = (place[:, None] - place[None]).abs() <= 1  # [P, P], along one axis
-    N = P * P
-    near = (near[:, None, :, None] & near[None, :, None, :]).view(N, N)
-    near = near & ~torch.eye(N, dtype=torch.bool, device=like.device)
-    outside = (8 - near.sum(dim=1, keepdim=True)).to(like.dtype).log()
-    inside = torch.zeros(N, N, dtype=like.dtype, device=like.device)
-    return torch.cat([inside.masked_fill(~near, -math.inf), outside], dim=1)
-
-
-def _with_pad(x: Tensor, pad: Tensor, num_heads: int) -> Tensor:
-    """[B, N, C] and [C] -> [B, heads, N + 1, C / heads]."""
-    B, N, C = x.shape
-    x = torch.cat([x, pad.expand(B, 1, C)], dim=1)
-    return x.view(B, N + 1, num_heads, C // num_heads).transpose(1, 2)
-
-
-def _attention_weights(query: Tensor, key: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
-    """Queries by head [B, heads, N, d] and softmax weights [B, heads, N, N + 1]."""
-    B, N, C = query.shape
-    d = C // num_heads
-    q = query.reshape(B, N, num_heads, d).transpose(1, 2)
-    scores = _wide(q @ key.transpose(-2, -1)) / math.sqrt(d)
-    return q, torch.softmax(scores + _neighbour_bias(math.isqrt(N), scores), dim=-1)
-
-
-def _merge_heads(x: Tensor) -> Tensor:
-    return x.transpose(1, 2).flatten(2).contiguous()
 
 
 @torch.library.custom_op("squid_fast::neighbourhood_attention", mutates_args=())
 def _neighbourhood_attention(
     query: Tensor, key: Tensor, value: Tensor, pad_key: Tensor, pad_value: Tensor, num_heads: int
 ) -> Tensor:
-    _, weights = _attention_weights(query, _with_pad(key, pad_key, num_heads), num_heads)
-    return _merge_heads(weights.to(value.dtype) @ _with_pad(value, pad_value, num_heads))
+    arguments = (query, key, value, pad_key, pad_value, num_heads)
+    if choice.serves_neighbourhood_attention(query):
+        return _kernels("neighbourhood_attention").forward(*arguments)
+    return vectorised.neighbourhood_attention(*arguments)
 
 
 @torch.library.custom_op("squid_fast::neighbourhood_attention_backward", mutates_args=())
@@ -460,22 +421,10 @@ def _neighbourhood_attention_backward(
     pad_value: Tensor,
     num_heads: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    B, N, C = query.shape
-    k, v = _with_pad(key, pad_key, num_heads), _with_pad(value, pad_value, num_heads)
-    q, weights = _attention_weights(query, k, num_heads)
-    g = grad.reshape(B, N, num_heads, C // num_heads).transpose(1, 2)
-    grad_v = _merge_heads(weights.to(g.dtype).transpose(-2, -1) @ g)
-    grad_scores = _softmax_backward(_wide(g @ v.transpose(-2, -1)), weights)
-    grad_scores = (grad_scores / math.sqrt(C // num_heads)).to(q.dtype)
-    grad_q = _merge_heads(grad_scores @ k)
-    grad_k = _merge_heads(grad_scores.transpose(-2, -1) @ q)
-    return (
-        grad_q,
-        grad_k[:, :N].contiguous(),
-        grad_v[:, :N].contiguous(),
-        grad_k[:, N].sum(dim=0),
-        grad_v[:, N].sum(dim=0),
-    )
+    arguments = (grad, query, key, value, pad_key, pad_value, num_heads)
+    if choice.serves_neighbourhood_attention(query):
+        return _kernels("neighbourhood_attention").backward(*arguments)
+    return vectorised.neighbourhood_attention_backward(*arguments)
 
 
 @_neighbourhood_attention.register_fake

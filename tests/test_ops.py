@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from squid_fast import ops, reference
+from squid_fast import ops, reference, vectorised
+from squid_fast.vectorised import philox_uniform, shortcut_mask
 from tests.tolerances import assert_close
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -405,7 +406,7 @@ def mask_of(shape: tuple[int, ...], keep: float, seed: Tensor | None = None) -> 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 5, 7, 2), (2, 17, 3, 33), (0, 3, 4, 4)])
 def test_shortcut_equals_reference(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     seed = torch.tensor(1234)
-    mask = ops.shortcut_mask(seed, shape, 0.6)
+    mask = shortcut_mask(seed, shape, 0.6)
     assert mask.shape == (shape[0], 1, *shape[2:])
     compare(
         lambda a, b: ops.masked_shortcut(a, b, 0.6, seed),
@@ -472,7 +473,7 @@ def test_shortcut_is_exact_when_open_or_closed(keep: float) -> None:
 def test_shortcut_is_exact_for_the_extreme_draws(word: int, monkeypatch) -> None:
     # Both come up once in 2^31 positions.
     draw = torch.tensor(word).float() * 4.6566127342e-10
-    monkeypatch.setattr(ops, "_philox_uniform", lambda seed, count: draw.expand(count))
+    monkeypatch.setattr(vectorised, "philox_uniform", lambda seed, count: draw.expand(count))
     assert not mask_of((1, 1, 2, 2), 0.0).any()
     assert mask_of((1, 1, 2, 2), 1.0).all()
 
@@ -503,7 +504,7 @@ def test_shortcut_in_channels_last(other: torch.memory_format) -> None:
 def test_shortcut_of_strided_maps() -> None:
     seed = torch.tensor(11)
     a, b = normal(4, 6, 10, 8)[::2, ::3, 1::2, :], normal(1, 1, 1, 8).expand(2, 2, 5, 8)
-    mask = ops.shortcut_mask(seed, (2, 2, 5, 8), 0.5)
+    mask = shortcut_mask(seed, (2, 2, 5, 8), 0.5)
     compare(
         lambda x, y: ops.masked_shortcut(x, y, 0.5, seed),
         lambda x, y: reference.masked_shortcut(x, y, 0.5, mask),
@@ -548,14 +549,14 @@ def test_shortcut_numbers_are_those_of_triton(tmp_path) -> None:
     assert result.returncode == 0, result.stderr
     for seed, line in zip(seeds, result.stdout.splitlines(), strict=True):
         expected = torch.tensor([float.fromhex(x) for x in line.split()])
-        assert torch.equal(ops._philox_uniform(torch.tensor(seed), 1024), expected)
+        assert torch.equal(philox_uniform(torch.tensor(seed), 1024), expected)
 
 
 def test_shortcut_numbers_by_the_published_algorithm() -> None:
     # Philox 4x32-10 of a zero key and a zero counter: Random123's known answer, word 0.
     word = 0x6627E8D5
     expected = torch.tensor(word, dtype=torch.float32) * 4.6566127342e-10
-    assert ops._philox_uniform(torch.tensor(0), 1)[0] == expected
+    assert philox_uniform(torch.tensor(0), 1)[0] == expected
 
 
 # --- neighbourhood attention ----------------------------------------------------------------------
@@ -665,6 +666,7 @@ def operator_samples() -> dict[str, list[tuple]]:
     query, memory = normal(3, 2, 4).float(), normal(2, 5, 4, seed=1).float()
     a, b = normal(2, 3, 4, 4).float(), normal(2, 3, 4, 4, seed=1).float()
     seed = torch.tensor(3)
+    scale, shift = normal(3, seed=2).float(), normal(3, seed=3).float()
     attention = [x.float() for x in attention_inputs(2, 2, 4)]
 
     def leaf(x: Tensor) -> Tensor:
@@ -685,23 +687,31 @@ def operator_samples() -> dict[str, list[tuple]]:
         "hard_shrinkage": [(leaf(logits), 0.3), (logits.T, 0.3)],
         "hard_shrinkage_backward": [(grad, logits, 0.3), (grad.T, logits.T, 0.3)],
         "memory_lookup": [
-            (leaf(query), memory, "gumbel", 2, 0.0),
-            (leaf(query), leaf(memory), "gumbel", 2, 0.0),
-            (query, leaf(memory), "hard", 0, 0.1),
-            (leaf(query), leaf(memory), "raw", 0, 0.0),
-            (query.transpose(0, 1)[:2].contiguous().transpose(0, 1), memory, "gumbel", 2, 0.0),
+            (leaf(query), memory, "gumbel", 2, 0.0, True),
+            (leaf(query), leaf(memory), "gumbel", 2, 0.0, False),
+            (query, leaf(memory), "hard", 0, 0.1, True),
+            (leaf(query), leaf(memory), "raw", 0, 0.0, True),
+            (query.transpose(0, 1).contiguous().transpose(0, 1), memory, "gumbel", 2, 0.0, False),
         ],
         "memory_lookup_backward": [
-            (query, query, memory, mode, 2, 0.1, wanted)
+            (query, query, memory, scores, mode, 2, 0.1, wanted)
             for mode in MODES
             for wanted in (True, False)
+            for scores in (query.new_empty(0), normal(2, 3, 5, seed=2).float())
         ],
         "masked_shortcut": [
-            (leaf(a), leaf(b), 0.5, seed),
-            (a.to(memory_format=LAST), b, 0.5, seed),
-            (a.to(memory_format=LAST), b.to(memory_format=LAST), 0.5, seed),
+            (leaf(a), leaf(b), 0.5, seed, None, None),
+            (a.to(memory_format=LAST), b, 0.5, seed, None, None),
+            (a.to(memory_format=LAST), b.to(memory_format=LAST), 0.5, seed, None, None),
+            (leaf(a), leaf(b), 0.5, seed, leaf(scale), leaf(shift)),
+            (a.to(memory_format=LAST), leaf(b), 0.5, seed, scale, leaf(shift)),
         ],
-        "masked_shortcut_backward": [(a, 0.5, seed), (a.to(memory_format=LAST), 0.5, seed)],
+        "masked_shortcut_backward": [
+            (a, None, 0.5, seed, None, None),
+            (a.to(memory_format=LAST), None, 0.5, seed, None, None),
+            (a, b, 0.5, seed, scale, shift),
+            (a.to(memory_format=LAST), b, 0.5, seed, scale, shift),
+        ],
         "neighbourhood_attention": [
             (*map(leaf, attention), 2),
             (attention[0].mT.contiguous().mT, *attention[1:], 2),

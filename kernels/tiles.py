@@ -1,0 +1,100 @@
+"""Device helpers of more than one kernel: the k best, softmax over tiles, tiles of scores."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+EPSILON = tl.constexpr(1e-12)  # floor of the published normalisations
+NEVER = tl.constexpr(float("-inf"))  # a logit that no softmax counts and no selection takes
+ALWAYS = tl.constexpr(float("inf"))
+
+
+@triton.jit
+def keep_above(values, threshold):
+    """What exceeds the threshold, not yet normalised: [R, M] of values [R, M], threshold [R]."""
+    distance = values - threshold[:, None]
+    # Asked this way round, NaN is kept and reaches the sum.
+    return tl.where(distance <= 0, 0.0, distance * values / (distance + EPSILON))
+
+
+@triton.jit
+def floored(total):
+    """max(total, eps) that passes NaN on."""
+    return tl.where(total < EPSILON, EPSILON, total)
+
+
+@triton.jit
+def kth_largest(values, K: tl.constexpr):
+    """K-th largest of each row [R] of values [R, M] held in registers, equal ones counted singly.
+
+    Goes down from one distinct value to the next; needs no copy of the values, as sorting would.
+    """
+    threshold = tl.max(values, axis=1)
+    count = tl.sum((values == threshold[:, None]).to(tl.int32), axis=1)
+    for _ in range(1, K):
+        below = tl.max(tl.where(values < threshold[:, None], values, NEVER), axis=1)
+        threshold = tl.where(count < K, below, threshold)
+        more = tl.sum((values == threshold[:, None]).to(tl.int32), axis=1)
+        count += tl.where(count < K, more, 0)
+    return threshold
+
+
+@triton.jit
+def no_best(R: tl.constexpr, K: tl.constexpr, K_TILE: tl.constexpr):
+    """Empty list of the K best of each row [R, K_TILE], and their places.
+
+    What the tile has beyond K counts as infinitely good, so that nothing ever takes its place.
+    """
+    spare = tl.arange(0, K_TILE)[None, :] >= K
+    best = tl.where(spare, ALWAYS, NEVER) + tl.zeros([R, K_TILE], tl.float32)
+    return best, tl.zeros([R, K_TILE], tl.int32)
+
+
+@triton.jit
+def insert_best(best, places, tile, start):
+    """Let entries of the tile [R, M], which begins at place ``start``, replace what they beat.
+
+    Takes as many rounds as the unluckiest row has replacements: many at first, soon none.
+    """
+    list_columns = tl.arange(0, best.shape[1])[None, :]
+    tile_columns = tl.arange(0, tile.shape[1])[None, :]
+    worst, worst_at = tl.min(best, axis=1, return_indices=True)
+    first, first_at = tl.max(tile, axis=1, return_indices=True)
+    while tl.max((first > worst).to(tl.int32), axis=0) > 0:
+        replaced = (first > worst)[:, None] & (list_columns == worst_at[:, None])
+        best = tl.where(replaced, first[:, None], best)
+        places = tl.where(replaced, start + first_at[:, None], places)
+        tile = tl.where(tile_columns == first_at[:, None], NEVER, tile)
+        worst, worst_at = tl.min(best, axis=1, return_indices=True)
+        first, first_at = tl.max(tile, axis=1, return_indices=True)
+    return best, places
+
+
+@triton.jit
+def add_to_softmax(maximum, total, tile):
+    """Maximum, sum of exponentials [R] after one more tile [R, M] (Milakov & Gimelshein 2018)."""
+    larger = tl.maximum(maximum, tl.max(tile, axis=1))
+    # Until a finite logit is seen there is nothing to rescale, and inf - inf would be NaN.
+    rescaled = tl.where(maximum == NEVER, 0.0, total * tl.exp(maximum - larger))
+    shift = tl.where(larger == NEVER, 0.0, larger)
+    return larger, rescaled + tl.sum(tl.exp(tile - shift[:, None]), axis=1)
+
+
+@triton.jit
+def score_tile(
+    x_ptr, stride_b, stride_c, memory_ptr, memory_stride_m, memory_stride_c,
+    rows, slots, B, M, C, first_step, last_step, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Products [BLOCK_B, BLOCK_M] of rows and slots over the steps of BLOCK_C columns named."""
+    scores = tl.zeros([rows.shape[0], slots.shape[0]], tl.float32)
+    row_ptrs = x_ptr + rows[:, None] * stride_b
+    slot_ptrs = memory_ptr + slots[None, :] * memory_stride_m
+    for step in range(first_step, last_step):
+        columns = step * BLOCK_C + tl.arange(0, BLOCK_C)
+        row_mask = (rows < B)[:, None] & (columns < C)[None, :]
+        slot_mask = (columns < C)[:, None] & (slots < M)[None, :]
+        x = tl.load(row_ptrs + columns[None, :] * stride_c, mask=row_mask, other=0.0)
+        slot = tl.load(slot_ptrs + columns[:, None] * memory_stride_c, mask=slot_mask, other=0.0)
+        scores = tl.dot(x, slot, scores, input_precision=PRECISION)
+    return scores

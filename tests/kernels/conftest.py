@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import FunctionType
+
+import pytest
+import torch
+
+from squid_fast import kernels, vectorised
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where kernels are tested: the GPU, or the CPU through Triton's interpreter."""
+    pytest.importorskip("triton")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _only_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Kernels serve the CPU too, and falling back to PyTorch is an error."""
+
+    def absent(name: str) -> FunctionType:
+        def refuse(*_: object, **__: object) -> None:
+            raise AssertionError(f"vectorised.{name} was called where a kernel should serve")
+
+        return refuse
+
+    for name, value in vars(vectorised).copy().items():
+        if isinstance(value, FunctionType) and value.__module__ == vectorised.__name__:
+            monkeypatch.setattr(vectorised, name, absent(name))
+    with kernels.use("interpret"):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What ``torch.empty`` returns is NaN, so that an entry no kernel writes is seen."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)
