@@ -4,11 +4,13 @@ Each patch's bottleneck feature f is looked up in its own memory queue; a transf
 paints the patch from what its neighbours' memories answered, with f as the query.
 """
 
+import math
+
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from .attention import neighbourhood_attention
 from .memory import MemoryQueue
 from .shortcut import masked_shortcut
 
@@ -73,13 +75,19 @@ class InpaintBlock(nn.Module):
         )
 
     def attend(self, query: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
-        """Attention [B, N, C] of the queries to the neighbours' looked-up features."""
-        w_q, w_k, w_v = self.attention.in_proj_weight.chunk(3)
-        b_q, b_k, b_v = self.attention.in_proj_bias.chunk(3)
-        painted = neighbourhood_attention(
-            query @ w_q.T + b_q, memory @ w_k.T + b_k, memory @ w_v.T + b_v, b_k, b_v, HEADS
-        )
-        return self.attention.out_proj(painted)
+        """Attention [B, N, C] of the queries to the neighbours' looked-up features.
+
+        The eight neighbours are keys and values of PyTorch's own attention, zeros where the grid
+        ends, each projected anew for every patch that sees it: that is what the published code
+        computes. ``neighbourhood_attention`` is the same with every patch projected once.
+        """
+        B, N, _ = query.shape
+        grid = rearrange(memory, "b (r c) d -> b d r c", r=math.isqrt(N))
+        windows = rearrange(F.unfold(grid, 3, padding=1), "b (d k) n -> k (b n) d", k=9)
+        neighbours = torch.cat([windows[:4], windows[5:]])  # all but the patch itself
+        query = rearrange(query, "b n d -> 1 (b n) d")
+        painted, _ = self.attention(query, neighbours, neighbours, need_weights=False)
+        return rearrange(painted, "1 (b n) d -> b n d", b=B)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         N = len(self.memory)

@@ -32,9 +32,9 @@ def _keep_above(values: Tensor, threshold: Tensor | float) -> Tensor:
 
 
 def _largest(probabilities: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Gumbel weights of the k largest probabilities [..., M], and their slots; both [..., k]."""
-    values, slots = probabilities.topk(top_k, dim=-1, sorted=False)
-    return _keep_above(values, values.amin(dim=-1, keepdim=True)), slots
+    """Gumbel weights of the k largest probabilities [..., M] and their slots, largest first."""
+    values, slots = probabilities.topk(top_k, dim=-1)
+    return _keep_above(values, values[..., -1:]), slots
 
 
 def _gumbel_weights(probabilities: Tensor, top_k: int) -> Tensor:
@@ -85,9 +85,18 @@ def _scores(x: Tensor, memory: Tensor) -> Tensor:
     return wide(torch.bmm(x.transpose(0, 1), memory.transpose(1, 2)))
 
 
+def _combine(weights: Tensor, memory: Tensor) -> Tensor:
+    """Sums [B, N, C] of all slots, weighted by ``weights`` [N, B, M]."""
+    answer = memory.new_empty(weights.shape[1], memory.shape[0], memory.shape[2])
+    torch.bmm(weights, memory, out=answer.transpose(0, 1))
+    return answer
+
+
 def _gather(slots: Tensor, weights: Tensor, memory: Tensor) -> Tensor:
-    """Weighted sums [B, N, C] of k slots, chosen by ``slots`` [N, B, k]."""
+    """Weighted sums [B, N, C] of the slots chosen by ``slots`` [N, B, k], largest weight first."""
     N, M, C = memory.shape
+    if slots.shape[2] > 1:  # the k-th has no weight
+        slots, weights = slots[..., :-1], weights[..., :-1]
     slots = slots + torch.arange(0, N * M, M, device=slots.device)[:, None, None]
     bags, weights = (x.transpose(0, 1).flatten(0, 1) for x in (slots, weights.to(memory.dtype)))
     table = memory.reshape(N * M, C)
@@ -104,8 +113,7 @@ def memory_lookup(
         weights, slots = _largest(torch.softmax(scores, dim=-1), top_k)
         return _gather(slots, weights, memory), kept_scores
     weights = _keep_above(scores, threshold) if mode == "hard" else scores
-    answer = torch.bmm(weights.to(memory.dtype), memory)
-    return answer.transpose(0, 1).contiguous(), kept_scores
+    return _combine(weights.to(memory.dtype), memory), kept_scores
 
 
 def memory_lookup_backward(
@@ -126,7 +134,7 @@ def memory_lookup_backward(
     elif mode == "hard":
         grad_logits = _hard_backward(grad_logits, logits, threshold)
     grad_logits = grad_logits.to(memory.dtype)
-    grad_query = torch.bmm(grad_logits, memory).transpose(0, 1).contiguous()
+    grad_query = _combine(grad_logits, memory)
     if not memory_grad:
         return grad_query, memory.new_empty(0)
     weights = logits
