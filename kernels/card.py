@@ -64,7 +64,7 @@ def _inspect(device: torch.device) -> Card:
         arch = properties.gcnArchName.split(":")[0]
         return Card(arch, properties.multi_processor_count, properties.shared_memory_per_block)
     arch = f"sm_{properties.major}{properties.minor}"
-    shared = properties.shared_memory_per_block_optin
+    shared = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
     return Card(arch, properties.multi_processor_count, shared)
 
 

@@ -125,8 +125,7 @@ class Plan:
                 self._config(block_m, parts)
                 for block_m in (32, 64, 128, 256)
                 if block_m <= max(self._all_slots, 32)
-                for parts in (1, 2, 4, 8, 16, 32)
-                if parts <= self._steps
+                for parts in range(1, min(self._steps, 32) + 1)
             ),
             key=cost,
         )

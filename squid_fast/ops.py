@@ -395,7 +395,8 @@ def _affine_parameters(
         raise ValueError(f"{given} is given without {absent}; an affine needs both, [{C}] each.")
     if scale.shape != (C,) or shift.shape != (C,):
         raise ValueError(f"scale is {_shape(scale)} and shift {_shape(shift)}; both must be [{C}].")
-    return vectorised.wide(scale), vectorised.wide(shift)
+    dtype = torch.float64 if inpainted.dtype == torch.float64 else torch.float32
+    return scale.to(dtype), shift.to(dtype)
 
 
 # --- neighbourhood attention ----------------------------------------------------------------------

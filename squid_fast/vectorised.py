@@ -210,7 +210,8 @@ def masked_shortcut_backward(
     if inpainted is None or scale is None or shift is None:
         return kept, passed, grad.new_empty(0), grad.new_empty(0)
     active = wide(kept) * (_affine(inpainted, scale, shift) > 0)
-    grad_scale = (active * inpainted).sum(dim=(0, 2, 3))
+    # What is not active may hold NaN, which times zero would stay.
+    grad_scale = torch.where(active != 0, active * inpainted, 0).sum(dim=(0, 2, 3))
     grad_inpainted = (active * scale[:, None, None]).to(grad.dtype)
     return grad_inpainted, passed, grad_scale, active.sum(dim=(0, 2, 3))
 

@@ -1,0 +1,48 @@
+"""The published implementation's own tensors through the kernels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import squid_fast
+from squid_fast import ops
+from tests import test_golden as golden_tests
+from tests.test_golden import Load, models
+from tests.tolerances import assert_close
+
+pytestmark = [
+    pytest.mark.usefixtures("device"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the golden tests run on the CPU"),
+]
+
+
+@pytest.mark.parametrize("case", golden_tests.GUMBEL)
+def test_gumbel_shrinkage(golden: Load, case: str) -> None:
+    t = golden_tests.part(golden("ops")[1], f"gumbel.{case}.")
+    logits = t["logits"].requires_grad_()
+    weights = ops.gumbel_shrinkage(logits, int(t["k"]))
+    assert torch.equal(weights > 1e-30, t["weights"] > 1e-30)
+    # Probabilities one float32 step apart: (p - t) / (p - t + 1e-12) has lost four digits, and
+    # another exponential function loses others.
+    assert_close(weights, t["weights"], 1e-3 if case == "nearties" else None, floor=1e-6)
+    (grad,) = torch.autograd.grad(weights, logits, t["grad_out"])
+    assert_close(grad, t["grad_logits"], golden_tests.GRADIENT)
+
+
+def test_queue(golden: Load) -> None:
+    golden_tests.test_queue(golden, squid_fast)
+
+
+def test_matrix(golden: Load) -> None:
+    golden_tests.test_matrix(golden, squid_fast)
+
+
+@models
+def test_evaluation_of_a_published_checkpoint(golden: Load, name: str) -> None:
+    golden_tests.test_evaluation(golden, name, squid_fast)
+
+
+@models
+def test_training_step_of_a_published_checkpoint(golden: Load, name: str) -> None:
+    golden_tests.test_float32_training_step(golden, name)

@@ -1,0 +1,262 @@
+"""The memory lookup's kernels against the reference in float64, on each of their ways."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from squid_fast import ops, reference
+from squid_fast.kernels.memory_plan import Config, Plan
+from tests.test_ops import normal, with_gradients
+from tests.tolerances import TOLERANCES, assert_close
+
+# The interpreter's bfloat16 is not to be trusted.
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
+
+MODES: dict[str, dict[str, Any]] = {"gumbel": {"top_k": 3}, "hard": {"threshold": 0.3}, "raw": {}}
+modes = pytest.mark.parametrize("mode", MODES.values(), ids=MODES.keys())
+
+# B, N, M, C: odd, prime, one, and not a power of two anywhere.
+SIZES = [
+    (1, 1, 3, 1),
+    (1, 4, 33, 7),
+    (2, 9, 17, 5),
+    (17, 2, 65, 70),
+    (70, 1, 5, 33),
+    (3, 2, 200, 130),
+    (2, 1, 300, 20),
+]
+
+
+def one_pass(plan: Plan) -> Config:
+    return plan._config(plan._all_slots, 1)
+
+
+def parts(count: int) -> Any:
+    return lambda plan: plan._config(32, min(count, plan._steps))
+
+
+def no_pass(_: Plan) -> None:
+    return None
+
+
+# What the shape would choose, and what it might.
+WAYS = {
+    "one pass": {"one_pass": one_pass},
+    "two steps": {"one_pass": no_pass, "scores": parts(1)},
+    "many parts": {"one_pass": no_pass, "scores": parts(3)},
+}
+
+
+@pytest.fixture(params=WAYS.values(), ids=WAYS.keys())
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, rule in request.param.items():
+        monkeypatch.setattr(Plan, name, rule)
+
+
+def memories(B: int, N: int, M: int, C: int, seed: int = 0) -> list[Tensor]:
+    """Queries and slots whose scores are of the order of one."""
+    return [normal(B, N, C, seed=seed), 2 * normal(N, M, C, seed=seed + 1) / C**0.5]
+
+
+def assert_right(
+    query: Tensor, memory: Tensor, mode: dict[str, Any], grad: Tensor | None = None
+) -> list[Tensor]:
+    """Answer and gradients are the reference's, with the gradient of the slots and without."""
+    if grad is None:
+        grad = normal(*query.shape, seed=99).to(query)
+    inputs = [query, memory]
+    actual = with_gradients(lambda q, m: ops.memory_lookup(q, m, **mode), inputs, grad)
+    wide = [x.detach().cpu().double() for x in inputs]
+    expected = with_gradients(
+        lambda q, m: reference.memory_lookup(q, m, **mode), wide, grad.cpu().double()
+    )
+    # Scores are float32 sums of C terms, and hard shrinkage divides by their distance from the
+    # threshold.
+    tolerance = max(TOLERANCES[query.dtype], 3e-5 if "threshold" in mode else 0)
+    for got, value in zip(actual, expected, strict=True):
+        assert got.dtype == query.dtype
+        assert_close(got.cpu(), value, tolerance, floor=1.0)
+    queue = with_gradients(lambda q: ops.memory_lookup(q, memory, **mode), [query], grad)
+    assert torch.equal(queue[0], actual[0])
+    assert torch.equal(queue[1], actual[1])
+    return actual
+
+
+@pytest.mark.usefixtures("way")
+@modes
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_equals_reference(
+    size: tuple[int, int, int, int], mode: dict[str, Any], device: torch.device
+) -> None:
+    assert_right(*(x.to(device, torch.float32) for x in memories(*size)), mode)
+
+
+@pytest.mark.usefixtures("way")
+@modes
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_half_precision(dtype: torch.dtype, mode: dict[str, Any], device: torch.device) -> None:
+    # The first coordinate alone makes the scores: exact in every dtype, without ties.
+    N, M, C = 3, 18, 8
+    query, memory = torch.zeros(2, N, C).double(), (4 * normal(N, M, C)).round() / 8
+    query[..., 0] = torch.tensor([0.5, 1.0]).view(2, 1)
+    memory[..., 0] = (torch.arange(M) - 3.25) / 8
+    assert_right(query.to(device, dtype), memory.to(device, dtype), mode)
+
+
+@settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    sizes=st.tuples(st.integers(1, 70), st.integers(1, 4), st.integers(1, 90), st.integers(1, 80)),
+    k=st.integers(1, 64),
+    threshold=st.floats(0.01, 1.0),
+    mode=st.sampled_from(sorted(MODES)),
+    way=st.sampled_from(sorted(WAYS)),
+    seed=st.integers(0, 2**16),
+)
+def test_drawn_sizes(
+    sizes: tuple[int, int, int, int],
+    k: int,
+    threshold: float,
+    mode: str,
+    way: str,
+    seed: int,
+    device: torch.device,
+) -> None:
+    query, memory = (x.to(device, torch.float32) for x in memories(*sizes, seed=seed))
+    drawn = {"gumbel": {"top_k": min(k, sizes[2])}, "hard": {"threshold": threshold}, "raw": {}}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, rule in WAYS[way].items():
+            patch.setattr(Plan, name, rule)
+        if mode != "hard":
+            assert_right(query, memory, drawn[mode])
+        else:  # a gradient near the threshold is as steep as it is near
+            answer = ops.memory_lookup(query, memory, **drawn[mode])
+            wide = (query.cpu().double(), memory.cpu().double())
+            expected = reference.memory_lookup(*wide, **drawn[mode])
+            assert_close(answer.cpu(), expected, 1e-4, floor=1.0)
+
+
+@pytest.mark.usefixtures("way")
+@modes
+def test_any_strides(mode: dict[str, Any], device: torch.device) -> None:
+    query, memory = (x.to(device, torch.float32) for x in memories(10, 8, 14, 6))
+    turned = query.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    slots = memory.mT.contiguous().mT
+    assert_right(turned[::3, ::2], slots[::2, 1::2], mode)
+    assert_right(query[:1].expand(5, 8, 6), memory[:1].expand(8, 14, 6), mode)
+    assert_right(query, memory, mode, grad=torch.ones(1, 1, 1, device=device).expand(query.shape))
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("k", [1, 2, 63, 64])
+def test_the_smallest_and_largest_k(k: int, device: torch.device) -> None:
+    query, memory = (x.to(device, torch.float32) for x in memories(3, 2, 80, 16))
+    answer = assert_right(query, memory, {"top_k": k})[0]
+    assert bool((answer == 0).all()) == (k == 1)
+
+
+@pytest.mark.usefixtures("way")
+def test_equal_slots_are_ties(device: torch.device) -> None:
+    # Every slot four times: the k-th is tied with others, which all go.
+    query, memory = memories(4, 2, 5, 8)
+    memory = memory.repeat(1, 4, 1)
+    for k in (1, 3, 4, 5, 9, 20):
+        assert_right(
+            query.to(device, torch.float32), memory.to(device, torch.float32), {"top_k": k}
+        )
+
+
+@pytest.mark.usefixtures("way")
+@modes
+def test_nan_stays_within_its_row(mode: dict[str, Any], device: torch.device) -> None:
+    query, memory = (x.to(device, torch.float32) for x in memories(5, 2, 20, 8))
+    clean = ops.memory_lookup(query, memory, **mode)
+    query[2, 1, 3] = torch.nan
+    answer = ops.memory_lookup(query, memory, **mode)
+    assert answer[2, 1].isnan().all()
+    answer[2, 1] = clean[2, 1]
+    assert torch.equal(answer, clean)
+
+
+# --- more slots than registers hold ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("B", "N", "M", "C", "k"),
+    [
+        (1, 3, 513, 9, 1),
+        (3, 1, 1031, 40, 5),
+        (18, 2, 700, 17, 7),
+        (1, 1, 2500, 3, 5),
+        (1, 1, 600, 5, 64),
+    ],
+)
+def test_search_equals_reference(
+    B: int, N: int, M: int, C: int, k: int, device: torch.device
+) -> None:
+    query, memory = (x.to(device, torch.float32) for x in memories(B, N, M, C))
+    assert_right(query, memory, {"top_k": k})
+
+
+def test_search_that_keeps_its_scores(device: torch.device) -> None:
+    query, memory = (x.to(device, torch.float32) for x in memories(2, 1, 520, 530))
+    assert_right(query, memory, {"top_k": 5})
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_search_in_half_precision(dtype: torch.dtype, device: torch.device) -> None:
+    M, C = 600, 4
+    query, memory = torch.zeros(2, 1, C).double(), (4 * normal(1, M, C)).round() / 8
+    query[..., 0] = torch.tensor([0.5, 1.0]).view(2, 1)
+    memory[..., 0] = (torch.randperm(M, generator=torch.Generator().manual_seed(0)) - 300) / 64
+    assert_right(query.to(device, dtype), memory.to(device, dtype), {"top_k": 5})
+
+
+def test_search_with_ties_across_tiles(device: torch.device) -> None:
+    query, memory = memories(2, 1, 6, 8)
+    memory = memory.repeat(1, 100, 1)  # the same six slots in every tile
+    query, memory = query.to(device, torch.float32), memory.to(device, torch.float32)
+    answer = assert_right(query, memory, {"top_k": 5})[0]
+    assert (answer == 0).all()  # all of the best are tied with the k-th
+
+
+def test_search_passes_nan_on_in_its_row_only(device: torch.device) -> None:
+    query, memory = (x.to(device, torch.float32) for x in memories(3, 2, 600, 8))
+    clean = ops.memory_lookup(query, memory, 5)
+    query[1, 0, 2] = torch.nan
+    answer = ops.memory_lookup(query, memory, 5)
+    assert answer[1, 0].isnan().all()
+    answer[1, 0] = clean[1, 0]
+    assert torch.equal(answer, clean)
+
+
+# --- promises -------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("way")
+@modes
+def test_same_inputs_same_bits(mode: dict[str, Any], device: torch.device) -> None:
+    query, memory = (x.to(device, torch.float32) for x in memories(33, 2, 40, 20))
+    first, second = (assert_right(query, memory, mode) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_small_batches_fill_the_card() -> None:
+    # What is published, at the batch of the published training.
+    from squid_fast.kernels.card import A100, H100
+
+    for card in (A100, H100):
+        plan = Plan(B=16, N=4, M=200, C=2048, element_size=2, card=card)
+        assert plan.one_pass() is None
+        config = plan.scores()
+        programs = 4 * -(-200 // config.block_m) * config.parts
+        assert 0.75 * card.multiprocessors <= programs <= 2 * card.multiprocessors
+        assert 4 * plan.combine().parts >= 0.75 * card.multiprocessors
+        assert Plan(B=4096, N=4, M=200, C=2048, element_size=2, card=card).one_pass()
