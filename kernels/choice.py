@@ -20,9 +20,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The k best of a row are held in registers and searched by comparison; past this, sorting is the
 # better method, and PyTorch sorts.
 LARGEST_TOP_K = 64
-# Scores of a row block are held in registers up to here: 32 rows of 512 float32 are 64 KB, a
-# quarter of a multiprocessor's registers.
-LARGEST_TILE = 512
+# Up to here all scores of a lookup are computed before any is judged; beyond, the best are sought
+# while they are computed, so that forward passes need no room for them.
+LARGEST_SCORED = 512
 
 
 def _checked(setting: str, source: str) -> str:
@@ -81,15 +81,20 @@ def serves_gumbel_shrinkage(logits: Tensor, top_k: int = 1) -> bool:
     return _serves(logits) and top_k <= LARGEST_TOP_K
 
 
+def serves_hard_shrinkage(logits: Tensor) -> bool:
+    """Whether a kernel shrinks these logits [..., M]."""
+    return _serves(logits)
+
+
 def serves_memory_lookup(query: Tensor, num_slots: int, mode: str, top_k: int) -> bool:
     """Whether kernels look this query [B, N, C] up.
 
-    Beyond ``LARGEST_TILE`` slots, hard shrinkage and raw scores are two large matrix products with
-    at most an elementwise step between them: nothing is gained over cuBLAS.
+    Beyond ``LARGEST_SCORED`` slots, hard shrinkage and raw scores are two large matrix products
+    with at most an elementwise step between them, at which cuBLAS is best.
     """
     if not _serves(query):
         return False
-    return top_k <= LARGEST_TOP_K if mode == "gumbel" else num_slots <= LARGEST_TILE
+    return top_k <= LARGEST_TOP_K if mode == "gumbel" else num_slots <= LARGEST_SCORED
 
 
 def serves_masked_shortcut(inpainted: Tensor) -> bool:

@@ -7,13 +7,14 @@ few. A second kernel merges what they found and adds up the k - 1 slots that shr
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .card import power_of_2
-from .memory_plan import Plan
+from .card import Card, card_of, power_of_2
 from .tiles import (
     NEVER,
     add_to_softmax,
@@ -21,8 +22,8 @@ from .tiles import (
     insert_best,
     keep_above,
     kth_largest,
+    multiply_tile,
     no_best,
-    score_tile,
 )
 
 # --- kernels: search ------------------------------------------------------------------------------
@@ -51,9 +52,10 @@ def _search_forward_kernel(
     best, places = no_best(BLOCK_B, K, K_TILE)
     for tile in range(part * tiles, tl.minimum((part + 1) * tiles, tl.cdiv(M, BLOCK_M))):
         slots = tile * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
-        scores = score_tile(
+        scores = multiply_tile(
+            tl.zeros([BLOCK_B, BLOCK_M], tl.float32),
             query_ptr + n * query_stride_n, query_stride_b, query_stride_c,
-            memory_ptr + n * memory_stride_n, memory_stride_m, memory_stride_c,
+            memory_ptr + n * memory_stride_n, memory_stride_c, memory_stride_m,
             rows, slots, B, M, C, 0, tl.cdiv(C, BLOCK_C), BLOCK_C, PRECISION,
         )  # fmt: skip
         if KEEP_SCORES:
@@ -111,15 +113,40 @@ def _gather_forward_kernel(
     tl.store(answer_ptr + (b * N + n) * C + columns, answer, mask=columns < C)
 
 
-# --- launcher -------------------------------------------------------------------------------------
+# --- configuration and launcher -------------------------------------------------------------------
 
 
-def search(
-    plan: Plan, query: Tensor, memory: Tensor, top_k: int, answer: Tensor, scores: Tensor
-) -> None:
+@dataclass(frozen=True)
+class Config:
+    """Tile of the search, and among how many programs the slots of a row block are shared."""
+
+    block_b: int
+    block_m: int
+    block_c: int
+    parts: int
+    num_warps: int
+    num_stages: int
+
+    @staticmethod
+    def choose(B: int, N: int, M: int, C: int, element_size: int, card: Card) -> Config:
+        # Scores of 64 x 128 are 32 registers of a thread of 8 warps, the copy that loses its best
+        # ones as many; 4 warps spill at fewer rows already. Float32 operands take room for three.
+        block_b = min(max(power_of_2(B), 16), 32 if element_size == 4 else 64)
+        block_m = 128
+        block_c = min(max(power_of_2(C), 16), 128 // element_size)
+        # Two programs for every multiprocessor; a power of 2, for the kernel that merges.
+        wanted = max(2 * card.multiprocessors // (triton.cdiv(B, block_b) * N), 1)
+        parts = min(1 << (wanted.bit_length() - 1), power_of_2(triton.cdiv(M, block_m)), 64)
+        tile = (block_b + block_m) * block_c * element_size
+        stages = min(max(card.shared_memory // tile, 2), 2 if card.is_amd else 4)
+        return Config(block_b, block_m, block_c, parts, 8, stages)
+
+
+def search(query: Tensor, memory: Tensor, top_k: int, answer: Tensor, scores: Tensor) -> None:
     """Write the answer [B, N, C] and, unless it is empty, the scores [N, B, M]."""
-    B, N, M, C = plan.B, plan.N, plan.M, plan.C
-    config = plan.search()
+    (B, N, C), M = query.shape, memory.shape[1]
+    card = card_of(query)
+    config = Config.choose(B, N, M, C, query.element_size(), card)
     lists = {"K": top_k, "K_TILE": power_of_2(top_k), "PARTS": config.parts}
     softmax = query.new_empty((N, B, 2, config.parts), dtype=torch.float32)
     best = query.new_empty((N, B, config.parts, lists["K_TILE"]), dtype=torch.float32)
@@ -127,7 +154,9 @@ def search(
     tiles = triton.cdiv(triton.cdiv(M, config.block_m), config.parts)
     _search_forward_kernel[(triton.cdiv(B, config.block_b), config.parts, N)](
         query, *query.stride(), memory, *memory.stride(), softmax, best, places, scores, B, M, C,
-        tiles, KEEP_SCORES=scores.numel() > 0, **lists, **plan.options(config),
+        tiles, KEEP_SCORES=scores.numel() > 0, PRECISION=card.float32_precision, **lists,
+        BLOCK_B=config.block_b, BLOCK_M=config.block_m, BLOCK_C=config.block_c,
+        num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     block_c = min(power_of_2(C), 1024)
     _gather_forward_kernel[(B * N, triton.cdiv(C, block_c))](

@@ -1,4 +1,4 @@
-"""Device helpers of more than one kernel: the k best, softmax over tiles, tiles of scores."""
+"""Device helpers of more than one kernel: products, shrinkage, softmax over tiles, the k best."""
 
 from __future__ import annotations
 
@@ -8,6 +8,23 @@ import triton.language as tl
 EPSILON = tl.constexpr(1e-12)  # floor of the published normalisations
 NEVER = tl.constexpr(float("-inf"))  # a logit that no softmax counts and no selection takes
 ALWAYS = tl.constexpr(float("inf"))
+
+
+@triton.jit
+def multiply_tile(
+    total, a_ptr, a_stride_r, a_stride_t, x_ptr, x_stride_t, x_stride_s,
+    r, s, R, S, T, first_step, last_step, BLOCK_T: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add a[r, t] . x[t, s] over the named steps of BLOCK_T to ``total`` [BLOCK_R, BLOCK_S]."""
+    a_ptrs = a_ptr + r[:, None] * a_stride_r
+    x_ptrs = x_ptr + s[None, :] * x_stride_s
+    for step in range(first_step, last_step):
+        t = step * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)
+        a_mask, x_mask = (r < R)[:, None] & (t < T)[None, :], (t < T)[:, None] & (s < S)[None, :]
+        a = tl.load(a_ptrs + t[None, :] * a_stride_t, mask=a_mask, other=0.0)
+        x = tl.load(x_ptrs + t[:, None] * x_stride_t, mask=x_mask, other=0.0)
+        total = tl.dot(a, x, total, input_precision=PRECISION)
+    return total
 
 
 @triton.jit
@@ -79,22 +96,3 @@ def add_to_softmax(maximum, total, tile):
     rescaled = tl.where(maximum == NEVER, 0.0, total * tl.exp(maximum - larger))
     shift = tl.where(larger == NEVER, 0.0, larger)
     return larger, rescaled + tl.sum(tl.exp(tile - shift[:, None]), axis=1)
-
-
-@triton.jit
-def score_tile(
-    x_ptr, stride_b, stride_c, memory_ptr, memory_stride_m, memory_stride_c,
-    rows, slots, B, M, C, first_step, last_step, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Products [BLOCK_B, BLOCK_M] of rows and slots over the steps of BLOCK_C columns named."""
-    scores = tl.zeros([rows.shape[0], slots.shape[0]], tl.float32)
-    row_ptrs = x_ptr + rows[:, None] * stride_b
-    slot_ptrs = memory_ptr + slots[None, :] * memory_stride_m
-    for step in range(first_step, last_step):
-        columns = step * BLOCK_C + tl.arange(0, BLOCK_C)
-        row_mask = (rows < B)[:, None] & (columns < C)[None, :]
-        slot_mask = (columns < C)[:, None] & (slots < M)[None, :]
-        x = tl.load(row_ptrs + columns[None, :] * stride_c, mask=row_mask, other=0.0)
-        slot = tl.load(slot_ptrs + columns[:, None] * memory_stride_c, mask=slot_mask, other=0.0)
-        scores = tl.dot(x, slot, scores, input_precision=PRECISION)
-    return scores

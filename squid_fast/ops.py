@@ -47,11 +47,15 @@ def _gumbel_shrinkage_backward(grad: Tensor, logits: Tensor) -> Tensor:
 
 @torch.library.custom_op("squid_fast::hard_shrinkage", mutates_args=())
 def _hard_shrinkage(logits: Tensor, threshold: float) -> Tensor:
+    if choice.serves_hard_shrinkage(logits):
+        return _kernels("gumbel_shrinkage").hard_forward(logits, threshold)
     return vectorised.hard_shrinkage(logits, threshold)
 
 
 @torch.library.custom_op("squid_fast::hard_shrinkage_backward", mutates_args=())
 def _hard_shrinkage_backward(grad: Tensor, logits: Tensor, threshold: float) -> Tensor:
+    if choice.serves_hard_shrinkage(logits):
+        return _kernels("gumbel_shrinkage").hard_backward(grad, logits, threshold)
     return vectorised.hard_shrinkage_backward(grad, logits, threshold)
 
 

@@ -7,7 +7,13 @@ import torch
 
 from squid_fast import kernels, vectorised
 
-OPERATIONS = ("gumbel_shrinkage", "memory_lookup", "masked_shortcut", "neighbourhood_attention")
+OPERATIONS = (
+    "gumbel_shrinkage",
+    "hard_shrinkage",
+    "memory_lookup",
+    "masked_shortcut",
+    "neighbourhood_attention",
+)
 
 
 @pytest.fixture

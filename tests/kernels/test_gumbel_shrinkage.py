@@ -1,4 +1,4 @@
-"""Gumbel shrinkage's kernels against the reference in float64."""
+"""The kernels of Gumbel and hard shrinkage against the reference in float64."""
 
 from __future__ import annotations
 
@@ -110,3 +110,41 @@ def test_nan_spoils_its_row_only(M: int, bad: float, device: torch.device) -> No
 def test_many_rows(device: torch.device) -> None:
     # Rows that do not fill the last program.
     assert_right(separated(203, 9).to(device, torch.float32), 4)
+
+
+# --- hard shrinkage -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1,), (3, 2), (2, 3, 7), (17, 64), (2, 2500)], ids=str)
+@pytest.mark.parametrize("threshold", [0.03, 1.1])
+def test_hard_equals_reference(
+    threshold: float, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> None:
+    logits = separated(*shape).to(device, dtype)
+    grad = normal(*shape, seed=99).to(logits)
+    actual = with_gradients(lambda x: ops.hard_shrinkage(x, threshold), [logits], grad)
+    expected = with_gradients(
+        lambda x: reference.hard_shrinkage(x, threshold),
+        [logits.cpu().double()],
+        grad.cpu().double(),
+    )
+    for got, value in zip(actual, expected, strict=True):
+        assert got.dtype == dtype
+        # Where one logit survives, its weight is 1 and its gradient cancels.
+        assert_close(got.cpu(), value, floor=1.0)
+
+
+def test_hard_by_hand(device: torch.device) -> None:
+    logits = torch.tensor([[0.5, 1.0, 1.5, 2.5], [0.0, -3.0, 1.0, 0.9]], device=device)
+    weights = ops.hard_shrinkage(logits, 1.0).cpu()
+    assert_close(weights, torch.tensor([[0, 0, 0.375, 0.625], [0, 0, 0, 0]]))
+
+
+def test_hard_nan_spoils_its_row_only(device: torch.device) -> None:
+    logits = separated(3, 8).to(device, torch.float32)
+    clean = ops.hard_shrinkage(logits, 0.2)
+    logits[1, 4] = torch.nan
+    weights = ops.hard_shrinkage(logits, 0.2)
+    assert weights[1].isnan().all()
+    assert torch.equal(weights[[0, 2]], clean[[0, 2]])

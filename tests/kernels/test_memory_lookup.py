@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from squid_fast import ops, reference
-from squid_fast.kernels.memory_plan import Config, Plan
+from squid_fast.kernels import card, matrix_product, memory_lookup, memory_search
+from squid_fast.kernels.card import card_of
 from tests.test_ops import normal, with_gradients
 from tests.tolerances import TOLERANCES, assert_close
 
@@ -33,30 +35,31 @@ SIZES = [
 ]
 
 
-def one_pass(plan: Plan) -> Config:
-    return plan._config(plan._all_slots, 1)
+@pytest.fixture(params=[1, 3], ids=["whole", "in parts"])
+def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Into how many parts sums are split, whatever the shape would choose."""
+    split_products(monkeypatch, request.param)
+    return request.param
 
 
-def parts(count: int) -> Any:
-    return lambda plan: plan._config(32, min(count, plan._steps))
+def split_products(monkeypatch: pytest.MonkeyPatch, parts: int) -> None:
+    choose = matrix_product.Config.choose
+
+    def split(*sizes: Any) -> matrix_product.Config:
+        config = choose(*sizes)
+        T, most_parts = sizes[3], sizes[6]
+        steps = -(-T // config.block_t)
+        return replace(config, parts=min(parts, steps, most_parts))
+
+    monkeypatch.setattr(matrix_product.Config, "choose", split)
 
 
-def no_pass(_: Plan) -> None:
-    return None
-
-
-# What the shape would choose, and what it might.
-WAYS = {
-    "one pass": {"one_pass": one_pass},
-    "two steps": {"one_pass": no_pass, "scores": parts(1)},
-    "many parts": {"one_pass": no_pass, "scores": parts(3)},
-}
-
-
-@pytest.fixture(params=WAYS.values(), ids=WAYS.keys())
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, rule in request.param.items():
-        monkeypatch.setattr(Plan, name, rule)
+@pytest.fixture
+def tiny_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One multiprocessor, which the smallest batch fills."""
+    for module in (memory_lookup, memory_search):
+        one = lambda x: replace(card_of(x), multiprocessors=1)  # noqa: E731
+        monkeypatch.setattr(module, "card_of", one)
 
 
 def memories(B: int, N: int, M: int, C: int, seed: int = 0) -> list[Tensor]:
@@ -88,7 +91,7 @@ def assert_right(
     return actual
 
 
-@pytest.mark.usefixtures("way")
+@pytest.mark.usefixtures("parts")
 @modes
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_equals_reference(
@@ -97,7 +100,7 @@ def test_equals_reference(
     assert_right(*(x.to(device, torch.float32) for x in memories(*size)), mode)
 
 
-@pytest.mark.usefixtures("way")
+@pytest.mark.usefixtures("parts")
 @modes
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_half_precision(dtype: torch.dtype, mode: dict[str, Any], device: torch.device) -> None:
@@ -117,7 +120,7 @@ def test_half_precision(dtype: torch.dtype, mode: dict[str, Any], device: torch.
     k=st.integers(1, 64),
     threshold=st.floats(0.01, 1.0),
     mode=st.sampled_from(sorted(MODES)),
-    way=st.sampled_from(sorted(WAYS)),
+    parts=st.integers(1, 4),
     seed=st.integers(0, 2**16),
 )
 def test_drawn_sizes(
@@ -125,15 +128,14 @@ def test_drawn_sizes(
     k: int,
     threshold: float,
     mode: str,
-    way: str,
+    parts: int,
     seed: int,
     device: torch.device,
 ) -> None:
     query, memory = (x.to(device, torch.float32) for x in memories(*sizes, seed=seed))
     drawn = {"gumbel": {"top_k": min(k, sizes[2])}, "hard": {"threshold": threshold}, "raw": {}}
     with pytest.MonkeyPatch.context() as patch:
-        for name, rule in WAYS[way].items():
-            patch.setattr(Plan, name, rule)
+        split_products(patch, parts)
         if mode != "hard":
             assert_right(query, memory, drawn[mode])
         else:  # a gradient near the threshold is as steep as it is near
@@ -143,7 +145,7 @@ def test_drawn_sizes(
             assert_close(answer.cpu(), expected, 1e-4, floor=1.0)
 
 
-@pytest.mark.usefixtures("way")
+@pytest.mark.usefixtures("parts")
 @modes
 def test_any_strides(mode: dict[str, Any], device: torch.device) -> None:
     query, memory = (x.to(device, torch.float32) for x in memories(10, 8, 14, 6))
@@ -154,7 +156,7 @@ def test_any_strides(mode: dict[str, Any], device: torch.device) -> None:
     assert_right(query, memory, mode, grad=torch.ones(1, 1, 1, device=device).expand(query.shape))
 
 
-@pytest.mark.usefixtures("way")
+@pytest.mark.usefixtures("parts")
 @pytest.mark.parametrize("k", [1, 2, 63, 64])
 def test_the_smallest_and_largest_k(k: int, device: torch.device) -> None:
     query, memory = (x.to(device, torch.float32) for x in memories(3, 2, 80, 16))
@@ -162,7 +164,7 @@ def test_the_smallest_and_largest_k(k: int, device: torch.device) -> None:
     assert bool((answer == 0).all()) == (k == 1)
 
 
-@pytest.mark.usefixtures("way")
+@pytest.mark.usefixtures("parts")
 def test_equal_slots_are_ties(device: torch.device) -> None:
     # Every slot four times: the k-th is tied with others, which all go.
     query, memory = memories(4, 2, 5, 8)
@@ -173,13 +175,52 @@ def test_equal_slots_are_ties(device: torch.device) -> None:
         )
 
 
-@pytest.mark.usefixtures("way")
+@pytest.mark.usefixtures("parts")
 @modes
 def test_nan_stays_within_its_row(mode: dict[str, Any], device: torch.device) -> None:
     query, memory = (x.to(device, torch.float32) for x in memories(5, 2, 20, 8))
     clean = ops.memory_lookup(query, memory, **mode)
     query[2, 1, 3] = torch.nan
     answer = ops.memory_lookup(query, memory, **mode)
+    assert answer[2, 1].isnan().all()
+    answer[2, 1] = clean[2, 1]
+    assert torch.equal(answer, clean)
+
+
+# --- one pass -------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("tiny_card")
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize(("B", "M", "C"), [(1, 3, 1), (70, 33, 50), (2, 200, 130), (65, 256, 7)])
+def test_one_pass(B: int, M: int, C: int, dtype: torch.dtype, device: torch.device) -> None:
+    N = 2
+    query, memory = (x.to(device, dtype) for x in memories(B, N, M, C))
+    assert memory_lookup.Config.choose(B, N, M, C, 2, memory_lookup.card_of(query))
+    wide = query.cpu().double(), memory.cpu().double()
+    for k in sorted({1, 2, 5, 64} & set(range(1, M + 1))):
+        answer = ops.memory_lookup(query, memory, k)
+        assert_close(answer.cpu(), reference.memory_lookup(*wide, k), floor=1.0)
+        assert torch.equal(answer, ops.memory_lookup(query, memory, k))
+
+
+@pytest.mark.usefixtures("tiny_card")
+def test_one_pass_of_any_strides_and_ties(device: torch.device) -> None:
+    query, memory = (x.to(device, torch.float16) for x in memories(10, 8, 14, 6))
+    query = query.permute(1, 2, 0).contiguous().permute(2, 0, 1)[::3, ::2]
+    memory = memory.mT.contiguous().mT[::2, 1::2].repeat(1, 3, 1)
+    wide = query.cpu().double(), memory.cpu().double()
+    for k in (1, 3, 4, 7, 21):
+        answer = ops.memory_lookup(query, memory, k)
+        assert_close(answer.cpu(), reference.memory_lookup(*wide, k), floor=1.0)
+
+
+@pytest.mark.usefixtures("tiny_card")
+def test_one_pass_keeps_nan_within_its_row(device: torch.device) -> None:
+    query, memory = (x.to(device, torch.float16) for x in memories(5, 2, 20, 8))
+    clean = ops.memory_lookup(query, memory, 4)
+    query[2, 1, 3] = torch.nan
+    answer = ops.memory_lookup(query, memory, 4)
     assert answer[2, 1].isnan().all()
     answer[2, 1] = clean[2, 1]
     assert torch.equal(answer, clean)
@@ -203,6 +244,12 @@ def test_search_equals_reference(
 ) -> None:
     query, memory = (x.to(device, torch.float32) for x in memories(B, N, M, C))
     assert_right(query, memory, {"top_k": k})
+
+
+@pytest.mark.usefixtures("tiny_card")
+def test_search_by_one_program_alone(device: torch.device) -> None:
+    query, memory = (x.to(device, torch.float32) for x in memories(2, 1, 777, 5))
+    assert_right(query, memory, {"top_k": 5})
 
 
 def test_search_that_keeps_its_scores(device: torch.device) -> None:
@@ -240,7 +287,7 @@ def test_search_passes_nan_on_in_its_row_only(device: torch.device) -> None:
 # --- promises -------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("way")
+@pytest.mark.usefixtures("parts")
 @modes
 def test_same_inputs_same_bits(mode: dict[str, Any], device: torch.device) -> None:
     query, memory = (x.to(device, torch.float32) for x in memories(33, 2, 40, 20))
@@ -250,13 +297,11 @@ def test_same_inputs_same_bits(mode: dict[str, Any], device: torch.device) -> No
 
 def test_small_batches_fill_the_card() -> None:
     # What is published, at the batch of the published training.
-    from squid_fast.kernels.card import A100, H100
-
-    for card in (A100, H100):
-        plan = Plan(B=16, N=4, M=200, C=2048, element_size=2, card=card)
-        assert plan.one_pass() is None
-        config = plan.scores()
-        programs = 4 * -(-200 // config.block_m) * config.parts
-        assert 0.75 * card.multiprocessors <= programs <= 2 * card.multiprocessors
-        assert 4 * plan.combine().parts >= 0.75 * card.multiprocessors
-        assert Plan(B=4096, N=4, M=200, C=2048, element_size=2, card=card).one_pass()
+    N, M, C = 4, 200, 2048
+    for gpu in (card.A100, card.H100):
+        for R, S, T, most_parts in [(16, M, C, 32), (16, C, M, 1), (M, C, 16, 1)]:
+            config = matrix_product.Config.choose(N, R, S, T, 2, gpu, most_parts)
+            tiles = -(-R // config.block_r) * -(-S // config.block_s) * N
+            assert tiles * config.parts >= 0.75 * gpu.multiprocessors
+        assert memory_lookup.Config.choose(16, N, M, C, 2, gpu) is None
+        assert memory_lookup.Config.choose(4096, N, M, C, 2, gpu)
