@@ -1,5 +1,5 @@
 # Everything here needs only make and a Python from 3.10 to 3.13; the rest goes into .venv.
-#   make test ARGS="-k memory"     hands arguments on (test, bench, demo)
+#   make test ARGS="-k memory"     hands arguments on (test, bench, speed, compile, demo)
 #   make setup PYTHON=python3.12   chooses the Python that .venv is made with
 
 PYTHON ?= python3
@@ -7,10 +7,10 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-SOURCES := squid_fast kernels reference bench tests
+SOURCES := conftest.py squid_fast kernels reference bench tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format types bench clean
+.PHONY: help setup demo test lint format types compile bench speed clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,7 +38,13 @@ types: $(READY)  ## Check types
 	@cd build/types/squid_fast && ln -s ../../../squid_fast/* ../../../kernels ../../../reference .
 	@$(BIN)/mypy
 
-bench: $(READY)  ## Time the published way beside squid_fast on this machine
+compile: $(READY)  ## Compile every kernel for A100, H100 and MI300X, and look for spills
+	@$(BIN)/python -m bench.compile_report --brief $(ARGS)
+
+bench: $(READY)  ## Time every operation beside the reference, eager and compiled
+	@$(BIN)/python -m pytest --benchmark --bench-results=bench/results $(ARGS)
+
+speed: $(READY)  ## Time training and scoring beside the published way
 	@$(BIN)/python -m bench.speed $(ARGS)
 
 clean:  ## Remove what make has made: .venv, build folders, caches

@@ -10,24 +10,36 @@ import argparse
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 
 
-def speed() -> str:
+def _not_measured(path: Path) -> str:
+    return f"Not measured yet: there is no `bench/results/{path.name}`."
+
+
+def speed(device: str) -> str:
     """The published way beside squid_fast."""
-    figures = json.loads((RESULTS / "speed_cpu.json").read_text())
+    path = RESULTS / f"speed_{device}.json"
+    if not path.is_file():
+        return _not_measured(path)
+    figures = json.loads(path.read_text())
     lines = ["| | images/s | ratio |", "|---|--:|--:|"]
-    for part in ("evaluation", "training"):
-        for name, row in figures[part].items():
+    for part in ("evaluation", "screening", "training"):
+        for name, row in figures.get(part, {}).items():
             lines.append(
                 f"| {part}: {name} | {row['images_per_second']:.1f} | {row['ratio']:.1f} × |"
             )
+    where = figures["device"]
+    if device == "cpu":
+        where = f"{figures['threads']} cores ({where})"
     lines += [
         "",
-        f"{figures['threads']} cores ({figures['device']}), {figures['precision']}, torch "
+        f"{where}, {figures['precision']}, torch "
         f"{figures['torch']}, medians of {figures['rounds']} interleaved rounds.",
     ]
     return "\n".join(lines)
@@ -71,7 +83,55 @@ def trials() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"speed": speed, "demo": demo, "trials": trials}
+def _microseconds(x: float) -> str:
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+
+
+def micro(device: str) -> str:
+    """Every operation: microseconds of the eager reference, and how often faster the others are."""
+    path = RESULTS / f"micro_{device}.json"
+    if not path.is_file():
+        return _not_measured(path)
+    figures = json.loads(path.read_text())
+    cuda = device == "cuda"
+    head = ["operation", "sizes", "dtype", "eager, µs", "compiled", "squid_fast"]
+    head += ["cold, µs", "of the floor"] if cuda else []
+    lines = ["| " + " | ".join(head) + " |", "|---|---|---|" + "--:|" * (len(head) - 3)]
+    groups: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
+    for row in figures["rows"]:
+        name = f"{row['operation']}, {row['direction'].replace('_', ' + ')}".replace("_", " ")
+        sizes = ", ".join(f"{key} {value}" for key, value in row["sizes"].items())
+        groups.setdefault((name, sizes, row["dtype"]), {})[row["contender"]] = row
+    for group, rows in groups.items():
+        cells = [_microseconds(rows["eager"]["median_us"]) if "eager" in rows else ""]
+        for contender in ("compiled", "squid_fast"):
+            ratio = rows.get(contender, {}).get("ratio_to_eager")
+            cells.append(f"{ratio:.2f} ×" if ratio else "")
+        ours = rows.get("squid_fast", {})
+        if cuda:
+            cells.append(_microseconds(ours["cold_us"]) if ours else "")
+            fraction = ours.get("fraction_of_floor")
+            cells.append(f"{fraction:.0%}" if fraction else "")
+        lines.append("| " + " | ".join([*group, *cells]) + " |")
+    count = len([x for x in figures["failures"].values() if not x.startswith("skipped")])
+    lines += [
+        "",
+        f"{figures['device']}, torch {figures['torch']}, triton {figures['triton']}, commit "
+        f"{figures['commit']}, {figures['date']}; "
+        + ("" if cuda else f"{figures['threads']} threads; ")
+        + f"medians, × is how often faster than the eager reference; {count} contenders failed.",
+    ]
+    return "\n".join(lines)
+
+
+TABLES = {
+    "speed": partial(speed, "cpu"),
+    "speed_cuda": partial(speed, "cuda"),
+    "demo": demo,
+    "trials": trials,
+    "micro_cpu": partial(micro, "cpu"),
+    "micro_cuda": partial(micro, "cuda"),
+}
 
 
 def fill(text: str) -> str:

@@ -65,13 +65,13 @@ def _shrinkage_forward_kernel(
                 maximum, total = add_to_softmax(maximum, total, tile)
                 best, places = insert_best(best, places, tile, start)
             else:
-                total += tl.sum(keep_above(tile, threshold), axis=1)
+                total += tl.sum(keep_above(tile, threshold[:, None]), axis=1)
     norm = floored(total)
     if MODE == "gumbel":
         spare = tl.arange(0, K_TILE)[None, :] >= K
         p_best = tl.exp(best - maximum[:, None]) / total[:, None]  # [BLOCK_R, K_TILE]
         threshold = tl.min(p_best, axis=1)
-        norm = floored(tl.sum(tl.where(spare, 0.0, keep_above(p_best, threshold)), axis=1))
+        norm = floored(tl.sum(tl.where(spare, 0.0, keep_above(p_best, threshold[:, None])), axis=1))
 
     for start in range(0, M, BLOCK_M):
         inside = (rows < R)[:, None] & (start + columns < M)[None, :]
@@ -80,9 +80,9 @@ def _shrinkage_forward_kernel(
             tl.store(scores_ptr + offsets + start, tile, mask=inside)
         if MODE == "gumbel":
             p = tl.exp(tile - maximum[:, None]) / total[:, None]
-            tile = keep_above(p, threshold) / norm[:, None]
+            tile = keep_above(p, threshold[:, None]) / norm[:, None]
         if MODE == "hard":
-            tile = keep_above(tile, threshold) / norm[:, None]
+            tile = keep_above(tile, threshold[:, None]) / norm[:, None]
         tl.store(weights_ptr + offsets + start, tile, mask=inside)
 
 
@@ -117,7 +117,7 @@ def _shrinkage_backward_kernel(
                 shift = tl.where(maximum == NEVER, 0.0, maximum)
                 weighted += tl.sum(tl.exp(tile - shift[:, None]) * grad, axis=1)
             else:
-                kept = keep_above(tile, threshold)
+                kept = keep_above(tile, threshold[:, None])
                 total += tl.sum(kept, axis=1)
                 weighted += tl.sum(kept * grad, axis=1)
     mean = weighted / floored(total)
@@ -133,7 +133,9 @@ def _shrinkage_backward_kernel(
                 grad = p * (grad - mean[:, None])
             else:
                 u = tile - threshold[:, None]
-                slope = (tile + u - keep_above(tile, threshold)) / (tl.maximum(u, 0.0) + EPSILON)
+                slope = (tile + u - keep_above(tile, threshold[:, None])) / (
+                    tl.maximum(u, 0.0) + EPSILON
+                )
                 grad = (grad - through_total[:, None]) / floored(total)[:, None]
                 grad = tl.where(u <= 0, 0.0, grad * slope)
         tl.store(grad_logits_ptr + offsets + start, grad, mask=inside)

@@ -140,13 +140,13 @@ class Config:
     num_warps: int = 4
 
     @staticmethod
-    def choose(*operands: Tensor) -> Config:
+    def choose(*operands: Tensor, largest: int = 4096) -> Config:
         """For operands [B, C, S] of which no more need be read than the draw chooses."""
         B, C, S = operands[0].shape
         # 4096 elements are 32 a thread, in bfloat16 four 16-byte loads in flight. 64 of them are a
         # whole cache line along either axis, and so many channels make a draw cheap.
         block_c = min(power_of_2(C), 64)
-        block_s = min(power_of_2(B * S), 4096 // block_c)
+        block_s = min(power_of_2(B * S), largest // block_c)
         # With neighbouring channels side by side the draw switches whole vectors, and memory that
         # is not needed is not read. Side by side in memory, positions would be torn apart by it.
         selective = all(x.stride(1) == 1 != x.stride(2) for x in operands)
@@ -216,7 +216,8 @@ def backward(
     g, x = grad.flatten(2), (grad if inpainted is None else inpainted).flatten(2)
     to_inpainted, to_shortcut = (z.flatten(2) for z in results)
     B, C, S = g.shape
-    config = Config.choose(x)
+    # With an affine, its two sums take registers of their own.
+    config = Config.choose(x, largest=4096 if scale is None else 2048)
     grid = triton.cdiv(B * S, config.block_s), triton.cdiv(C, config.block_c)
     partial = None if scale is None else scale.new_empty(2, grid[0], C)
     with on_device(g):

@@ -78,8 +78,8 @@ class Config:
         """
         block_t = min(max(power_of_2(T), 16), 128 // element_size)  # 128 bytes: a cache line
         steps = triton.cdiv(T, block_t)
-        # Accumulators of 64 x 128 or 128 x 128 are 64 registers a thread of 4 or 8 warps. Float32
-        # operands, which NVIDIA's units take in three pieces, leave room for half as many.
+        # Accumulators of 128 x 128 are 64 registers a thread of 8 warps. Float32 operands, which
+        # NVIDIA's units take in three pieces, leave room for fewer.
         largest = 4096 if element_size == 4 else 16384
 
         def cost(config: Config) -> int:
@@ -94,7 +94,7 @@ class Config:
         def config(block_r: int, block_s: int, parts: int) -> Config:
             tile = (block_r + block_s) * block_t * element_size
             stages = min(max(card.shared_memory // tile - 1, 2), 2 if card.is_amd else 4)
-            warps = 8 if block_r * block_s > 8192 else 4
+            warps = 8 if block_r * block_s * element_size >= 16384 else 4
             return Config(block_r, block_s, block_t, parts, warps, stages)
 
         candidates = (
@@ -108,7 +108,9 @@ class Config:
         return min(candidates, key=cost)
 
 
-def multiply(a: Tensor, x: Tensor, out: Tensor, b: Tensor | None = None, y: Tensor | None = None):
+def multiply(
+    a: Tensor, x: Tensor, out: Tensor, b: Tensor | None = None, y: Tensor | None = None
+) -> None:
     """Write a . x (+ b . y) to ``out`` [N, R, S], whose last stride is 1."""
     _launch(_configure(a, x, 1), a, x, out[None], b, y)
 
@@ -136,7 +138,8 @@ def _launch(
 ) -> None:
     (N, R, T), S = a.shape, x.shape[2]
     pair = b is not None and y is not None
-    b, y = (b, y) if pair else (a, x)
+    if b is None or y is None:
+        b, y = a, x  # there to be looked away from
     blocks_s = triton.cdiv(S, config.block_s)
     steps = triton.cdiv(triton.cdiv(T, config.block_t), config.parts)
     _product_kernel[(triton.cdiv(R, config.block_r), blocks_s * config.parts, N)](

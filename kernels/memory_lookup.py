@@ -62,7 +62,7 @@ def _memory_lookup_forward_kernel(
     scores = tl.where((slots < M)[None, :], scores, NEVER)
     exponentials = tl.exp(scores - tl.max(scores, axis=1)[:, None])
     p = exponentials / tl.sum(exponentials, axis=1)[:, None]
-    kept = keep_above(p, kth_largest(p, K))
+    kept = keep_above(p, kth_largest(p, K)[:, None])
     weights = kept / floored(tl.sum(kept, axis=1))[:, None]
     weights = weights.to(memory_ptr.dtype.element_ty)
 
@@ -100,7 +100,8 @@ class Config:
         row_blocks = triton.cdiv(B, block_b) * N
         if M > 256 or element_size == 4 or row_blocks < card.multiprocessors * 3 // 4:
             return None
-        block_c = min(max(power_of_2(C), 16), 64)
+        # Where a warpgroup multiplies straight from shared memory; elsewhere 64 columns spill too.
+        block_c = min(max(power_of_2(C), 16), 64 if card.arch == "sm_90" else 32)
         tile = (block_b + block_m) * block_c * element_size
         weights = block_b * block_m * element_size
         stages = min(max((card.shared_memory - weights) // tile, 2), 2 if card.is_amd else 4)

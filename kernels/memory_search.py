@@ -21,7 +21,6 @@ from .tiles import (
     floored,
     insert_best,
     keep_above,
-    kth_largest,
     multiply_tile,
     no_best,
 )
@@ -97,8 +96,11 @@ def _gather_forward_kernel(
     best = tl.load(best_ptr + row_id * PARTS * K_TILE + entries)
     places = tl.load(places_ptr + row_id * PARTS * K_TILE + entries)
     best = tl.where(entries % K_TILE >= K, NEVER, best)  # what the lists hold beyond K
-    p = (tl.exp(best - maximum) / total)[None, :]
-    kept = tl.sum(keep_above(p, kth_largest(p, K)), axis=0)  # [PARTS * K_TILE]
+    left = best
+    for _ in range(1, K):
+        left = tl.where(entries == tl.argmax(left, axis=0), NEVER, left)
+    threshold = tl.exp(tl.max(left, axis=0) - maximum) / total
+    kept = keep_above(tl.exp(best - maximum) / total, threshold)  # [PARTS * K_TILE]
     norm = floored(tl.sum(kept, axis=0))
 
     answer = tl.zeros([BLOCK_C], tl.float32) + (total - total)  # NaN if the row holds one
@@ -131,7 +133,8 @@ class Config:
     def choose(B: int, N: int, M: int, C: int, element_size: int, card: Card) -> Config:
         # Scores of 64 x 128 are 32 registers of a thread of 8 warps, the copy that loses its best
         # ones as many; 4 warps spill at fewer rows already. Float32 operands take room for three.
-        block_b = min(max(power_of_2(B), 16), 32 if element_size == 4 else 64)
+        largest = 64 if element_size == 2 else 16 if card.is_amd else 32
+        block_b = min(max(power_of_2(B), 16), largest)
         block_m = 128
         block_c = min(max(power_of_2(C), 16), 128 // element_size)
         # Two programs for every multiprocessor; a power of 2, for the kernel that merges.

@@ -8,8 +8,8 @@ be skipped by a branch, but keys would be read by other multiprocessors, two to 
 from L2, which is the bottleneck then. Matrix units on dense scores need sixteen rows: several small
 images in a tile, where a weight of zero times the NaN of another image is NaN.
 
-A place outside the grid is a pointer to the padding, so the softmax knows no special case, and NaN
-goes where attention goes and nowhere else.
+A place outside the grid is a row of padding in the tile, so the softmax knows no special case, and
+NaN goes where attention goes and nowhere else.
 """
 
 from __future__ import annotations
@@ -58,6 +58,15 @@ def _load(pointer, exists, D: tl.constexpr, BLOCK_D: tl.constexpr):
     channel = tl.arange(0, BLOCK_D)
     mask = tl.expand_dims(exists, -1) & (channel < D)
     return tl.load(tl.expand_dims(pointer, -1) + channel, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _load_around(pointer, pad_ptr, inside, exists, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Neighbours' rows [SLOTS, BLOCK_T, BLOCK_D] from pointers [SLOTS, BLOCK_T]; else padding."""
+    channel = tl.arange(0, BLOCK_D)
+    pad = tl.load(pad_ptr + channel, mask=channel < D, other=0.0).to(tl.float32)
+    x = _load(pointer, inside & exists[None, :], D, BLOCK_D)
+    return tl.where(inside[:, :, None], x, pad[None, None, :])
 
 
 @triton.jit
@@ -110,9 +119,9 @@ def _neighbourhood_attention_forward_kernel(
     q = _load(query_ptr + row * stride_query + first, exists, D, BLOCK_D)  # [BLOCK_T, BLOCK_D]
     # Tiles of keys and values are [SLOTS, BLOCK_T, BLOCK_D].
     key = (key_ptr + row * stride_key + first)[None, :] + step * stride_key
-    k = _load(tl.where(inside, key, pad_key_ptr + first), exists[None, :], D, BLOCK_D)
+    k = _load_around(key, pad_key_ptr + first, inside, exists, D, BLOCK_D)
     value = (value_ptr + row * stride_value + first)[None, :] + step * stride_value
-    v = _load(tl.where(inside, value, pad_value_ptr + first), exists[None, :], D, BLOCK_D)
+    v = _load_around(value, pad_value_ptr + first, inside, exists, D, BLOCK_D)
     p, _ = _softmax(q, k, inside, P, D)
     out = tl.sum(p[:, :, None] * v, axis=0)
     _store(out_ptr + (row * num_heads + head) * D, out, exists, D, BLOCK_D)
@@ -161,9 +170,9 @@ def _neighbourhood_attention_backward_query_kernel(
         q = _load(query_ptr + row * stride_query + first, exists, D, BLOCK_D)  # [BLOCK_T, BLOCK_D]
         g = _load(grad_ptr + row * stride_grad + first, exists, D, BLOCK_D)
         key = (key_ptr + row * stride_key + first)[None, :] + step * stride_key
-        k = _load(tl.where(inside, key, pad_key_ptr + first), exists[None, :], D, BLOCK_D)
+        k = _load_around(key, pad_key_ptr + first, inside, exists, D, BLOCK_D)
         value = (value_ptr + row * stride_value + first)[None, :] + step * stride_value
-        v = _load(tl.where(inside, value, pad_value_ptr + first), exists[None, :], D, BLOCK_D)
+        v = _load_around(value, pad_value_ptr + first, inside, exists, D, BLOCK_D)
         p, lse = _softmax(q, k, inside, P, D)  # [SLOTS, BLOCK_T]
         dp = tl.sum(g[None, :, :] * v, axis=2)
         delta = tl.sum(p * dp, axis=0)

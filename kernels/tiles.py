@@ -29,8 +29,8 @@ def multiply_tile(
 
 @triton.jit
 def keep_above(values, threshold):
-    """What exceeds the threshold, not yet normalised: [R, M] of values [R, M], threshold [R]."""
-    distance = values - threshold[:, None]
+    """What exceeds the threshold, not yet normalised, in the shape of the values."""
+    distance = values - threshold
     # Asked this way round, NaN is kept and reaches the sum.
     return tl.where(distance <= 0, 0.0, distance * values / (distance + EPSILON))
 

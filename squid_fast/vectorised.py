@@ -161,17 +161,23 @@ def philox_uniform(seed: Tensor, count: int) -> Tensor:
     int64, whose multiplication wraps, so that it runs on every device. The numbers are those of
     Triton's ``tl.rand(seed, offset)``.
     """
-    c0 = torch.arange(count, device=seed.device, dtype=torch.int64)
-    c1 = torch.zeros_like(c0)
-    c2, c3 = c1, c1
-    k0, k1 = seed & _LOW, (seed >> 32) & _LOW
-    for _ in range(10):
-        low, high = c0 * _PHILOX_MULTIPLIERS[0], c2 * _PHILOX_MULTIPLIERS[1]
-        c0, c2 = ((high >> 32) & _LOW) ^ c1 ^ k0, ((low >> 32) & _LOW) ^ c3 ^ k1
-        c1, c3 = high & _LOW, low & _LOW
-        k0, k1 = (k0 + _PHILOX_WEYL[0]) & _LOW, (k1 + _PHILOX_WEYL[1]) & _LOW
+
+    def column(*words: int) -> Tensor:
+        # Written on the device: a copy from the host would not be captured in a CUDA graph.
+        return torch.stack([torch.full((1,), word, device=seed.device) for word in words])
+
+    rounds = torch.arange(10, device=seed.device)[:, None, None]
+    keys = (torch.stack([seed, seed >> 32]).view(2, 1) + rounds * column(*_PHILOX_WEYL)) & _LOW
+    multipliers = column(*_PHILOX_MULTIPLIERS)
+    # Words 0 and 2 of the four, then 1 and 3; the counter is word 0.
+    even = torch.arange(count, device=seed.device) * column(1, 0)
+    odd = torch.zeros_like(even)
+    for key in keys:
+        product = (even * multipliers).flip(0)
+        even, odd = ((product >> 32) & _LOW) ^ odd ^ key, product & _LOW
+    word = even[0]
     # As a signed word folded at zero: 31 random bits, scaled so that 1 is never reached.
-    return torch.where(c0 >= 2**31, _LOW - c0, c0).float() * 4.6566127342e-10
+    return torch.where(word >= 2**31, _LOW - word, word).float() * 4.6566127342e-10
 
 
 def shortcut_mask(seed: Tensor, shape: tuple[int, ...], keep_probability: float) -> Tensor:

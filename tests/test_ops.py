@@ -736,9 +736,11 @@ def test_these_are_all_operators() -> None:
     assert registered == set(operator_samples())
 
 
-def compile_cases() -> dict[str, tuple[Callable[..., Tensor], list[Tensor]]]:
-    seed = torch.tensor(3)
-    return {
+def compile_cases(
+    device: str | torch.device = "cpu",
+) -> dict[str, tuple[Callable[..., Tensor], list[Tensor]]]:
+    seed = torch.tensor(3, device=device)
+    cases = {
         "gumbel": (lambda x: ops.gumbel_shrinkage(x, 3), [normal(5, 9)]),
         "hard": (lambda x: ops.hard_shrinkage(x, 0.3), [normal(5, 9)]),
         "lookup": (
@@ -754,6 +756,7 @@ def compile_cases() -> dict[str, tuple[Callable[..., Tensor], list[Tensor]]]:
             attention_inputs(2, 2, 4),
         ),
     }
+    return {name: (call, [x.to(device) for x in inputs]) for name, (call, inputs) in cases.items()}
 
 
 # Inductor alone asserts the strides that the fakes promise; on a CPU it needs a C++ compiler.

@@ -1,0 +1,131 @@
+"""How long a call takes: by the clock on a CPU, in CUDA graphs on a GPU."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+Call = Callable[[], object]
+
+GRAPH_SECONDS = 300e-6  # of work in a graph, beside which the gap in front of it vanishes
+LARGEST_GRAPH = 50  # calls
+LARGEST_COLD_GRAPH = 10  # calls, each behind a read of some 0.1 ms
+REPEATS = 25
+WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call, one for each repeat.
+
+    Attributes:
+        warm: the call again and again, on the same tensors.
+        cold: with its inputs evicted from the L2 cache before each call; empty on a CPU.
+    """
+
+    warm: list[float]
+    cold: list[float]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.warm)
+
+    @property
+    def spread(self) -> float:
+        """Interquartile range of the warm times."""
+        if len(self.warm) < 2:
+            return 0.0
+        low, _, high = statistics.quantiles(self.warm, n=4, method="inclusive")
+        return high - low
+
+
+def on_cpu(call: Call, seconds: float = 0.3, least: int = 5) -> Timing:
+    """By the clock, for that long and at least so often."""
+    call()
+    times: list[float] = []
+    while len(times) < least or sum(times) < seconds:
+        started = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - started)
+    return Timing(times, [])
+
+
+def _graph(call: Call) -> torch.cuda.CUDAGraph:
+    """The call in a CUDA graph, after warming it up as capturing asks for."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    graph.replay()
+    torch.cuda.synchronize()
+    return graph
+
+
+def _times(count: int, *calls: Call) -> Call:
+    def several() -> None:
+        for _ in range(count):
+            for call in calls:
+                call()
+
+    return several
+
+
+def _replay(graph: torch.cuda.CUDAGraph) -> float:
+    """Seconds of one replay, between two events on its stream."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def _flush() -> Call:
+    """Reads four times what the L2 cache holds."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    size = 4 * max(getattr(properties, "L2_cache_size", 0), 2**24)
+    buffer, into = torch.ones(size // 4, device="cuda"), torch.empty((), device="cuda")
+    return lambda: torch.sum(buffer, dim=0, out=into)
+
+
+def on_cuda(call: Call, repeats: int = REPEATS) -> Timing:
+    """In CUDA graphs, so that no launch waits for the host: n calls a graph, timed by events.
+
+    Warm is a graph of n calls, divided by n. Cold is the difference of two graphs that are replayed
+    in turn, divided by n: one reads a buffer four times as large as the L2 cache before each of n
+    calls, the other only reads the buffer n times. Reading, not writing, so that the call does not
+    pay for writing the buffer's lines back.
+    """
+    single = _graph(call)
+    seconds = min(_replay(single) for _ in range(3))
+    count = max(1, min(LARGEST_GRAPH, round(GRAPH_SECONDS / seconds)))
+    graph = single if count == 1 else _graph(_times(count, call))
+    warm = [_replay(graph) / count for _ in range(repeats)]
+    del graph, single
+    flush, count = _flush(), min(count, LARGEST_COLD_GRAPH)
+    both, flushes = _graph(_times(count, flush, call)), _graph(_times(count, flush))
+    cold = [max(_replay(both) - _replay(flushes), 0.0) / count for _ in range(repeats)]
+    return Timing(warm, cold)
+
+
+class DeviceClock:
+    """A clock that shows what it is told, for pytest-benchmark to read device times from."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+    def __call__(self) -> float:
+        return self.now

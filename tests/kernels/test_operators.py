@@ -1,0 +1,184 @@
+"""The operators as users meet them, with kernels behind them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from squid_fast import PRESETS, SQUID, kernels, ops
+from squid_fast.kernels import choice
+from tests.test_ops import compile_cases, normal, operator_samples, with_gradients
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+
+def to(x: object, device: torch.device) -> object:
+    if not isinstance(x, torch.Tensor):
+        return x
+    return x.detach().to(device).requires_grad_(x.requires_grad)
+
+
+@pytest.mark.parametrize("name", operator_samples())
+def test_opcheck(name: str, device: torch.device) -> None:
+    for sample in operator_samples()[name]:
+        if all(x.numel() for x in sample if isinstance(x, torch.Tensor)) or "lookup" in name:
+            arguments = tuple(to(x, device) for x in sample)
+            torch.library.opcheck(getattr(torch.ops.squid_fast, name), arguments)
+
+
+@pytest.mark.parametrize("name", compile_cases())
+def test_compiled_equals_eager(name: str, device: torch.device) -> None:
+    torch.compiler.reset()
+    function, inputs = compile_cases(device)[name]
+    inputs = [x.float() for x in inputs]
+    grad = normal(*function(*inputs).shape, seed=9).float().to(device)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for got, value in zip(
+        with_gradients(compiled, inputs, grad), with_gradients(function, inputs, grad), strict=True
+    ):
+        assert torch.equal(got, value)
+
+
+# --- where kernels serve --------------------------------------------------------------------------
+
+
+def test_the_cpu_is_served_by_pytorch_unless_told_otherwise() -> None:
+    x = torch.zeros(2, 3)
+    with kernels.use("on"):
+        assert not choice.serves_gumbel_shrinkage(x, 2)
+    with kernels.use("interpret"):
+        assert choice.serves_gumbel_shrinkage(x, 2)
+        with kernels.use("off"):
+            assert not choice.serves_gumbel_shrinkage(x, 2)
+        assert choice.serves_gumbel_shrinkage(x, 2)
+
+
+@pytest.mark.parametrize(
+    ("served", "serves"),
+    [
+        (True, lambda: choice.serves_gumbel_shrinkage(torch.zeros(2, 99), 64)),
+        (False, lambda: choice.serves_gumbel_shrinkage(torch.zeros(2, 99), 65)),
+        (False, lambda: choice.serves_gumbel_shrinkage(torch.zeros(0, 99), 5)),
+        (False, lambda: choice.serves_gumbel_shrinkage(torch.zeros(2, 99).double(), 5)),
+        (True, lambda: choice.serves_memory_lookup(torch.zeros(2, 1, 3), 100_000, "gumbel", 64)),
+        (False, lambda: choice.serves_memory_lookup(torch.zeros(2, 1, 3), 100_000, "gumbel", 65)),
+        (True, lambda: choice.serves_memory_lookup(torch.zeros(2, 1, 3), 512, "hard", 0)),
+        (False, lambda: choice.serves_memory_lookup(torch.zeros(2, 1, 3), 513, "raw", 0)),
+    ],
+)
+def test_the_rules(served: bool, serves) -> None:
+    assert serves() == served
+
+
+def test_another_setting_is_refused() -> None:
+    with pytest.raises(ValueError, match="setting is 'fast'; it must be one of on, off, interpret"):
+        kernels.use("fast").__enter__()
+
+
+def test_the_environment_chooses() -> None:
+    script = "from squid_fast.kernels import choice; print(choice._setting)"
+    for value, expected in [("off", "off"), ("on", "on"), ("no", "ValueError")]:
+        result = subprocess.run(
+            [sys.executable, "-c", script],
+            env=os.environ | {"SQUID_FAST_KERNELS": value},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert expected in result.stdout + result.stderr
+    assert "SQUID_FAST_KERNELS is 'no'; it must be one of on, off, interpret." in result.stderr
+
+
+def test_importing_the_library_does_not_import_triton() -> None:
+    script = "import sys, squid_fast; squid_fast.SQUID.from_preset('small'); print(*sys.modules)"
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert "squid_fast.kernels.choice" in result.stdout
+    assert "squid_fast.kernels.memory_lookup" not in result.stdout
+
+
+# --- on a GPU -------------------------------------------------------------------------------------
+
+
+def small(device: torch.device) -> tuple[SQUID, torch.Tensor]:
+    torch.manual_seed(0)
+    size = PRESETS["small"].image_size
+    return SQUID.from_preset("small").to(device), torch.rand(4, 1, size, size, device=device)
+
+
+@cuda
+def test_kernels_equal_pytorch_on_the_gpu(device: torch.device, monkeypatch) -> None:
+    model, images = small(device)
+    model.eval()
+    with torch.no_grad(), kernels.use("on"):
+        fast = model(images)["recon"]
+    monkeypatch.undo()
+    with torch.no_grad(), kernels.use("off"):
+        plain = model(images)["recon"]
+    assert (fast - plain).abs().max() < 1e-4
+
+
+@cuda
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_model_compiles_as_one_graph(train: bool, autocast: bool, device: torch.device) -> None:
+    torch.compiler.reset()
+    model, images = small(device)
+    model.train(train)
+    compiled = torch.compile(model, fullgraph=True)
+    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        outputs = compiled(images)
+    if train:
+        outputs["recon"].float().square().mean().backward()
+    assert outputs["recon"].isfinite().all()
+
+
+@cuda
+def test_a_cuda_graph_captures_a_training_step(device: torch.device) -> None:
+    model, images = small(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, capturable=True)
+
+    def step() -> torch.Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        outputs = model(images)
+        loss = (outputs["recon"] - images).square().mean()
+        loss.backward()
+        optimizer.step()
+        for module in model.modules():
+            if hasattr(module, "update"):
+                module.update()
+        return loss
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step()
+    losses = []
+    for _ in range(20):
+        graph.replay()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+@cuda
+def test_every_replay_draws_a_new_mask(device: torch.device) -> None:
+    a, b = torch.ones(2, 1, 32, 32, device=device), torch.zeros(2, 1, 32, 32, device=device)
+    ops.masked_shortcut(a, b, 0.5)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = ops.masked_shortcut(a, b, 0.5)
+    graph.replay()
+    first = out.clone()
+    graph.replay()
+    assert not torch.equal(first, out)
