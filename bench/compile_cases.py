@@ -72,7 +72,7 @@ def _memory_lookup(kernels: Any) -> Iterator[Case]:
         for keep in (False, True):
             kept = " scores kept" * keep
             scores = _meta(N, B, M) if keep else _meta(0)
-            forward = partial(kernels.forward, query, memory, *how, keep)
+            forward = partial(kernels.forward, query, memory, None, *how, keep)
             yield Case(f"memory_lookup.forward {label}{kept}", forward)
             for learn in (False, True):
                 backward = partial(kernels.backward, query, query, memory, scores, *how, learn)

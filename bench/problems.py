@@ -184,6 +184,8 @@ def _inpaint_block(case: Case, device: torch.device) -> Problem:
     training = case.direction != "forward"
     for block in (plain, ours):
         block.to(device, getattr(torch, case.dtype)).train(training)
+    if not training:
+        ours.freeze()  # as the Scorer does
     x = torch.randn(s["B"] * s["N"], width, side, side, device=device)
     return Problem([x], [0], plain, ours)
 

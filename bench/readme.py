@@ -1,4 +1,4 @@
-"""Puts measured figures into README.md: ``python -m bench.readme``.
+"""Puts measured figures into the pages of the repository: ``python -m bench.readme``.
 
 Each table stands between ``<!-- figures: NAME -->`` and ``<!-- end -->`` and is made from a file
 under ``bench/results/``; ``--check`` only says whether the README is up to date.
@@ -14,8 +14,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from .cases import cases
+from .roofline import Ceilings
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
+PAGES = (ROOT / "README.md", RESULTS / "README.md", ROOT / "kernels" / "README.md")
+# The vendor's data sheet of the H100 SXM: 3.35 TB/s, 989 TFLOP/s dense in bfloat16, and a third of
+# 494 TFLOP/s in TF32 for float32.
+H100 = Ceilings(bytes_per_s=3.35e12, bfloat16=989e12, float32=494e12 / 3)
 
 
 def _not_measured(path: Path) -> str:
@@ -124,7 +133,66 @@ def micro(device: str) -> str:
     return "\n".join(lines)
 
 
+def floors() -> str:
+    """The least time of every operation at the published sizes on an H100, and the measured."""
+    shown = [
+        case
+        for case in cases(torch.device("cuda"))
+        if case.dtype == "bfloat16" and dict(case.sizes)["B"] == 512
+    ]
+    path, measured = RESULTS / "micro_cuda.json", {}
+    if path.is_file():
+        for row in json.loads(path.read_text())["rows"]:
+            if row["contender"] == "squid_fast":
+                key = (row["operation"], row["direction"], row["dtype"], str(row["sizes"]))
+                measured[key] = row["cold_us"]
+    lines = [
+        "| operation | sizes | MB | GFLOP | floor, µs | measured, µs |",
+        "|---|---|--:|--:|--:|--:|",
+    ]
+    for case in shown:
+        name = f"{case.operation}, {case.direction.replace('_', ' + ')}".replace("_", " ")
+        key = (case.operation, case.direction, case.dtype, str(dict(case.sizes)))
+        time = f"{measured[key]:.1f}" if key in measured else "not yet"
+        floor = H100.floor(case.work, case.dtype) * 1e6
+        lines.append(
+            f"| {name} | {case.label.replace('=', ' ')} | {case.work.bytes / 1e6:.1f} "
+            f"| {case.work.flops / 1e9:.2f} | {floor:.1f} | {time} |"
+        )
+    lines += ["", "bfloat16; ceilings of the H100 SXM's data sheet."]
+    return "\n".join(lines)
+
+
+def machine_code() -> str:
+    """What the compilers made of every kernel."""
+    report = json.loads((RESULTS / "compile_report.json").read_text())
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in report["configurations"]:
+        groups.setdefault(
+            (row["kernel"].strip("_").removesuffix("_kernel"), row["arch"]), []
+        ).append(row)
+    lines = [
+        "| kernel | card | configurations | registers | spilled bytes | shared KB | matrix units |",
+        "|---|---|--:|--:|--:|--:|---|",
+    ]
+    for (kernel, arch), rows in sorted(groups.items()):
+        registers = [row["registers"] for row in rows]
+        units = sorted({name for row in rows for name in row["matrix_instructions"]})
+        lines.append(
+            f"| {kernel.replace('_', ' ')} | {arch} | {len(rows)} "
+            f"| {min(registers)}–{max(registers)} | {max(row['spilled_bytes'] for row in rows)} "
+            f"| {max(row['shared_bytes'] for row in rows) / 1024:.0f} | {', '.join(units) or '–'} |"
+        )
+    lines += [
+        "",
+        f"Triton {report['triton']}; the largest of all configurations, of registers the range.",
+    ]
+    return "\n".join(lines)
+
+
 TABLES = {
+    "floors": floors,
+    "machine_code": machine_code,
     "speed": partial(speed, "cpu"),
     "speed_cuda": partial(speed, "cuda"),
     "demo": demo,
@@ -146,14 +214,14 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     stale = False
-    for page in (ROOT / "README.md", RESULTS / "README.md"):
+    for page in PAGES:
         text = page.read_text(encoding="utf-8")
         filled = fill(text)
         stale |= filled != text
         if not options.check:
             page.write_text(filled, encoding="utf-8")
     if options.check and stale:
-        print("figures in README.md are out of date: run python -m bench.readme", file=sys.stderr)
+        print("figures are out of date: run python -m bench.readme", file=sys.stderr)
         sys.exit(1)
 
 

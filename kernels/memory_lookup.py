@@ -40,23 +40,21 @@ from .tiles import NEVER, floored, keep_above, kth_largest, multiply_tile
 def _memory_lookup_forward_kernel(
     query_ptr, query_stride_b, query_stride_n, query_stride_c,
     memory_ptr, memory_stride_n, memory_stride_m, memory_stride_c,
-    answer_ptr, B, N, M, C,
+    values_ptr, values_stride_n, values_stride_m, values_stride_v, answer_ptr, B, N, M, C, V,
     K: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """A block of rows against all slots of its place, Gumbel shrinkage. Grid: (row blocks, N).
 
-    query [B, N, C] and memory [N, M, C], bfloat16 or float16; answer [B, N, C] contiguous, of the
-    same dtype.
+    query [B, N, C], memory [N, M, C] and values [N, M, V], what is summed, bfloat16 or float16;
+    answer [B, N, V] contiguous, of the same dtype.
     """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     n = tl.program_id(1).to(tl.int64)
     slots = tl.arange(0, BLOCK_M)
-    memory_ptr += n * memory_stride_n
-
     scores = multiply_tile(
         tl.zeros([BLOCK_B, BLOCK_M], tl.float32),
         query_ptr + n * query_stride_n, query_stride_b, query_stride_c,
-        memory_ptr, memory_stride_c, memory_stride_m,
+        memory_ptr + n * memory_stride_n, memory_stride_c, memory_stride_m,
         rows, slots.to(tl.int64), B, M, C, 0, tl.cdiv(C, BLOCK_C), BLOCK_C, "ieee",
     )  # fmt: skip
     scores = tl.where((slots < M)[None, :], scores, NEVER)
@@ -64,16 +62,16 @@ def _memory_lookup_forward_kernel(
     p = exponentials / tl.sum(exponentials, axis=1)[:, None]
     kept = keep_above(p, kth_largest(p, K)[:, None])
     weights = kept / floored(tl.sum(kept, axis=1))[:, None]
-    weights = weights.to(memory_ptr.dtype.element_ty)
+    weights = weights.to(values_ptr.dtype.element_ty)
 
-    slot_ptrs = memory_ptr + slots.to(tl.int64)[:, None] * memory_stride_m
-    answer_ptrs = answer_ptr + (rows * N + n)[:, None] * C
-    for start in range(0, C, BLOCK_C):
+    value_ptrs = values_ptr + n * values_stride_n + slots.to(tl.int64)[:, None] * values_stride_m
+    answer_ptrs = answer_ptr + (rows * N + n)[:, None] * V
+    for start in range(0, V, BLOCK_C):
         columns = start + tl.arange(0, BLOCK_C).to(tl.int64)
-        slot_mask = (slots < M)[:, None] & (columns < C)[None, :]
-        slot = tl.load(slot_ptrs + columns[None, :] * memory_stride_c, mask=slot_mask, other=0.0)
-        answer = tl.dot(weights, slot)  # [BLOCK_B, BLOCK_C]
-        answer_mask = (rows < B)[:, None] & (columns < C)[None, :]
+        value_mask = (slots < M)[:, None] & (columns < V)[None, :]
+        value = tl.load(value_ptrs + columns[None, :] * values_stride_v, mask=value_mask, other=0.0)
+        answer = tl.dot(weights, value)  # [BLOCK_B, BLOCK_C]
+        answer_mask = (rows < B)[:, None] & (columns < V)[None, :]
         tl.store(answer_ptrs + columns[None, :], answer, mask=answer_mask)
 
 
@@ -109,20 +107,28 @@ class Config:
 
 
 def forward(
-    query: Tensor, memory: Tensor, mode: str, top_k: int, threshold: float, keep_scores: bool
+    query: Tensor,
+    memory: Tensor,
+    values: Tensor | None,
+    mode: str,
+    top_k: int,
+    threshold: float,
+    keep_scores: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Answer [B, N, C], contiguous, and the scores [N, B, M] in float32, or none."""
-    (B, N, C), M = query.shape, memory.shape[1]
-    answer = query.new_empty(B, N, C)
+    """Answer [B, N, V], contiguous, and the scores [N, B, M] in float32, or none."""
+    values = memory if values is None else values
+    (B, N, C), (_, M, V) = query.shape, values.shape
+    answer = query.new_empty(B, N, V)
     scores = query.new_empty((N, B, M) if keep_scores else (0,), dtype=torch.float32)
     with on_device(query):
         if M > LARGEST_SCORED:
-            memory_search.search(query, memory, top_k, answer, scores)
+            memory_search.search(query, memory, values, top_k, answer, scores)
             return answer, scores
         config = Config.choose(B, N, M, C, query.element_size(), card_of(query))
         if config and mode == "gumbel" and not keep_scores:
             _memory_lookup_forward_kernel[(triton.cdiv(B, config.block_b), N)](
-                query, *query.stride(), memory, *memory.stride(), answer, B, N, M, C,
+                query, *query.stride(), memory, *memory.stride(), values, *values.stride(),
+                answer, B, N, M, C, V,
                 K=top_k, BLOCK_B=config.block_b, BLOCK_M=config.block_m, BLOCK_C=config.block_c,
                 num_warps=config.num_warps, num_stages=config.num_stages,
             )  # fmt: skip
@@ -131,7 +137,7 @@ def forward(
         whole = len(parts) == 1
         added = scores if keep_scores and not whole else None
         weights = shrink(parts, mode, top_k, threshold, memory.dtype, added)
-        multiply(weights, memory, answer.transpose(0, 1))
+        multiply(weights, values, answer.transpose(0, 1))
     return answer, parts[0] if keep_scores and whole else scores
 
 

@@ -75,13 +75,13 @@ def _search_forward_kernel(
 @triton.jit
 def _gather_forward_kernel(
     softmax_ptr, best_ptr, places_ptr,
-    memory_ptr, memory_stride_n, memory_stride_m, memory_stride_c, answer_ptr, B, N, C,
+    values_ptr, values_stride_n, values_stride_m, values_stride_v, answer_ptr, B, N, V,
     K: tl.constexpr, K_TILE: tl.constexpr, PARTS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Merge what the search found for one row, and add up the slots kept.
+    """Merge what the search found for one row, and add up the values of the slots kept.
 
-    Grid: (rows B * N, blocks of columns). Pointers as in the search; PARTS is a power of 2; answer
-    [B, N, C] contiguous.
+    Grid: (rows B * N, blocks of columns). Pointers as in the search; PARTS is a power of 2; values
+    [N, M, V]; answer [B, N, V] contiguous.
     """
     b, n = (tl.program_id(0) // N).to(tl.int64), (tl.program_id(0) % N).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -109,10 +109,10 @@ def _gather_forward_kernel(
         weight, at = tl.max(left, axis=0, return_indices=True)
         place = tl.sum(tl.where(entries == at, places, 0), axis=0).to(tl.int64)
         left = tl.where(entries == at, 0.0, left)
-        slot_ptrs = memory_ptr + n * memory_stride_n + place * memory_stride_m
-        slot = tl.load(slot_ptrs + columns * memory_stride_c, mask=columns < C, other=0.0)
-        answer += weight / norm * slot.to(tl.float32)
-    tl.store(answer_ptr + (b * N + n) * C + columns, answer, mask=columns < C)
+        value_ptrs = values_ptr + n * values_stride_n + place * values_stride_m
+        value = tl.load(value_ptrs + columns * values_stride_v, mask=columns < V, other=0.0)
+        answer += weight / norm * value.to(tl.float32)
+    tl.store(answer_ptr + (b * N + n) * V + columns, answer, mask=columns < V)
 
 
 # --- configuration and launcher -------------------------------------------------------------------
@@ -145,9 +145,11 @@ class Config:
         return Config(block_b, block_m, block_c, parts, 8, stages)
 
 
-def search(query: Tensor, memory: Tensor, top_k: int, answer: Tensor, scores: Tensor) -> None:
-    """Write the answer [B, N, C] and, unless it is empty, the scores [N, B, M]."""
-    (B, N, C), M = query.shape, memory.shape[1]
+def search(
+    query: Tensor, memory: Tensor, values: Tensor, top_k: int, answer: Tensor, scores: Tensor
+) -> None:
+    """Write the answer [B, N, V] and, unless it is empty, the scores [N, B, M]."""
+    (B, N, C), (_, M, V) = query.shape, values.shape
     card = card_of(query)
     config = Config.choose(B, N, M, C, query.element_size(), card)
     lists = {"K": top_k, "K_TILE": power_of_2(top_k), "PARTS": config.parts}
@@ -161,7 +163,7 @@ def search(query: Tensor, memory: Tensor, top_k: int, answer: Tensor, scores: Te
         BLOCK_B=config.block_b, BLOCK_M=config.block_m, BLOCK_C=config.block_c,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    block_c = min(power_of_2(C), 1024)
-    _gather_forward_kernel[(B * N, triton.cdiv(C, block_c))](
-        softmax, best, places, memory, *memory.stride(), answer, B, N, C, BLOCK_C=block_c, **lists
+    block_c = min(power_of_2(V), 1024)
+    _gather_forward_kernel[(B * N, triton.cdiv(V, block_c))](
+        softmax, best, places, values, *values.stride(), answer, B, N, V, BLOCK_C=block_c, **lists
     )

@@ -80,6 +80,7 @@ class Scorer:
         self._layout = choose_layout(model.config["features_root"])
         to_layout(self.model.to(self.device), self._layout)
         to_layout(self.discriminator.to(self.device), self._layout)
+        self.model.inpaint_block.freeze()
 
     @classmethod
     def load(

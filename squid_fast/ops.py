@@ -136,10 +136,19 @@ def hard_shrinkage(logits: Tensor, threshold: float) -> Tensor:
 
 @torch.library.custom_op("squid_fast::memory_lookup", mutates_args=())
 def _memory_lookup(
-    query: Tensor, memory: Tensor, mode: str, top_k: int, threshold: float, keep_scores: bool
+    query: Tensor,
+    memory: Tensor,
+    values: Tensor | None,
+    mode: str,
+    top_k: int,
+    threshold: float,
+    keep_scores: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The answer, and the scores [N, B, M] in float32 or wider, empty unless ``keep_scores``."""
-    arguments = (query, memory, mode, top_k, threshold, keep_scores)
+    """The answer, and the scores [N, B, M] in float32 or wider, empty unless ``keep_scores``.
+
+    Summed are the values, or without them the memory itself; only then there is a gradient.
+    """
+    arguments = (query, memory, values, mode, top_k, threshold, keep_scores)
     if choice.serves_memory_lookup(query, memory.shape[1], mode, top_k):
         return _kernels("memory_lookup").forward(*arguments)
     return vectorised.memory_lookup(*arguments)
@@ -174,9 +183,17 @@ def _empty_scores(query: Tensor, num_slots: int, keep_scores: bool) -> Tensor:
 
 @_memory_lookup.register_fake
 def _(
-    query: Tensor, memory: Tensor, mode: str, top_k: int, threshold: float, keep_scores: bool
+    query: Tensor,
+    memory: Tensor,
+    values: Tensor | None,
+    mode: str,
+    top_k: int,
+    threshold: float,
+    keep_scores: bool,
 ) -> tuple[Tensor, Tensor]:
-    return query.new_empty(query.shape), _empty_scores(query, memory.shape[1], keep_scores)
+    width = (memory if values is None else values).shape[2]
+    answer = query.new_empty(*query.shape[:2], width)
+    return answer, _empty_scores(query, memory.shape[1], keep_scores)
 
 
 @_memory_lookup_backward.register_fake
@@ -194,7 +211,7 @@ def _(
 
 
 def _save_lookup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    query, memory, *ctx.parameters, _ = inputs
+    query, memory, _, *ctx.parameters, _ = inputs
     ctx.save_for_backward(query, memory, output[1])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -202,10 +219,10 @@ def _save_lookup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _lookup_gradients(ctx, grad, _):  # type: ignore[no-untyped-def]
     if grad is None:
-        return (None,) * 6
+        return (None,) * 7
     wanted = ctx.needs_input_grad[1]
     gradients = _memory_lookup_backward(grad, *ctx.saved_tensors, *ctx.parameters, wanted)
-    return gradients[0], gradients[1] if wanted else None, None, None, None, None
+    return gradients[0], gradients[1] if wanted else None, *(None,) * 5
 
 
 _memory_lookup.register_autograd(_lookup_gradients, setup_context=_save_lookup)
@@ -217,6 +234,7 @@ def memory_lookup(
     top_k: int | None = None,
     *,
     threshold: float | None = None,
+    values: Tensor | None = None,
 ) -> Tensor:
     """Space-aware lookup: patch n of every image asks memory n. Paper section 3.2.
 
@@ -229,16 +247,22 @@ def memory_lookup(
         memory: [N, M, C], or [M, C].
         top_k: k of ``gumbel_shrinkage``.
         threshold: lambda of ``hard_shrinkage``.
+        values: [N, M, V], what is summed in place of the slots, such as their projections; without
+            gradients. [M, V] for a single memory.
 
     Returns:
-        Looked-up features in the shape and dtype of ``query``.
+        Looked-up features [B, N, C] (with ``values`` [B, N, V]; without N for a single memory) in
+        the dtype of ``query``.
 
     Raises:
         ValueError: shapes do not fit, both kinds of shrinkage are asked for, or one is out of
-            range.
+            range; or a gradient is asked for that ``values`` do not have.
     """
     if query.dim() == 2 and memory.dim() == 2:
-        return memory_lookup(query[:, None], memory[None], top_k, threshold=threshold)[:, 0]
+        single = None if values is None else values[None]
+        return memory_lookup(
+            query[:, None], memory[None], top_k, threshold=threshold, values=single
+        )[:, 0]
     if query.dim() != 3 or memory.dim() != 3:
         raise ValueError(
             f"query is {_shape(query)} and memory {_shape(memory)}; they must be [B, N, C] and "
@@ -262,7 +286,21 @@ def memory_lookup(
     trained = torch.is_grad_enabled() and (query.requires_grad or memory.requires_grad)
     keep_scores = trained and memory.shape[1] <= memory.shape[2]
     memory = memory.to(query.dtype)
-    return _memory_lookup(query, memory, mode, top_k or 0, threshold or 0.0, keep_scores)[0]
+    if values is not None:
+        values = _checked_values(values, memory, trained).to(query.dtype)
+    return _memory_lookup(query, memory, values, mode, top_k or 0, threshold or 0.0, keep_scores)[0]
+
+
+def _checked_values(values: Tensor, memory: Tensor, trained: bool) -> Tensor:
+    if values.dim() != 3 or values.shape[:2] != memory.shape[:2]:
+        N, M, _ = memory.shape
+        raise ValueError(f"values is {_shape(values)}; [{N}, {M}, V] would fit this memory.")
+    if trained or (torch.is_grad_enabled() and values.requires_grad):
+        raise ValueError(
+            "values are given while query, memory or values require a gradient, which such a "
+            "lookup does not have; call it under torch.no_grad()."
+        )
+    return values
 
 
 # --- masked shortcut ------------------------------------------------------------------------------

@@ -105,15 +105,22 @@ def _gather(slots: Tensor, weights: Tensor, memory: Tensor) -> Tensor:
 
 
 def memory_lookup(
-    query: Tensor, memory: Tensor, mode: str, top_k: int, threshold: float, keep_scores: bool
+    query: Tensor,
+    memory: Tensor,
+    values: Tensor | None,
+    mode: str,
+    top_k: int,
+    threshold: float,
+    keep_scores: bool,
 ) -> tuple[Tensor, Tensor]:
     scores = _scores(query, memory)
+    values = memory if values is None else values
     kept_scores = scores if keep_scores else query.new_empty(0, dtype=torch.float32)
     if mode == "gumbel":
         weights, slots = _largest(torch.softmax(scores, dim=-1), top_k)
-        return _gather(slots, weights, memory), kept_scores
+        return _gather(slots, weights, values), kept_scores
     weights = _keep_above(scores, threshold) if mode == "hard" else scores
-    return _combine(weights.to(memory.dtype), memory), kept_scores
+    return _combine(weights.to(values.dtype), values), kept_scores
 
 
 def memory_lookup_backward(
@@ -186,6 +193,12 @@ def shortcut_mask(seed: Tensor, shape: tuple[int, ...], keep_probability: float)
     return (philox_uniform(seed, B * H * W) < keep_probability).view(B, 1, H, W)
 
 
+def _zero_unless(mask: Tensor, x: Tensor) -> Tensor:
+    """``torch.where(mask, x, 0)`` by its bits, which is faster where the mask is broadcast."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    return (-mask.to(bits) & x.view(bits)).view(x.dtype)
+
+
 def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return wide(x) * scale[:, None, None] + shift[:, None, None]
 
@@ -212,7 +225,7 @@ def masked_shortcut_backward(
     shift: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     mask = shortcut_mask(seed, grad.shape, keep_probability)
-    kept, passed = torch.where(mask, grad, 0), torch.where(mask, 0, grad)
+    kept, passed = _zero_unless(mask, grad), _zero_unless(~mask, grad)
     if inpainted is None or scale is None or shift is None:
         return kept, passed, grad.new_empty(0), grad.new_empty(0)
     active = wide(kept) * (_affine(inpainted, scale, shift) > 0)

@@ -308,6 +308,31 @@ def test_block_equals_reference(N: int, h: int, w: int) -> None:
         assert_close(block.train(training)(x), expected, EXACT)
 
 
+@pytest.mark.parametrize("shrink_thres", [3, 0.2, 0])
+def test_a_frozen_block_is_the_same_until_it_changes(shrink_thres: float) -> None:
+    block = InpaintBlock(16, 6, 4, 16, shrink_thres).double().eval()
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    x = torch.randn(8, 16, 2, 2, dtype=torch.float64)
+    with torch.no_grad():
+        plain = block(x)
+        block.freeze()
+        assert_close(block(x), plain)
+        assert not torch.equal(block(x), plain)  # summed in another order
+        assert torch.equal(block.train().eval()(x), plain)
+        block.freeze()
+        state = {name: 2 * value for name, value in block.state_dict().items()}
+        block.load_state_dict(state)
+        changed = block(x)
+        block.freeze()
+        assert_close(block(x), changed)
+        assert not torch.allclose(changed, plain)
+    # A gradient takes the long way.
+    (grad,) = torch.autograd.grad(block(x.requires_grad_()).sum(), x)
+    (expected,) = torch.autograd.grad(block.train().eval()(x).sum(), x)
+    assert torch.equal(grad, expected)
+
+
 def test_block_paints_a_patch_from_its_neighbours_memories() -> None:
     block = InpaintBlock(8, 6, 16, 8, 3).double().eval()
     f = torch.randn(1, 16, 8, dtype=torch.float64)

@@ -331,6 +331,23 @@ def test_lookup_in_one_memory_without_the_place(mode: dict[str, float]) -> None:
 
 
 @modes
+@pytest.mark.parametrize("V", [1, 4, 9])
+def test_lookup_of_values_in_place_of_slots(V: int, mode: dict[str, float]) -> None:
+    query, memory, values = normal(5, 3, 4), normal(3, 11, 4, seed=1), normal(3, 11, V, seed=2)
+    # The reference sums slots: the weights are those of slots that are the rows of a unit matrix.
+    scores = torch.einsum("bnc,nmc->bnm", query, memory)
+    shrink = {
+        "top_k": lambda s: reference.gumbel_shrinkage(s, 3),
+        "threshold": lambda s: reference.hard_shrinkage(s, 0.05),
+    }
+    weights = shrink[next(iter(mode))](scores) if mode else scores
+    answer = ops.memory_lookup(query, memory, **mode, values=values)
+    assert_close(answer, torch.einsum("bnm,nmv->bnv", weights, values))
+    alone = ops.memory_lookup(query[:, 0], memory[0], **mode, values=values[0])
+    assert_close(alone, answer[:, 0])
+
+
+@modes
 def test_lookup_passes_nan_on_in_its_row_only(mode: dict[str, float]) -> None:
     query, memory = normal(3, 2, 4), normal(2, 6, 4, seed=1)
     clean = ops.memory_lookup(query, memory, **mode)
@@ -687,11 +704,12 @@ def operator_samples() -> dict[str, list[tuple]]:
         "hard_shrinkage": [(leaf(logits), 0.3), (logits.T, 0.3)],
         "hard_shrinkage_backward": [(grad, logits, 0.3), (grad.T, logits.T, 0.3)],
         "memory_lookup": [
-            (leaf(query), memory, "gumbel", 2, 0.0, True),
-            (leaf(query), leaf(memory), "gumbel", 2, 0.0, False),
-            (query, leaf(memory), "hard", 0, 0.1, True),
-            (leaf(query), leaf(memory), "raw", 0, 0.0, True),
-            (query.transpose(0, 1).contiguous().transpose(0, 1), memory, "gumbel", 2, 0.0, False),
+            (leaf(query), memory, None, "gumbel", 2, 0.0, True),
+            (leaf(query), leaf(memory), None, "gumbel", 2, 0.0, False),
+            (query, leaf(memory), None, "hard", 0, 0.1, True),
+            (leaf(query), leaf(memory), None, "raw", 0, 0.0, True),
+            (query.mT.contiguous().mT, memory, memory[..., :3], "gumbel", 2, 0.0, False),
+            (query, memory, torch.cat([memory, memory], dim=2), "hard", 0, 0.1, True),
         ],
         "memory_lookup_backward": [
             (query, query, memory, scores, mode, 2, 0.1, wanted)
@@ -802,6 +820,14 @@ ERRORS: dict[str, tuple[Callable[[], Tensor], str]] = {
     "k of zero": (
         lambda: ops.gumbel_shrinkage(X, 0),
         "top_k is 0, but there are 4 memory slots; it must lie between 1 and 4.",
+    ),
+    "values of other slots": (
+        lambda: ops.memory_lookup(X[:, None], X[None], 1, values=X[None, :1]),
+        "values is [1, 1, 4]; [1, 2, V] would fit this memory.",
+    ),
+    "gradients of values": (
+        lambda: ops.memory_lookup(X[:, None], X[None], 1, values=X[None].clone().requires_grad_()),
+        "values are given while query, memory or values require a gradient",
     ),
     "k above M": (lambda: ops.gumbel_shrinkage(X, 5), "top_k is 5, but there are 4 memory slots"),
     "integer logits": (

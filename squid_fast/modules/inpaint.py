@@ -26,6 +26,7 @@ class InpaintBlock(nn.Module):
     """
 
     code: Tensor
+    projected: Tensor | None  # [N, M, 3C], while frozen
 
     def __init__(
         self,
@@ -63,17 +64,45 @@ class InpaintBlock(nn.Module):
         bits = num_memory.bit_length()
         places = torch.arange(num_memory)[:, None] >> torch.arange(bits - 1, -1, -1)
         self.register_buffer("code", (places & 1).float(), persistent=False)  # [N, bits]
+        self.register_buffer("projected", None, persistent=False)
+        self.register_load_state_dict_pre_hook(self._thaw)
         self.bottleneck_conv2 = nn.Sequential(
             nn.Conv2d(narrow + bits, num_in_ch, 1), nn.BatchNorm2d(num_in_ch), nn.ReLU()
         )
 
+    @torch.no_grad()
+    def freeze(self) -> None:
+        """Project every slot to its key and value once, for evaluation with weights that stay.
+
+        An answer's key is the same sum of projected slots that the answer is of slots, so the
+        projections of the answers, near half of the block's work, need not be made at every call.
+        Ends with ``train()`` and ``load_state_dict()``.
+        """
+        slots = self.memory.slots
+        w_kv = self.attention.in_proj_weight[slots.shape[2] :]
+        self.projected = torch.cat([slots, F.linear(slots, w_kv)], dim=-1)
+
+    def _thaw(self, *_: object) -> None:
+        self.projected = None
+
+    def train(self, mode: bool = True) -> InpaintBlock:
+        if mode:
+            self._thaw()
+        return super().train(mode)
+
     def paint(self, f: Tensor) -> Tensor:
         """Painted features [B, N, C] of the patch features f [B, N, C]."""
-        m = self.memory(f)
-        w_q, w_kv = self.attention.in_proj_weight.split((f.shape[2], 2 * f.shape[2]))
-        b_q, b_kv = self.attention.in_proj_bias.split((f.shape[2], 2 * f.shape[2]))
+        C = f.shape[2]
+        w_q, w_kv = self.attention.in_proj_weight.split((C, 2 * C))
+        b_q, b_kv = self.attention.in_proj_bias.split((C, 2 * C))
         # Each patch's key and value once; its neighbours read them in place.
-        key, value = F.linear(m, w_kv, b_kv).chunk(2, dim=-1)
+        if self.projected is None or torch.is_grad_enabled():
+            m = self.memory(f)
+            projected = F.linear(m, w_kv, b_kv)
+        else:
+            m, projected = self.memory.look_up(f, self.projected).split((C, 2 * C), dim=-1)
+            projected = projected + b_kv
+        key, value = projected.chunk(2, dim=-1)
         pad_key, pad_value = b_kv.chunk(2)
         attended = ops.neighbourhood_attention(
             F.linear(f, w_q, b_q), key, value, pad_key, pad_value, HEADS

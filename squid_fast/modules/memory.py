@@ -70,14 +70,17 @@ class _Memory(nn.Module):
     def _register(self, slots: Tensor) -> None:
         raise NotImplementedError
 
-    def look_up(self, query: Tensor) -> Tensor:
-        """Answers in the shape of ``query``, [B, N, C] (or [B, C] for a single memory)."""
+    def look_up(self, query: Tensor, values: Tensor | None = None) -> Tensor:
+        """Answers in the shape of ``query``, [B, N, C] (or [B, C] for a single memory).
+
+        With ``values`` [N, M, V] their sums [B, N, V], weighted as the slots would be.
+        """
         memory = self.slots[0] if self.single else self.slots
         if self.shrink_thres == 0:
-            return ops.memory_lookup(query, memory)
+            return ops.memory_lookup(query, memory, values=values)
         if isinstance(self.shrink_thres, int):
-            return ops.memory_lookup(query, memory, self.shrink_thres)
-        return ops.memory_lookup(query, memory, threshold=self.shrink_thres)
+            return ops.memory_lookup(query, memory, self.shrink_thres, values=values)
+        return ops.memory_lookup(query, memory, threshold=self.shrink_thres, values=values)
 
     def forward(self, query: Tensor) -> Tensor:
         return self.look_up(query)

@@ -187,6 +187,31 @@ def test_nan_stays_within_its_row(mode: dict[str, Any], device: torch.device) ->
     assert torch.equal(answer, clean)
 
 
+@pytest.mark.usefixtures("parts")
+@modes
+@pytest.mark.parametrize("V", [1, 40])
+def test_values_in_place_of_slots(V: int, mode: dict[str, Any], device: torch.device) -> None:
+    assert_values((5, 2, 20, 8), V, mode, torch.float32, device)
+
+
+def assert_values(
+    sizes: tuple[int, int, int, int],
+    V: int,
+    mode: dict[str, Any],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    query, memory = (x.to(dtype).double() for x in memories(*sizes))
+    values = normal(*memory.shape[:2], V, seed=7).to(dtype).double()
+    # A lookup whose slots are longer by the values, of which the query knows nothing.
+    longer = torch.cat([query, query.new_zeros(*query.shape[:2], V)], dim=2)
+    expected = reference.memory_lookup(longer, torch.cat([memory, values], dim=2), **mode)
+    inputs = (x.to(device, dtype) for x in (query, memory))
+    turned = values.mT.contiguous().mT.to(device, dtype)  # of any strides
+    answer = ops.memory_lookup(*inputs, **mode, values=turned)
+    assert_close(answer.cpu(), expected[..., -V:], floor=1.0)
+
+
 # --- one pass -------------------------------------------------------------------------------------
 
 
@@ -213,6 +238,12 @@ def test_one_pass_of_any_strides_and_ties(device: torch.device) -> None:
     for k in (1, 3, 4, 7, 21):
         answer = ops.memory_lookup(query, memory, k)
         assert_close(answer.cpu(), reference.memory_lookup(*wide, k), floor=1.0)
+
+
+@pytest.mark.usefixtures("tiny_card")
+@pytest.mark.parametrize("V", [1, 70])
+def test_one_pass_of_values(V: int, device: torch.device) -> None:
+    assert_values((5, 2, 20, 8), V, {"top_k": 4}, torch.float16, device)
 
 
 @pytest.mark.usefixtures("tiny_card")
@@ -250,6 +281,10 @@ def test_search_equals_reference(
 def test_search_by_one_program_alone(device: torch.device) -> None:
     query, memory = (x.to(device, torch.float32) for x in memories(2, 1, 777, 5))
     assert_right(query, memory, {"top_k": 5})
+
+
+def test_search_of_values(device: torch.device) -> None:
+    assert_values((3, 2, 600, 5), 9, {"top_k": 5}, torch.float32, device)
 
 
 def test_search_that_keeps_its_scores(device: torch.device) -> None:
