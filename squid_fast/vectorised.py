@@ -82,7 +82,11 @@ def hard_shrinkage_backward(grad: Tensor, logits: Tensor, threshold: float) -> T
 
 def _scores(x: Tensor, memory: Tensor) -> Tensor:
     """Dot products [N, B, M] of x [B, N, C] with the slots of its place, at least float32."""
-    return wide(torch.bmm(x.transpose(0, 1), memory.transpose(1, 2)))
+    if x.shape[0] < 16:
+        return wide(torch.bmm(x.transpose(0, 1), memory.mT))
+    # With the slots as rows, BLAS takes 0.7 to 1.0 of the time from 16 images on (2 cores, AVX512;
+    # C from 1024 to 8192), and up to 2.4 times as long for fewer.
+    return wide(torch.bmm(memory, x.permute(1, 2, 0))).mT.contiguous()
 
 
 def _combine(weights: Tensor, memory: Tensor) -> Tensor:
