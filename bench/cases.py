@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 
-from . import roofline
-
 OPERATIONS = (
     "memory_lookup",
     "gumbel_shrinkage",
@@ -39,10 +37,6 @@ class Case:
     def group(self) -> str:
         return f"{self.operation} {self.direction} {self.dtype} {self.label}"
 
-    @property
-    def work(self) -> roofline.Work:
-        return _count(self)
-
     def is_compiled(self, selection: str, device: torch.device) -> bool:
         """Whether the compiled reference takes part: it costs up to a minute for each case."""
         sizes = dict(self.sizes)
@@ -51,22 +45,6 @@ class Case:
         if selection == "core":
             return sizes["B"] in (16, 512, 4096) and sizes.get("M", 200) != 1000
         return selection == "all"
-
-
-def _count(case: Case) -> roofline.Work:
-    """The work of a case: its sizes are the arguments of the counting function of its name."""
-    s = dict(case.sizes)
-    s["e"] = roofline.ELEMENT[case.dtype]
-    s["backward"] = case.direction != "forward"
-    if case.operation == "memory_lookup":
-        s["slots"] = case.direction == "forward_backward_slots"
-    if case.operation == "gumbel_shrinkage":
-        del s["k"]
-    if case.operation == "masked_shortcut":
-        del s["layout"]
-        s["B"] *= s.pop("N")
-        s["H"] = s["W"] = s.pop("side")
-    return getattr(roofline, case.operation)(**s)
 
 
 def _batches(device: torch.device, selection: str) -> tuple[int, ...]:

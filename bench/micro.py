@@ -30,7 +30,7 @@ from . import timing
 from .cases import CONTENDERS, OPERATIONS, Case, schedule
 from .machine import describe
 from .problems import Problem, call_of, function_of, problem
-from .roofline import Ceilings, measure
+from .roofline import Ceilings, measure, work_of
 from .verify import verify
 
 Row = dict[str, Any]
@@ -86,14 +86,14 @@ class Results:
         }
         if timed.cold:
             cold = timing.Timing(timed.cold, []).median
-            floor = self.ceilings.floor(case.work, case.dtype)
+            floor = self.ceilings.floor(work_of(case), case.dtype)
             row |= {
                 "cold_us": _rounded(cold * 1e6),
                 "floor_us": _rounded(floor * 1e6),
                 # The floor counts bytes of the device memory, so the cold time is held against it.
                 "fraction_of_floor": _rounded(floor / cold, 3) if cold else None,
-                "gb_per_s": _rounded(case.work.bytes / timed.median / 1e9),
-                "tflops": _rounded(case.work.flops / timed.median / 1e12),
+                "gb_per_s": _rounded(work_of(case).bytes / timed.median / 1e9),
+                "tflops": _rounded(work_of(case).flops / timed.median / 1e12),
             }
         key = _key(row)
         self.rows[key] = row

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from .cases import cases
-from .roofline import Ceilings
+from .roofline import Ceilings, work_of
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -154,10 +154,10 @@ def floors() -> str:
         name = f"{case.operation}, {case.direction.replace('_', ' + ')}".replace("_", " ")
         key = (case.operation, case.direction, case.dtype, str(dict(case.sizes)))
         time = f"{measured[key]:.1f}" if key in measured else "not yet"
-        floor = H100.floor(case.work, case.dtype) * 1e6
+        floor = H100.floor(work_of(case), case.dtype) * 1e6
         lines.append(
-            f"| {name} | {case.label.replace('=', ' ')} | {case.work.bytes / 1e6:.1f} "
-            f"| {case.work.flops / 1e9:.2f} | {floor:.1f} | {time} |"
+            f"| {name} | {case.label.replace('=', ' ')} | {work_of(case).bytes / 1e6:.1f} "
+            f"| {work_of(case).flops / 1e9:.2f} | {floor:.1f} | {time} |"
         )
     lines += ["", "bfloat16; ceilings of the H100 SXM's data sheet."]
     return "\n".join(lines)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from squid_fast import ops, reference, vectorised
 from squid_fast.vectorised import philox_uniform, shortcut_mask
-from tests.tolerances import assert_close
+from tests.tolerances import TOLERANCES, assert_close
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 LOW = [torch.float32, torch.bfloat16, torch.float16]
@@ -495,6 +495,43 @@ def test_shortcut_is_exact_for_the_extreme_draws(word: int, monkeypatch) -> None
     assert mask_of((1, 1, 2, 2), 1.0).all()
 
 
+def affine_inputs() -> list[Tensor]:
+    return [normal(2, 3, 4, 5), normal(2, 3, 4, 5, seed=1), normal(3, seed=2), normal(3, seed=3)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_shortcut_with_the_affine_in_front(layout: torch.memory_format, dtype: torch.dtype) -> None:
+    seed, shape = torch.tensor(11), (2, 3, 4, 5)
+    mask = shortcut_mask(seed, shape, 0.6)
+    x, y, scale, shift = affine_inputs()
+    x, y = (z.to(dtype).to(memory_format=layout) for z in (x, y))
+
+    def plain(x: Tensor, y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        painted = (x * scale[:, None, None] + shift[:, None, None]).relu()
+        return torch.where(mask, painted, y)
+
+    def fast(x: Tensor, y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        return ops.masked_shortcut(x, y, 0.6, seed, scale=scale, shift=shift)
+
+    grad = normal(*shape, seed=9).to(dtype)
+    actual = with_gradients(fast, [x, y, scale, shift], grad)
+    wide = [z.double() for z in (x, y, scale, shift)]
+    expected = with_gradients(plain, wide, grad.double())
+    for got, value in zip(actual, expected, strict=True):
+        assert_close(got, value, TOLERANCES[dtype], floor=1.0)
+    assert actual[0].is_contiguous(memory_format=layout)
+
+
+def test_shortcut_affine_gradcheck() -> None:
+    seed = torch.tensor(5)
+
+    def blend(x: Tensor, y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        return ops.masked_shortcut(x, y, 0.6, seed, scale=scale, shift=shift)
+
+    assert torch.autograd.gradcheck(blend, [x.requires_grad_() for x in affine_inputs()])
+
+
 def test_shortcut_ignores_what_it_does_not_choose() -> None:
     inpainted = torch.full((2, 3, 8, 8), torch.nan)
     assert torch.equal(
@@ -820,6 +857,16 @@ ERRORS: dict[str, tuple[Callable[[], Tensor], str]] = {
     "k of zero": (
         lambda: ops.gumbel_shrinkage(X, 0),
         "top_k is 0, but there are 4 memory slots; it must lie between 1 and 4.",
+    ),
+    "a scale without a shift": (
+        lambda: ops.masked_shortcut(X[None, None], X[None, None], 0.5, scale=torch.ones(1)),
+        "scale is given without shift; an affine needs both, [1] each.",
+    ),
+    "a shift of other channels": (
+        lambda: ops.masked_shortcut(
+            X[None, None], X[None, None], 0.5, scale=torch.ones(1), shift=torch.ones(2)
+        ),
+        "scale is [1] and shift [2]; both must be [1].",
     ),
     "values of other slots": (
         lambda: ops.memory_lookup(X[:, None], X[None], 1, values=X[None, :1]),
