@@ -1,0 +1,145 @@
+"""The masked shortcut as an operator."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import vectorised
+from ..kernels import choice
+from .common import kernels, shape
+
+
+@torch.library.custom_op("squid_fast::masked_shortcut", mutates_args=())
+def _masked_shortcut(
+    inpainted: Tensor,
+    shortcut: Tensor,
+    keep_probability: float,
+    seed: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> Tensor:
+    arguments = (inpainted, shortcut, keep_probability, seed, scale, shift)
+    if choice.serves_masked_shortcut(inpainted):
+        return kernels("masked_shortcut").forward(*arguments)
+    return vectorised.masked_shortcut(*arguments)
+
+
+@torch.library.custom_op("squid_fast::masked_shortcut_backward", mutates_args=())
+def _masked_shortcut_backward(
+    grad: Tensor,
+    inpainted: Tensor | None,
+    keep_probability: float,
+    seed: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of inpainted, shortcut, scale and shift; the last two empty without an affine."""
+    arguments = (grad, inpainted, keep_probability, seed, scale, shift)
+    if choice.serves_masked_shortcut(grad):
+        return kernels("masked_shortcut").backward(*arguments)
+    return vectorised.masked_shortcut_backward(*arguments)
+
+
+@_masked_shortcut.register_fake
+def _(
+    inpainted: Tensor,
+    shortcut: Tensor,
+    keep_probability: float,
+    seed: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> Tensor:
+    return torch.where(inpainted[:, :1].bool(), inpainted, shortcut)
+
+
+@_masked_shortcut_backward.register_fake
+def _(
+    grad: Tensor,
+    inpainted: Tensor | None,
+    keep_probability: float,
+    seed: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    mask = grad[:, :1].bool()
+    kept, passed = torch.where(mask, grad, 0), torch.where(mask, 0, grad)
+    if scale is None or shift is None:
+        return kept, passed, grad.new_empty(0), grad.new_empty(0)
+    return kept, passed, torch.empty_like(scale), torch.empty_like(shift)
+
+
+def _save_draw(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    inpainted, _, ctx.keep_probability, seed, scale, shift = inputs
+    # Without an affine the gradient needs nothing of the maps.
+    ctx.save_for_backward(None if scale is None else inpainted, seed, scale, shift)
+
+
+def _shortcut_gradients(ctx, grad):  # type: ignore[no-untyped-def]
+    inpainted, seed, scale, shift = ctx.saved_tensors
+    kept, passed, grad_scale, grad_shift = _masked_shortcut_backward(
+        grad, inpainted, ctx.keep_probability, seed, scale, shift
+    )
+    if scale is None:
+        grad_scale = grad_shift = None
+    return kept, passed, None, None, grad_scale, grad_shift
+
+
+_masked_shortcut.register_autograd(_shortcut_gradients, setup_context=_save_draw)
+
+
+def masked_shortcut(
+    inpainted: Tensor,
+    shortcut: Tensor,
+    keep_probability: float,
+    seed: Tensor | None = None,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> Tensor:
+    """``mask * inpainted + (1 - mask) * shortcut``, one Bernoulli draw per (image, row, column).
+
+    Paper section 3.3. The draw is shared by the channels and is a function of ``seed`` alone: the
+    same on every device, made again in the backward, never stored. With ``scale`` and ``shift``,
+    ``relu(scale * inpainted + shift)`` takes the place of ``inpainted`` in the same pass: a batch
+    norm of known statistics and the activation behind it.
+
+    Args:
+        inpainted, shortcut: [B, C, H, W], same shape, dtype and device.
+        keep_probability: chance of ``inpainted``, 0 to 1.
+        seed: int64 [] on the same device; drawn from PyTorch's generator unless given.
+        scale, shift: [C] each, or neither; computed with in float32.
+
+    Raises:
+        ValueError: shapes or dtypes differ, the probability is outside [0, 1], or only one of
+            ``scale`` and ``shift`` is given.
+    """
+    if inpainted.dim() != 4 or inpainted.shape != shortcut.shape:
+        raise ValueError(
+            f"inpainted is {shape(inpainted)} and shortcut {shape(shortcut)}; both must be the "
+            "same [B, C, H, W]."
+        )
+    if inpainted.dtype != shortcut.dtype:
+        raise ValueError(
+            f"inpainted is {inpainted.dtype} and shortcut {shortcut.dtype}; they must agree."
+        )
+    if not 0.0 <= keep_probability <= 1.0:
+        raise ValueError(f"keep_probability is {keep_probability}; it must lie in [0, 1].")
+    if seed is None:
+        seed = torch.randint(2**62, (), dtype=torch.int64, device=inpainted.device)
+    if scale is not None or shift is not None:
+        scale, shift = _affine_parameters(inpainted, scale, shift)
+    return _masked_shortcut(inpainted, shortcut, float(keep_probability), seed, scale, shift)
+
+
+def _affine_parameters(
+    inpainted: Tensor, scale: Tensor | None, shift: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    C = inpainted.shape[1]
+    if scale is None or shift is None:
+        given, absent = ("shift", "scale") if scale is None else ("scale", "shift")
+        raise ValueError(f"{given} is given without {absent}; an affine needs both, [{C}] each.")
+    if scale.shape != (C,) or shift.shape != (C,):
+        raise ValueError(f"scale is {shape(scale)} and shift {shape(shift)}; both must be [{C}].")
+    dtype = torch.float64 if inpainted.dtype == torch.float64 else torch.float32
+    return scale.to(dtype), shift.to(dtype)
