@@ -86,6 +86,11 @@ def _gumbel_shrinkage(kernels: Any) -> Iterator[Case]:
         label = f"[{B}, {M}] {_name(dtype)}"
         yield Case(f"gumbel_shrinkage.forward {label}", partial(kernels.forward, logits, 5))
         yield Case(f"gumbel_shrinkage.backward {label}", partial(kernels.backward, logits, logits))
+        hard = (logits, SHRINKAGES["hard"][1])
+        yield Case(f"hard_shrinkage.forward {label}", partial(kernels.hard_forward, *hard))
+        yield Case(
+            f"hard_shrinkage.backward {label}", partial(kernels.hard_backward, logits, *hard)
+        )
 
 
 def _masked_shortcut(kernels: Any) -> Iterator[Case]:
