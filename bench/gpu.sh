@@ -134,9 +134,26 @@ if [[ $device == cuda && microbenchmarks =~ ${BENCH_ONLY:-.} ]]; then
     helpers+=($!)
   done
 fi
-tests=(-m pytest "${BENCH_TESTS:-tests/kernels}" -q --tb=short -p no:cacheprovider -p no:benchmark)
-if [[ $device == cuda ]] && has xdist; then tests+=(-n 8); fi
-step "kernel tests" 180 "$python" "${tests[@]}"
+# Every file of kernel tests in a process of its own: side by side on a GPU, where compiling takes
+# most of the time; the rehearsal makes do with one file.
+kernel_tests() {
+  local file job logs code=0
+  set -m  # or jobs would ignore an interrupt, after which pytest says what failed
+  if [[ $device == cpu ]]; then set -- tests/kernels/test_gumbel_shrinkage.py; else set -- tests/kernels/test_*.py; fi
+  if [[ -n "${BENCH_TESTS:-}" ]]; then set -- "$BENCH_TESTS"; fi
+  logs=$(mktemp -d)
+  for file; do
+    "$python" -m pytest "$file" -q --tb=short -p no:cacheprovider -p no:benchmark \
+      >"$logs/$(basename "$file").txt" 2>&1 &
+  done
+  trap 'kill -INT $(jobs -p); sleep 3; kill -KILL $(jobs -p) 2>/dev/null; cat "$logs"/*; exit 124' INT
+  for job in $(jobs -p); do wait "$job" || code=$?; done
+  cat "$logs"/*
+  rm -rf "$logs"
+  return "$code"
+}
+export -f kernel_tests
+step "kernel tests" 180 bash -c kernel_tests
 if ((${#helpers[@]})); then
   wait "${helpers[@]}"
   tail -n 40 "$scratch"/compile_*.txt >>"$log"

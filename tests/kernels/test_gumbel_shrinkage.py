@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from squid_fast import ops, reference
+from tests.kernels.devices import DTYPES, drawn
 from tests.test_ops import normal, separated, with_gradients
 from tests.tolerances import assert_close
-
-# The interpreter's bfloat16 is not to be trusted.
-DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
 
 
 def assert_right(logits: Tensor, k: int) -> Tensor:
@@ -48,9 +46,7 @@ def test_rows_longer_than_a_tile(k: int, device: torch.device) -> None:
     assert_right(logits, k)
 
 
-@settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@drawn
 @given(
     rows=st.integers(1, 12),
     M=st.integers(1, 70),

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -15,11 +15,10 @@ from squid_fast import ops
 
 # The function itself: its name in the module is out of bounds here.
 from squid_fast.vectorised import philox_uniform
+from tests.kernels.devices import DTYPES, drawn
 from tests.test_ops import normal, with_gradients
 from tests.tolerances import TOLERANCES, assert_close
 
-# The interpreter's bfloat16 is not to be trusted.
-DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
 SHAPES = [
     (1, 1, 1, 1),
     (2, 1, 17, 13),
@@ -146,9 +145,7 @@ def significant(x: Tensor) -> list[int]:
     return [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1]
 
 
-@settings(
-    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@drawn
 @given(
     shape=st.tuples(st.integers(1, 4), st.integers(1, 40), st.integers(1, 9), st.integers(1, 9)),
     layouts=st.tuples(st.sampled_from(LAYOUTS), st.sampled_from(LAYOUTS)),

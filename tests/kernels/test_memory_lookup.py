@@ -7,18 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from squid_fast import ops, reference
 from squid_fast.kernels import card, matrix_product, memory_lookup, memory_search
 from squid_fast.kernels.card import card_of
+from tests.kernels.devices import DTYPES, drawn
 from tests.test_ops import normal, with_gradients
 from tests.tolerances import TOLERANCES, assert_close
-
-# The interpreter's bfloat16 is not to be trusted.
-DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
 
 MODES: dict[str, dict[str, Any]] = {"gumbel": {"top_k": 3}, "hard": {"threshold": 0.3}, "raw": {}}
 modes = pytest.mark.parametrize("mode", MODES.values(), ids=MODES.keys())
@@ -112,9 +110,7 @@ def test_half_precision(dtype: torch.dtype, mode: dict[str, Any], device: torch.
     assert_right(query.to(device, dtype), memory.to(device, dtype), mode)
 
 
-@settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@drawn
 @given(
     sizes=st.tuples(st.integers(1, 70), st.integers(1, 4), st.integers(1, 90), st.integers(1, 80)),
     k=st.integers(1, 64),

@@ -7,17 +7,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from squid_fast import ops, reference
 from squid_fast.kernels import card
+from tests.kernels.devices import DTYPES, drawn
 from tests.test_ops import attention_inputs, compare, normal, with_gradients
 from tests.tolerances import assert_close
 
-# In the interpreter bfloat16 is not to be trusted.
-DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
 NAMES = ("query", "key", "value", "pad_key", "pad_value")
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -66,9 +65,7 @@ def test_equals_reference(
     check(inputs_on(device, B, P, heads * width), heads, dtype)
 
 
-@settings(
-    max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@drawn
 @given(
     B=st.integers(1, 5),
     P=st.integers(1, 4),
