@@ -12,6 +12,7 @@ inputs give the same bits.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
@@ -68,6 +69,7 @@ class Config:
     num_stages: int
 
     @staticmethod
+    @lru_cache(maxsize=1024)  # looking through the candidates takes longer than the product
     def choose(
         N: int, R: int, S: int, T: int, element_size: int, card: Card, most_parts: int
     ) -> Config:
