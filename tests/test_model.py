@@ -327,6 +327,16 @@ def test_a_frozen_block_is_the_same_until_it_changes(shrink_thres: float) -> Non
         block.freeze()
         assert_close(block(x), changed)
         assert not torch.allclose(changed, plain)
+        # Nor does it outlive a change behind the block's back.
+        for change in (
+            lambda: block.memory.slots.mul_(1.5),
+            lambda: block.attention.in_proj_weight.add_(0.1),
+            lambda: block.attention.load_state_dict(block.attention.state_dict()),
+        ):
+            block.freeze()
+            change()
+            held = block(x)
+            assert torch.equal(held, block.train().eval()(x))
     # A gradient takes the long way.
     (grad,) = torch.autograd.grad(block(x.requires_grad_()).sum(), x)
     (expected,) = torch.autograd.grad(block.train().eval()(x).sum(), x)

@@ -65,7 +65,6 @@ class InpaintBlock(nn.Module):
         places = torch.arange(num_memory)[:, None] >> torch.arange(bits - 1, -1, -1)
         self.register_buffer("code", (places & 1).float(), persistent=False)  # [N, bits]
         self.register_buffer("projected", None, persistent=False)
-        self.register_load_state_dict_pre_hook(self._thaw)
         self.bottleneck_conv2 = nn.Sequential(
             nn.Conv2d(narrow + bits, num_in_ch, 1), nn.BatchNorm2d(num_in_ch), nn.ReLU()
         )
@@ -76,18 +75,26 @@ class InpaintBlock(nn.Module):
 
         An answer's key is the same sum of projected slots that the answer is of slots, so the
         projections of the answers, near half of the block's work, need not be made at every call.
-        Ends with ``train()`` and ``load_state_dict()``.
+        Ends with ``train()``; slots or weights that change or move make it of no effect.
         """
         slots = self.memory.slots
         w_kv = self.attention.in_proj_weight[slots.shape[2] :]
         self.projected = torch.cat([slots, F.linear(slots, w_kv)], dim=-1)
+        self._projected_from = self._state_of_weights()
 
-    def _thaw(self, *_: object) -> None:
-        self.projected = None
+    def _state_of_weights(self) -> list[tuple[int, int]]:
+        sources = (self.memory.slots, self.attention.in_proj_weight)
+        return [(x.data_ptr(), 0 if x.is_inference() else x._version) for x in sources]
+
+    def _is_frozen(self) -> bool:
+        if self.projected is None or torch.is_grad_enabled():
+            return False
+        # A compiled program cannot ask; it is made for weights that stay.
+        return torch.compiler.is_compiling() or self._projected_from == self._state_of_weights()
 
     def train(self, mode: bool = True) -> InpaintBlock:
         if mode:
-            self._thaw()
+            self.projected = None
         return super().train(mode)
 
     def paint(self, f: Tensor) -> Tensor:
@@ -96,12 +103,12 @@ class InpaintBlock(nn.Module):
         w_q, w_kv = self.attention.in_proj_weight.split((C, 2 * C))
         b_q, b_kv = self.attention.in_proj_bias.split((C, 2 * C))
         # Each patch's key and value once; its neighbours read them in place.
-        if self.projected is None or torch.is_grad_enabled():
-            m = self.memory(f)
-            projected = F.linear(m, w_kv, b_kv)
-        else:
+        if self._is_frozen():
             m, projected = self.memory.look_up(f, self.projected).split((C, 2 * C), dim=-1)
             projected = projected + b_kv
+        else:
+            m = self.memory(f)
+            projected = F.linear(m, w_kv, b_kv)
         key, value = projected.chunk(2, dim=-1)
         pad_key, pad_value = b_kv.chunk(2)
         attended = ops.neighbourhood_attention(
