@@ -46,7 +46,8 @@ def use(setting: str) -> Iterator[None]:
             Triton's interpreter, which needs ``TRITON_INTERPRET=1`` in the environment; slow.
 
     Raises:
-        ValueError: another setting.
+        ValueError: another setting. Inside, a call that wants an interpreter that is not there
+            raises RuntimeError.
     """
     global _setting
     before = _setting
@@ -73,7 +74,14 @@ def _serves(x: Tensor) -> bool:
     # nothing to launch.
     if _setting == "off" or x.dtype not in DTYPES or not x.numel() or not _has_triton():
         return False
-    return _setting == "interpret" if x.device.type == "cpu" else x.is_cuda and _is_able(x.device)
+    if x.device.type != "cpu":
+        return x.is_cuda and _is_able(x.device)
+    if _setting == "interpret" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError(
+            "kernels are to serve a tensor of the CPU, but TRITON_INTERPRET is "
+            f"{os.environ.get('TRITON_INTERPRET')!r}; it must be '1' before Triton is imported."
+        )
+    return _setting == "interpret"
 
 
 def serves_gumbel_shrinkage(logits: Tensor, top_k: int = 1) -> bool:

@@ -141,7 +141,7 @@ def _launch(
     (N, R, T), S = a.shape, x.shape[2]
     pair = b is not None and y is not None
     if b is None or y is None:
-        b, y = a, x  # there to be looked away from
+        b, y = a, x  # whose strides have to be there, though nothing is read
     blocks_s = triton.cdiv(S, config.block_s)
     steps = triton.cdiv(triton.cdiv(T, config.block_t), config.parts)
     _product_kernel[(triton.cdiv(R, config.block_r), blocks_s * config.parts, N)](

@@ -9,8 +9,8 @@ Three ways forward, by the number of slots and of rows:
 one pass    Up to 256 slots and rows enough to fill the card: a program computes the scores of a row
             block into registers, shrinks them there and multiplies the weights with the memory.
 in steps    Few rows, which alone would leave most multiprocessors idle: scores in parts, shrinkage
-            that adds them up, product. Scores are a tenth of the query's size, so what is written
-            and read again stays in the cache. This is also the way of calls that keep their scores
+            that adds them up, product. What is written in between is small enough to be read from
+            the cache again. This is also the way of calls that keep their scores
             for a backward, which writes them anyway; of the backward, since two row blocks of
             scores do not fit into registers; of float32, which takes three pieces there; and of
             hard shrinkage and raw scores, as one pass of the former spills.

@@ -250,20 +250,20 @@ class Config:
     BLOCK_D: int
     num_warps: int
 
-
-def choose(P: int, D: int, itemsize: int) -> Config:
-    """The configuration for any number of images."""
-    block_d = power_of_2(D)
-    # Channels to a warp: what it reads at once, 16 bytes a thread. Eight slots of 256 channels are
-    # 64 registers of each thread once they are float32. Fewer where channels are not read several
-    # at a time, since each then needs registers for its address.
-    width = 512 // itemsize if D % 8 == 0 else 64
-    # A whole image of 2 x 2, nearly one of 3 x 3, so that most neighbours lie in the same tile. No
-    # more, since a batch of 16 must occupy the GPU; of narrow heads enough for a warp, of wide ones
-    # what eight warps hold.
-    block_t = max(4 if P <= 2 else 8, width // block_d)
-    block_t = min(block_t, max(8 * width // block_d, 1))
-    return Config(P, D, block_t, block_d, min(max(block_t * block_d // width, 1), 8))
+    @staticmethod
+    def choose(P: int, D: int, itemsize: int) -> Config:
+        """The configuration for any number of images."""
+        block_d = power_of_2(D)
+        # Channels to a warp: what it reads at once, 16 bytes a thread. Eight slots of 256 channels
+        # are 64 registers of each thread once they are float32. Fewer where channels are not read
+        # several at a time, since each then needs registers for its address.
+        width = 512 // itemsize if D % 8 == 0 else 64
+        # A whole image of 2 x 2, nearly one of 3 x 3, so that most neighbours lie in the same tile.
+        # No more, since a batch of 16 must occupy the GPU; of narrow heads enough for a warp, of
+        # wide ones what eight warps hold.
+        block_t = max(4 if P <= 2 else 8, width // block_d)
+        block_t = min(block_t, max(8 * width // block_d, 1))
+        return Config(P, D, block_t, block_d, min(max(block_t * block_d // width, 1), 8))
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -277,7 +277,7 @@ def forward(
 ) -> Tensor:
     """Attend; arguments and result as of ``ops.neighbourhood_attention``."""
     B, N, C = query.shape
-    config = choose(math.isqrt(N), C // num_heads, query.element_size())
+    config = Config.choose(math.isqrt(N), C // num_heads, query.element_size())
     tiles = triton.cdiv(B * N, config.BLOCK_T)
     out = query.new_empty(B, N, C)
     sources = [_rows(x) for x in (query, key, value)]
@@ -301,7 +301,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the five tensors, contiguous, from the gradient [B, N, C] of the answers."""
     B, N, C = query.shape
-    config = choose(math.isqrt(N), C // num_heads, query.element_size())
+    config = Config.choose(math.isqrt(N), C // num_heads, query.element_size())
     tiles = triton.cdiv(B * N, config.BLOCK_T)
     # Programs that serve several tiles write less of the padding's gradients, whose float32 parts
     # are else as much traffic as a tensor of patches. Sixteen keep a multiprocessor busy.

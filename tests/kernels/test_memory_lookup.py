@@ -55,9 +55,12 @@ def split_products(monkeypatch: pytest.MonkeyPatch, parts: int) -> None:
 @pytest.fixture
 def tiny_card(monkeypatch: pytest.MonkeyPatch) -> None:
     """One multiprocessor, which the smallest batch fills."""
+
+    def tiny(x: Tensor) -> card.Card:
+        return replace(card_of(x), multiprocessors=1)
+
     for module in (memory_lookup, memory_search):
-        one = lambda x: replace(card_of(x), multiprocessors=1)  # noqa: E731
-        monkeypatch.setattr(module, "card_of", one)
+        monkeypatch.setattr(module, "card_of", tiny)
 
 
 def memories(B: int, N: int, M: int, C: int, seed: int = 0) -> list[Tensor]:
