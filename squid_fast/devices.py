@@ -9,6 +9,7 @@ from torch import nn
 
 Module = TypeVar("Module", bound=nn.Module)
 Precision = Literal["auto", "bf16", "float32"]
+ScoringPrecision = Literal["auto", "int8", "bf16", "float32"]
 
 
 def choose_device(device: str | torch.device | None = None) -> torch.device:

@@ -38,6 +38,23 @@ class ScoreCalibration:
 
 
 @dataclass(frozen=True)
+class Quantization:
+    """What scoring with 8-bit convolutions has to know of a model.
+
+    Attributes:
+        stages: of the network, those whose convolutions 8 bits are enough for.
+        ranges: of every convolution's output, and of what it is given, on normal images:
+            (low, high) by name.
+        agreement: by score, the rank correlation of its values with those of float32 on normal
+            images.
+    """
+
+    stages: list[str]
+    ranges: dict[str, tuple[float, float]]
+    agreement: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Calibration:
     """Calibration of every score by its name.
 
@@ -46,12 +63,14 @@ class Calibration:
         patch_mean, patch_std: reconstruction error of each patch [N] on normal training images.
         threshold_images: which normal images gave the thresholds: "validation" or, where there
             were too few, "training", which makes them optimistic.
+        quantization: None where it was not made, as on processors without 8-bit products.
     """
 
     scores: dict[str, ScoreCalibration]
     patch_mean: list[float]
     patch_std: list[float]
     threshold_images: str
+    quantization: Quantization | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -59,4 +78,8 @@ class Calibration:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Calibration:
         scores = {name: ScoreCalibration(**score) for name, score in values["scores"].items()}
-        return cls(**{**values, "scores": scores})
+        quantization = values.get("quantization")
+        if quantization is not None:
+            ranges = {name: (low, high) for name, (low, high) in quantization["ranges"].items()}
+            quantization = Quantization(**{**quantization, "ranges": ranges})
+        return cls(**{**values, "scores": scores, "quantization": quantization})

@@ -69,7 +69,8 @@ class Discriminator(nn.Module):
             else:
                 statistics = layer.running_mean, layer.running_var
                 x = F.batch_norm(x, *statistics, layer.weight, layer.bias, eps=layer.eps)
-        return self.regressor(x.flatten(1))[:, 0]
+        # Row by row, not as a matrix product, whose rounding depends on the number of rows.
+        return (x.flatten(1) * self.regressor.weight).sum(dim=1) + self.regressor.bias
 
     def _check(self, images: Tensor) -> None:
         sides = range(32 * self.size - 31, 32 * self.size + 1)

@@ -119,7 +119,7 @@ class SQUID(nn.Module):
                 on the host's side only: not while compiling or capturing, and not in training on
                 a GPU, where it would stall every step).
         """
-        self._check_images(images)
+        check_images(images, self.config, self.image_size, self.training)
         embedding, skips = self.encode(images)
         recon, student = self.decode(self.inpaint_block(embedding), skips)
         teacher_recon, dist_loss = None, None
@@ -177,31 +177,31 @@ class SQUID(nn.Module):
             x = to_image(x, self.num_patch)
         return head(x), features
 
-    def _check_images(self, images: Tensor) -> None:
-        side = self.image_size
-        if images.dim() != 4 or images.shape[1] != self.num_in_ch:
-            raise ValueError(
-                f"images are {list(images.shape)}; this model takes [B, {self.num_in_ch}, {side}, "
-                f"{side}]."
-            )
-        if images.shape[2] != side or images.shape[3] != side:
-            raise ValueError(
-                f"images are {images.shape[2]} x {images.shape[3]}; with num_patch="
-                f"{self.num_patch}, level={self.level} and memory_channel="
-                f"{self.config['memory_channel']} they must be {side} x {side}."
-            )
-        if not images.is_floating_point():
-            raise ValueError(f"images are {images.dtype}; floating-point values in [0, 1] fit.")
-        if torch.compiler.is_compiling() or (images.is_cuda and self.training):
-            return
-        if images.is_cuda and torch.cuda.is_current_stream_capturing():
-            return
-        if not bool(torch.isfinite(images).all()):
-            bad = int((~torch.isfinite(images)).flatten(1).any(dim=1).sum())
-            raise ValueError(
-                f"{bad} of {images.shape[0]} images hold NaN or infinite values; values in [0, 1] "
-                "fit."
-            )
+
+def check_images(images: Tensor, config: dict[str, Any], side: int, training: bool = False) -> None:
+    """Raise unless a model of that configuration and image side takes the images."""
+    if images.dim() != 4 or images.shape[1] != config["num_in_ch"]:
+        raise ValueError(
+            f"images are {list(images.shape)}; this model takes [B, {config['num_in_ch']}, {side}, "
+            f"{side}]."
+        )
+    if images.shape[2] != side or images.shape[3] != side:
+        raise ValueError(
+            f"images are {images.shape[2]} x {images.shape[3]}; with num_patch="
+            f"{config['num_patch']}, level={config['level']} and memory_channel="
+            f"{config['memory_channel']} they must be {side} x {side}."
+        )
+    if not images.is_floating_point():
+        raise ValueError(f"images are {images.dtype}; floating-point values in [0, 1] fit.")
+    if torch.compiler.is_compiling() or (images.is_cuda and training):
+        return
+    if images.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    if not bool(torch.isfinite(images).all()):
+        bad = int((~torch.isfinite(images)).flatten(1).any(dim=1).sum())
+        raise ValueError(
+            f"{bad} of {images.shape[0]} images hold NaN or infinite values; values in [0, 1] fit."
+        )
 
 
 def _decoder(widths: list[int], level: int, ops: Sequence[str]) -> nn.ModuleList:

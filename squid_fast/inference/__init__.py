@@ -1,0 +1,11 @@
+"""A trained model at work: calibrated, and scoring as fast as the machine can.
+
+``scorer`` holds the public face, ``calibration`` what it needs to know of normal images. The model
+is frozen by ``network``, of convolutions that ``convolution`` has folded and ``quantization`` can
+put in bytes; ``graphs`` replays it on a GPU.
+"""
+
+from .calibration import calibrate
+from .scorer import AGREEMENT, Scorer, Scores
+
+__all__ = ["AGREEMENT", "Scorer", "Scores", "calibrate"]

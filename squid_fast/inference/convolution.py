@@ -1,0 +1,111 @@
+"""Convolutions for evaluation: batch norm folded in, ReLU and residual fused, weights laid out."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+
+def has_onednn() -> bool:
+    """Whether oneDNN's fused convolutions can be called; they are tried on x86 only."""
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    fused = hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+    return x86 and fused and torch.backends.mkldnn.is_available()
+
+
+class FoldedConv(nn.Module):
+    """``ReLU(conv(x) + residual)`` with what is left of a batch norm in its weights.
+
+    Args:
+        weight, bias: [Cout, Cin, h, w], [Cout], of the dtype of the maps.
+        stride, padding: as of ``nn.Conv2d``.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor, stride: list[int], padding: list[int]) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight.detach())
+        self.register_buffer("bias", bias.detach())
+        self.stride, self.padding = stride, padding
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """[B, Cin, H, W] to [B, Cout, ...]; the residual, of that shape, may be overwritten."""
+        x = F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
+        return F.relu(x if residual is None else x + residual)
+
+
+class OneDnnConv(FoldedConv):
+    """The same in one call of oneDNN.
+
+    The bias is in float32 whatever the maps are, which that call takes where there is no residual.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor, stride: list[int], padding: list[int]) -> None:
+        super().__init__(weight, bias, stride, padding)
+        self._packed: Tensor | None = None
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        where = self.padding, self.stride, [1, 1], 1
+        if self._packed is None:  # in the layout that suits maps of this size
+            self._packed = torch.ops.mkldnn._reorder_convolution_weight(
+                self.weight, *where, list(x.shape)
+            )
+        if residual is None:
+            return torch.ops.mkldnn._convolution_pointwise(
+                x, self._packed, self.bias, *where, "relu", [], ""
+            )
+        bias = self.bias.to(x.dtype)
+        return torch.ops.mkldnn._convolution_pointwise_.binary(
+            residual, x, self._packed, bias, *where, "add", None, "relu", [], ""
+        )
+
+
+def fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> FoldedConv:
+    """``ReLU(norm(conv(x)))`` in evaluation mode, as one convolution in float32."""
+    folded = fuse_conv_bn_eval(conv, norm)
+    assert folded.bias is not None
+    padding = [int(side) for side in conv.padding]
+    return FoldedConv(folded.weight.float(), folded.bias.float(), list(conv.stride), padding)
+
+
+def cast(
+    conv: FoldedConv, dtype: torch.dtype, layout: torch.memory_format, onednn: bool
+) -> FoldedConv:
+    """The same convolution of maps of that dtype and layout."""
+    weight = conv.weight.to(dtype, memory_format=layout)
+    if onednn:
+        return OneDnnConv(weight, conv.bias, conv.stride, conv.padding)
+    return FoldedConv(weight, conv.bias.to(dtype), conv.stride, conv.padding)
+
+
+class SplitConv(nn.Module):
+    """A convolution of images that oneDNN does in bfloat16, nearly as exact as in float32.
+
+    Rounded to bfloat16 an image loses as much as bytes hold of it at all, which moves scores more
+    than the rounding in all later layers. So images and weights go in as sums of two bfloat16
+    numbers, laid out as channels: high * high + low * high + high * low. In float32, oneDNN takes
+    ten times as long for a convolution of one channel.
+    """
+
+    def __init__(self, conv: FoldedConv, layout: torch.memory_format) -> None:
+        super().__init__()
+        high, low = _split(conv.weight)
+        weight = torch.cat([high, high, low], dim=1)
+        wider = FoldedConv(weight, conv.bias, conv.stride, conv.padding)
+        self.conv = cast(wider, torch.bfloat16, layout, onednn=True)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """float32 [B, Cin, H, W] to bfloat16 [B, Cout, ...]."""
+        high, low = _split(images)
+        return self.conv(torch.cat([high, low, high], dim=1))
+
+
+def _split(x: Tensor) -> tuple[Tensor, Tensor]:
+    high = x.bfloat16()
+    return high, (x - high.float()).bfloat16()

@@ -1,0 +1,209 @@
+"""A trained generator as evaluation needs it: no teacher, nothing left to learn or to decide."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..modules import SQUID
+from ..modules.unet import DoubleConv, to_image, to_patches
+from ..scores import Quantization
+from .convolution import FoldedConv, SplitConv, cast, fold
+from .quantization import Grid, QuantizedConv, Range
+
+
+def _folded(block: DoubleConv) -> tuple[FoldedConv, FoldedConv, FoldedConv]:
+    """The three convolutions of a block, in float32."""
+    first, second, third = (
+        (block.conv1[0], block.conv1[1]),
+        (block.conv2[0], block.conv2[1]),
+        (block.conv2[3], block.conv2[4]),
+    )
+    return fold(*first), fold(*second), fold(*third)  # type: ignore[arg-type]
+
+
+class Stage(nn.Module):
+    """A residual double convolution in floats.
+
+    Args:
+        block: trained.
+        dtype: of the maps.
+        image: whether it is given images, in float32.
+    """
+
+    def __init__(
+        self,
+        block: DoubleConv,
+        dtype: torch.dtype,
+        layout: torch.memory_format,
+        onednn: bool,
+        image: bool = False,
+    ) -> None:
+        super().__init__()
+        first, second, third = _folded(block)
+        self.dtype, self.source = dtype, torch.float32 if image else dtype
+        split = image and onednn and dtype == torch.bfloat16
+        self.first: nn.Module = (
+            SplitConv(first, layout) if split else cast(first, self.source, layout, onednn)
+        )
+        self.second = cast(second, dtype, layout, onednn)
+        self.third = cast(third, dtype, layout, onednn)
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        """Maps, and those to put in front of their channels."""
+        x = x.to(self.source)
+        if skip is not None:
+            x = torch.cat([skip.to(self.source), x], dim=1)
+        a = self.first(x).to(self.dtype)
+        return self.third(self.second(a), residual=a)
+
+
+class QuantizedStage(nn.Module):
+    """A residual double convolution in bytes.
+
+    Args:
+        block: trained.
+        ranges: of its convolutions: "first", "second", "third", and "first.input".
+        source: grid of the maps it is given, where they are bytes.
+        skip: grid of the skip, where that is bytes.
+        target: float dtype of the output; None for bytes on the grid ``output``.
+    """
+
+    def __init__(
+        self,
+        block: DoubleConv,
+        ranges: Mapping[str, Range],
+        source: Grid | None,
+        skip: Grid | None,
+        target: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        self.source = source or Grid.over(ranges["first.input"])
+        self.a, b, self.output = (Grid.over(ranges[part]) for part in ("first", "second", "third"))
+        self.skip, self.target = skip, target
+        first, second, third = _folded(block)
+        self.first = QuantizedConv(first, self.source, self.a)
+        self.second = QuantizedConv(second, self.a, b)
+        self.third = QuantizedConv(third, b, target or self.output, self.a)
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        """Maps, and those to put in front of their channels."""
+        if skip is not None:
+            skip = self.skip.decode(skip, x.dtype) if self.skip else skip.to(x.dtype)
+            x = torch.cat([skip, x], dim=1)
+        a = self.first(x if x.dtype == torch.uint8 else self.source.encode(x))
+        b = self.second(a)
+        return self.third(b, residual=a if self.target is None else self.a.decode(a, self.target))
+
+
+class FrozenGenerator(nn.Module):
+    """Images to reconstructions, as a trained ``SQUID`` makes them in evaluation mode.
+
+    Everything that can be done once is done here: the teacher is left out, batch norm folded into
+    the convolutions, slots projected. Memories and in-painting stay in float32, whatever the
+    convolutions compute in: which slots are the k best hangs on small differences.
+
+    Args:
+        model: trained; it is not changed.
+        dtype: of the convolutions.
+        layout: of the maps.
+        onednn: whether to call oneDNN's fused convolutions.
+        quantization: names the stages to put in bytes.
+        least: memories and in-painting are given no fewer images than these, made up of zeros
+            where need be: libraries multiply matrices of few rows in another order, and the
+            results would depend on the size of the batch.
+    """
+
+    def __init__(
+        self,
+        model: SQUID,
+        dtype: torch.dtype = torch.float32,
+        layout: torch.memory_format = torch.contiguous_format,
+        onednn: bool = False,
+        quantization: Quantization | None = None,
+        least: int = 1,
+    ) -> None:
+        super().__init__()
+        self.least = least
+        model = copy.deepcopy(model).float().eval()
+        self.num_patch, self.level, self.layout = model.num_patch, model.level, layout
+        self.combine = model.initial_combine or 0
+        self.concat = [op == "concat" for op in model.config["ops"]]
+        self.in_conv = Stage(model.in_conv.conv, dtype, layout, onednn, image=True)
+        self.downs, self.ups = nn.ModuleList(), nn.ModuleList()
+        for down in model.down_blocks:
+            self.downs.append(Stage(down.mpconv, dtype, layout, onednn))  # type: ignore[arg-type]
+        for up in model.up_blocks:
+            self.ups.append(Stage(up.conv, dtype, layout, onednn))  # type: ignore[arg-type]
+        if quantization is not None:
+            self._put_in_bytes(model, dtype, quantization)
+        self.inpaint = model.inpaint_block
+        for name in ("bottleneck_conv1", "bottleneck_conv2"):
+            conv, norm, _ = getattr(self.inpaint, name)
+            setattr(self.inpaint, name, cast(fold(conv, norm), torch.float32, layout, onednn))
+        self.inpaint.freeze()
+        self.memories = model.memory_blocks
+        self.head = model.out_conv
+        self.requires_grad_(False)
+
+    def _put_in_bytes(self, model: SQUID, dtype: torch.dtype, chosen: Quantization) -> None:
+        """Exchange stages; maps travel as bytes where all stages that read them are in bytes."""
+
+        def ranges(name: str) -> dict[str, Range]:
+            prefix = f"{name}."
+            return {k[len(prefix) :]: v for k, v in chosen.ranges.items() if k.startswith(prefix)}
+
+        L = self.level
+        downs = [f"downs.{i}" in chosen.stages for i in range(L)]
+        ups = [f"ups.{i}" in chosen.stages for i in range(L)]
+        # Grids of the maps in front of every ``down``, which are the skips too; None for floats.
+        grids: list[Grid | None] = [None] * L
+        for i in (i for i in range(L) if downs[i]):
+            block, target = model.down_blocks[i].mpconv, torch.float32 if i == L - 1 else dtype
+            reader = L - 2 - i  # the ``up`` for which the output is the skip
+            if i < L - 1 and downs[i + 1] and (ups[reader] or not self.concat[reader]):
+                target = None
+            stage = QuantizedStage(block, ranges(f"downs.{i}"), grids[i], None, target)
+            if target is None:
+                grids[i + 1] = stage.output
+            self.downs[i] = stage
+        for i in (i for i in range(L) if ups[i]):
+            deep = L - 1 - i
+            asks = not isinstance(model.memory_blocks[deep], nn.Identity)
+            target = torch.float32 if asks else dtype
+            self.ups[i] = QuantizedStage(
+                model.up_blocks[i].conv, ranges(f"ups.{i}"), None, grids[deep], target
+            )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """float32 [B, Cin, H, W] in [0, 1] to float32 [B, Cin, H, W]."""
+        x = to_patches(images, self.num_patch).contiguous(memory_format=self.layout)
+        x = self.in_conv(x)
+        skips = []
+        for i, down in enumerate(self.downs):
+            skips.append(to_image(x, self.num_patch) if i < self.combine else x)
+            x = down(x)
+        B = images.shape[0]
+        x = self._among_others(self.inpaint, x.float(), B)
+        for i, up in enumerate(self.ups):
+            deep = self.level - 1 - i
+            if self.combine == deep + 1:
+                x = to_image(x, self.num_patch)
+            x = x.contiguous(memory_format=self.layout)
+            x = F.interpolate(x, size=skips[deep].shape[-2:], mode="bilinear", align_corners=False)
+            x = up(x, skips[deep] if self.concat[i] else None)
+            if not isinstance(self.memories[deep], nn.Identity):
+                x = self._among_others(self.memories[deep], x.float(), B)
+        if not self.combine:
+            x = to_image(x, self.num_patch)
+        return self.head(x.float())
+
+    def _among_others(self, module: nn.Module, x: Tensor, images: int) -> Tensor:
+        """The module's answer for maps of so many images, asked for ``least`` at once."""
+        missing = max(self.least - images, 0) * (x.shape[0] // images)
+        padded = F.pad(x, (0, 0, 0, 0, 0, 0, 0, missing)) if missing else x
+        return module(padded)[: x.shape[0]]

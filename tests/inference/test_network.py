@@ -1,0 +1,153 @@
+"""The frozen network against the model it is made of."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import squid_fast
+from squid_fast.inference.convolution import FoldedConv, SplitConv, cast, fold, has_onednn
+from squid_fast.inference.network import FrozenGenerator
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "published shape": {
+        "decoder_memory": [None, {"type": "MemoryMatrixBlock", "multiplier": 64, "num_memory": 4}],
+    },
+    "patches to the end": {"initial_combine": None, "ops": ["concat", "concat"]},
+    "whole from the start": {"initial_combine": 2, "ops": ["none", "concat"]},
+    "nine patches": {
+        "num_patch": 3,
+        "decoder_memory": [
+            None,
+            {"type": "MemoryMatrixBlockV3", "multiplier": 256, "num_memory": 9},
+        ],
+    },
+    "hard shrinkage": {"shrink_thres": 0.001, "ops": ["none", "none"]},
+    "two channels": {"num_in_ch": 2},
+}
+
+
+def trained(**changes: Any) -> squid_fast.SQUID:
+    """A small model whose batch norms and queues have seen images."""
+    torch.manual_seed(0)
+    arguments = {"num_in_ch": 1, "features_root": 16, "shrink_thres": 3, "num_slots": 12}
+    arguments |= {"level": 2, "memory_channel": 1024, "mem_num_slots": 10, "dist": True}
+    arguments |= {"initial_combine": 1, "ops": ["concat", "none"]}
+    model = squid_fast.SQUID(**{**arguments, **changes})
+    side = model.image_size
+    with torch.no_grad():
+        for _ in range(3):
+            model(torch.rand(6, model.num_in_ch, side, side))
+            model.inpaint_block.memory.update()
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.uniform_(-0.2, 0.2)
+        model.eval()
+        head = model.out_conv.conv
+        # Else all reconstructions look the same.
+        logits = torch.logit(model(torch.rand(4, model.num_in_ch, side, side))["recon"].double())
+        head.weight /= float(logits.std())
+        head.bias.sub_(float(logits.mean())).div_(float(logits.std()))
+    return model
+
+
+def images_for(model: squid_fast.SQUID, n: int = 3) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.rand(n, model.num_in_ch, model.image_size, model.image_size, generator=generator)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("onednn", [False, True])
+def test_float32_is_the_model(name: str, layout: torch.memory_format, onednn: bool) -> None:
+    if onednn and not has_onednn():
+        pytest.skip("oneDNN's fused convolutions cannot be called on this machine")
+    model = trained(**CONFIGS[name])
+    images = images_for(model)
+    frozen = FrozenGenerator(model, torch.float32, layout, onednn)
+    with torch.inference_mode():
+        expected, found = model(images)["recon"], frozen(images)
+    assert expected.std() > 0.05  # else anything would do
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("onednn", [False, True])
+def test_bf16_stays_close_to_the_model(onednn: bool) -> None:
+    if onednn and not has_onednn():
+        pytest.skip("oneDNN's fused convolutions cannot be called on this machine")
+    model = trained(**CONFIGS["published shape"])
+    images = images_for(model, 8)
+    frozen = FrozenGenerator(model, torch.bfloat16, torch.channels_last, onednn)
+    with torch.inference_mode():
+        expected, found = model(images)["recon"], frozen(images)
+    error = (found - expected).square().mean().sqrt()
+    assert 0 < error < 0.2 * expected.std()
+
+
+def test_what_is_frozen_does_not_change_with_the_model_nor_the_model_with_it() -> None:
+    model = trained()
+    before = copy.deepcopy(model.state_dict())
+    images = images_for(model)
+    model.train()
+    frozen = FrozenGenerator(model)
+    with torch.inference_mode():
+        first = frozen(images)
+    assert model.training
+    assert model.inpaint_block.projected is None
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    with torch.inference_mode():
+        assert torch.equal(frozen(images), first)
+
+
+def test_the_teacher_is_left_out() -> None:
+    model = trained()
+    size = sum(parameter.numel() for parameter in model.parameters())
+    teacher = sum(p.numel() for n, p in model.named_parameters() if n.startswith("teacher"))
+    frozen = FrozenGenerator(model)
+    kept = sum(value.numel() for name, value in frozen.state_dict().items() if "memory" not in name)
+    assert teacher > 0
+    assert kept < size - teacher
+
+
+def test_folding_is_the_norm_behind_the_convolution() -> None:
+    torch.manual_seed(2)
+    conv, norm = nn.Conv2d(3, 5, 3, stride=2, padding=1), nn.BatchNorm2d(5)
+    norm.running_mean.uniform_(-1, 1)
+    norm.running_var.uniform_(0.5, 2)
+    nn.init.uniform_(norm.weight)
+    x, residual = torch.rand(2, 3, 9, 9), torch.randn(2, 5, 5, 5)
+    folded = fold(conv.eval(), norm.eval())
+    expected = norm(conv(x))
+    torch.testing.assert_close(folded(x), expected.relu(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        folded(x, residual.clone()), (expected + residual).relu(), rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.skipif(not has_onednn(), reason="oneDNN's fused convolutions cannot be called here")
+def test_images_in_two_numbers_lose_less_than_in_one() -> None:
+    torch.manual_seed(3)
+    conv = FoldedConv(torch.randn(16, 1, 3, 3) / 3, torch.rand(16), [1, 1], [1, 1])
+    images = torch.rand(4, 1, 32, 32)
+    exact = conv(images)
+
+    def error(found: Tensor) -> float:
+        # The result itself is rounded to bfloat16 either way: compare with the rounded one.
+        return float((found.float() - exact.bfloat16().float()).square().mean().sqrt())
+
+    split = SplitConv(conv, torch.channels_last)
+    plain = cast(conv, torch.bfloat16, torch.channels_last, onednn=True)
+    assert error(split(images)) < error(plain(images.bfloat16())) / 5
+    weight = conv.weight.double()
+    as_double = F.conv2d(images.double(), weight, conv.bias.double(), padding=1).relu()
+    torch.testing.assert_close(split(images).double(), as_double, rtol=2**-8, atol=1e-4)
