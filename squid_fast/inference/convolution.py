@@ -109,3 +109,49 @@ class SplitConv(nn.Module):
 def _split(x: Tensor) -> tuple[Tensor, Tensor]:
     high = x.bfloat16()
     return high, (x - high.float()).bfloat16()
+
+
+class ResizedConv(nn.Module):
+    """``FoldedConv(cat([skip, resize(x)]))``, bilinear to twice the side, with half the products.
+
+    Both are linear, so the taps can be multiplied with before the map is resized, when it has a
+    quarter of the pixels; what is left is one fixed matrix from pixels and taps to the pixels of
+    the result, the same for all channels. It is small for small maps only.
+
+    Args:
+        conv: 3 x 3, of what is put together.
+        skip: channels of the skip, 0 for none.
+        side: of x.
+    """
+
+    spread: Tensor
+
+    def __init__(self, conv: FoldedConv, skip: int, side: int, layout: torch.memory_format) -> None:
+        super().__init__()
+        self.bias = conv.bias.bfloat16()
+        part = conv.weight[:, skip:]
+        taps = part.permute(2, 3, 0, 1).reshape(-1, part.shape[1])  # [(3, 3, Cout), Cin]
+        self.taps = taps.bfloat16()
+        self._packed: Tensor | None = None
+        ahead = FoldedConv(conv.weight[:, :skip], conv.bias, conv.stride, conv.padding)
+        self.of_skip = cast(ahead, torch.bfloat16, layout, onednn=True) if skip else None
+        # Each pixel by itself, resized, and what lies under each tap of each pixel of the result.
+        pixels = torch.eye(side * side).view(-1, 1, side, side)
+        wide = F.interpolate(pixels, scale_factor=2, mode="bilinear", align_corners=False)
+        spread = (
+            F.unfold(wide, 3, padding=1).permute(2, 0, 1).flatten(1)
+        )  # [4 * side**2, (side**2, 9)]
+        self.register_buffer("spread", spread.bfloat16())
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        """bfloat16 [B, Cin, h, w], [B, Cskip, 2h, 2w] to [B, Cout, 2h, 2w], channels-last."""
+        B, C, h, w = x.shape
+        rows = x.permute(0, 2, 3, 1).reshape(-1, C)
+        if self._packed is None:
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(self.taps, rows.shape[0])
+        tapped = torch.ops.mkldnn._linear_pointwise(rows, self._packed, None, "none", [], "")
+        result = torch.bmm(self.spread.expand(B, -1, -1), tapped.view(B, h * w * 9, -1))
+        result = result.view(B, 2 * h, 2 * w, -1).permute(0, 3, 1, 2)
+        if skip is None or self.of_skip is None:
+            return (result + self.bias[:, None, None]).relu_()
+        return self.of_skip(skip, residual=result)

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from ..modules import SQUID
 from ..modules.unet import DoubleConv, to_image, to_patches
 from ..scores import Quantization
-from .convolution import FoldedConv, SplitConv, cast, fold
+from .convolution import FoldedConv, ResizedConv, SplitConv, cast, fold
 from .quantization import Grid, QuantizedConv, Range
+
+_SMALL = 8  # side of the maps up to which ``ResizedConv`` is faster, measured on AVX512
 
 
 def _folded(block: DoubleConv) -> tuple[FoldedConv, FoldedConv, FoldedConv]:
@@ -26,13 +28,19 @@ def _folded(block: DoubleConv) -> tuple[FoldedConv, FoldedConv, FoldedConv]:
     return fold(*first), fold(*second), fold(*third)  # type: ignore[arg-type]
 
 
+def _resized(x: Tensor, skip: Tensor) -> Tensor:
+    return F.interpolate(x, size=skip.shape[-2:], mode="bilinear", align_corners=False)
+
+
 class Stage(nn.Module):
-    """A residual double convolution in floats.
+    """A residual double convolution in floats; of the decoder, with the resize in front of it.
 
     Args:
         block: trained.
         dtype: of the maps.
         image: whether it is given images, in float32.
+        concat: channels of the skip that is put in front of the maps, 0 for none.
+        side: of the maps before they are resized, where that is known to be half the skip's.
     """
 
     def __init__(
@@ -42,34 +50,47 @@ class Stage(nn.Module):
         layout: torch.memory_format,
         onednn: bool,
         image: bool = False,
+        concat: int = 0,
+        side: int | None = None,
     ) -> None:
         super().__init__()
         first, second, third = _folded(block)
         self.dtype, self.source = dtype, torch.float32 if image else dtype
-        split = image and onednn and dtype == torch.bfloat16
-        self.first: nn.Module = (
-            SplitConv(first, layout) if split else cast(first, self.source, layout, onednn)
-        )
+        self.concat = concat
+        in_bf16 = onednn and dtype == torch.bfloat16
+        self.first: nn.Module
+        if in_bf16 and image:
+            self.first = SplitConv(first, layout)
+        elif in_bf16 and side is not None and side <= _SMALL:
+            self.first = ResizedConv(first, concat, side, layout)
+        else:
+            self.first = cast(first, self.source, layout, onednn)
         self.second = cast(second, dtype, layout, onednn)
         self.third = cast(third, dtype, layout, onednn)
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
-        """Maps, and those to put in front of their channels."""
+        """Maps, in the decoder with the skip whose size they take."""
         x = x.to(self.source)
-        if skip is not None:
-            x = torch.cat([skip.to(self.source), x], dim=1)
-        a = self.first(x).to(self.dtype)
+        if skip is None:
+            a = self.first(x)
+        elif isinstance(self.first, ResizedConv):
+            a = self.first(x, skip.to(self.source) if self.concat else None)
+        else:
+            x = _resized(x, skip)
+            a = self.first(torch.cat([skip.to(x.dtype), x], dim=1) if self.concat else x)
+        a = a.to(self.dtype)
         return self.third(self.second(a), residual=a)
 
 
 class QuantizedStage(nn.Module):
-    """A residual double convolution in bytes.
+    """A residual double convolution in bytes; of the decoder, with the resize in front of it.
 
     Args:
         block: trained.
         ranges: of its convolutions: "first", "second", "third", and "first.input".
         source: grid of the maps it is given, where they are bytes.
-        skip: grid of the skip, where that is bytes.
+        concat: whether the skip is put in front of the maps.
+        skip: its grid, where it is bytes.
         target: float dtype of the output; None for bytes on the grid ``output``.
     """
 
@@ -78,21 +99,24 @@ class QuantizedStage(nn.Module):
         block: DoubleConv,
         ranges: Mapping[str, Range],
         source: Grid | None,
-        skip: Grid | None,
         target: torch.dtype | None,
+        concat: bool = False,
+        skip: Grid | None = None,
     ) -> None:
         super().__init__()
         self.source = source or Grid.over(ranges["first.input"])
         self.a, b, self.output = (Grid.over(ranges[part]) for part in ("first", "second", "third"))
-        self.skip, self.target = skip, target
+        self.concat, self.skip, self.target = concat, skip, target
         first, second, third = _folded(block)
         self.first = QuantizedConv(first, self.source, self.a)
         self.second = QuantizedConv(second, self.a, b)
         self.third = QuantizedConv(third, b, target or self.output, self.a)
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
-        """Maps, and those to put in front of their channels."""
+        """Maps, in the decoder with the skip whose size they take."""
         if skip is not None:
+            x = _resized(x, skip)
+        if skip is not None and self.concat:
             skip = self.skip.decode(skip, x.dtype) if self.skip else skip.to(x.dtype)
             x = torch.cat([skip, x], dim=1)
         a = self.first(x if x.dtype == torch.uint8 else self.source.encode(x))
@@ -137,8 +161,14 @@ class FrozenGenerator(nn.Module):
         self.downs, self.ups = nn.ModuleList(), nn.ModuleList()
         for down in model.down_blocks:
             self.downs.append(Stage(down.mpconv, dtype, layout, onednn))  # type: ignore[arg-type]
-        for up in model.up_blocks:
-            self.ups.append(Stage(up.conv, dtype, layout, onednn))  # type: ignore[arg-type]
+        for i, up in enumerate(model.up_blocks):
+            deep = self.level - 1 - i
+            side = model.image_size >> deep + 1
+            if self.combine < deep + 1:
+                side //= self.num_patch
+            skip = model.down_blocks[deep].mpconv.conv1[0].in_channels if self.concat[i] else 0
+            stage = Stage(up.conv, dtype, layout, onednn, concat=skip, side=side)  # type: ignore[arg-type]
+            self.ups.append(stage)
         if quantization is not None:
             self._put_in_bytes(model, dtype, quantization)
         self.inpaint = model.inpaint_block
@@ -167,7 +197,7 @@ class FrozenGenerator(nn.Module):
             reader = L - 2 - i  # the ``up`` for which the output is the skip
             if i < L - 1 and downs[i + 1] and (ups[reader] or not self.concat[reader]):
                 target = None
-            stage = QuantizedStage(block, ranges(f"downs.{i}"), grids[i], None, target)
+            stage = QuantizedStage(block, ranges(f"downs.{i}"), grids[i], target)
             if target is None:
                 grids[i + 1] = stage.output
             self.downs[i] = stage
@@ -176,7 +206,12 @@ class FrozenGenerator(nn.Module):
             asks = not isinstance(model.memory_blocks[deep], nn.Identity)
             target = torch.float32 if asks else dtype
             self.ups[i] = QuantizedStage(
-                model.up_blocks[i].conv, ranges(f"ups.{i}"), None, grids[deep], target
+                model.up_blocks[i].conv,
+                ranges(f"ups.{i}"),
+                None,
+                target,
+                self.concat[i],
+                grids[deep],
             )
 
     def forward(self, images: Tensor) -> Tensor:
@@ -193,9 +228,7 @@ class FrozenGenerator(nn.Module):
             deep = self.level - 1 - i
             if self.combine == deep + 1:
                 x = to_image(x, self.num_patch)
-            x = x.contiguous(memory_format=self.layout)
-            x = F.interpolate(x, size=skips[deep].shape[-2:], mode="bilinear", align_corners=False)
-            x = up(x, skips[deep] if self.concat[i] else None)
+            x = up(x.contiguous(memory_format=self.layout), skips[deep])
             if not isinstance(self.memories[deep], nn.Identity):
                 x = self._among_others(self.memories[deep], x.float(), B)
         if not self.combine:

@@ -11,7 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import squid_fast
-from squid_fast.inference.convolution import FoldedConv, SplitConv, cast, fold, has_onednn
+from squid_fast.inference.convolution import (
+    FoldedConv,
+    ResizedConv,
+    SplitConv,
+    cast,
+    fold,
+    has_onednn,
+)
 from squid_fast.inference.network import FrozenGenerator
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -151,3 +158,27 @@ def test_images_in_two_numbers_lose_less_than_in_one() -> None:
     weight = conv.weight.double()
     as_double = F.conv2d(images.double(), weight, conv.bias.double(), padding=1).relu()
     torch.testing.assert_close(split(images).double(), as_double, rtol=2**-8, atol=1e-4)
+
+
+@pytest.mark.skipif(not has_onednn(), reason="oneDNN's fused convolutions cannot be called here")
+@pytest.mark.parametrize("side", [1, 2, 3, 8])
+@pytest.mark.parametrize("skip", [0, 16])
+def test_a_convolution_before_the_resize_is_the_convolution_behind_it(side: int, skip: int) -> None:
+    torch.manual_seed(4)
+    weight, bias = torch.randn(32, 48 + skip, 3, 3) / 20, torch.randn(32)
+    conv = FoldedConv(weight, bias, [1, 1], [1, 1])
+    x = torch.randn(3, 48, side, side).bfloat16().contiguous(memory_format=torch.channels_last)
+    ahead = torch.randn(3, skip, 2 * side, 2 * side).bfloat16()
+    ahead = ahead.contiguous(memory_format=torch.channels_last)
+    resized = F.interpolate(x.double(), scale_factor=2, mode="bilinear", align_corners=False)
+    both = torch.cat([ahead.double(), resized], dim=1)
+    expected = F.conv2d(both, weight.double(), bias.double(), padding=1).relu()
+    plain = cast(conv, torch.bfloat16, torch.channels_last, onednn=True)(both.bfloat16())
+    found = ResizedConv(conv, skip, side, torch.channels_last)(x, ahead if skip else None)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+
+    def error(y: Tensor) -> float:
+        return float((y.double() - expected).square().mean().sqrt())
+
+    assert error(found) < 2 * error(plain)
+    torch.testing.assert_close(found.double(), expected, rtol=0.02, atol=0.05)
