@@ -101,14 +101,64 @@ def test_error_scores_against_their_definition(bundle: squid_fast.Bundle) -> Non
     torch.testing.assert_close(raw["patch_error"], ((quarters - mean) / std).amax(dim=1))
 
 
-def test_scores_do_not_depend_on_the_batch(bundle: squid_fast.Bundle) -> None:
+@pytest.mark.parametrize("score", SCORES)
+def test_float32_scores_are_the_same_to_the_bit_in_any_batch_and_order(
+    bundle: squid_fast.Bundle, score: str
+) -> None:
     scorer = squid_fast.Scorer(
-        bundle.model, bundle.discriminator, bundle.calibration, precision="float32", device="cpu"
+        bundle.model, bundle.discriminator, bundle.calibration, score, "float32", "cpu"
     )
-    images = image_set(7, seed=2).batch(slice(0, 7))
-    whole = scorer.score(images).z_score
-    single = torch.cat([scorer.score(image[None]).z_score for image in images])
-    torch.testing.assert_close(whole, single, rtol=1e-4, atol=1e-4)
+    images = image_set(37, seed=2).batch(slice(0, 37))
+    whole = scorer.score(images).raw
+    for size in (1, 2, 3, 7, 8, 9, 16, 36):
+        parts = [scorer.score(part).raw for part in images.split(size)]
+        assert torch.equal(torch.cat(parts), whole), size
+    order = torch.randperm(37, generator=torch.manual_seed(3))
+    assert torch.equal(scorer.score(images[order]).raw, whole[order])
+    assert scorer.score(images[:0]).raw.shape == (0,)
+
+
+def test_bf16_scores_hardly_depend_on_the_batch(bundle: squid_fast.Bundle) -> None:
+    scorer = squid_fast.Scorer(
+        bundle.model, bundle.discriminator, bundle.calibration, precision="bf16", device="cpu"
+    )
+    images = image_set(20, seed=2).batch(slice(0, 20))
+    whole = scorer.score(images).raw
+    for size in (1, 3, 8):
+        parts = torch.cat([scorer.score(part).raw for part in images.split(size)])
+        assert (parts - whole).abs().max() <= 0.01 * whole.std()
+
+
+def test_bytes_are_images_too(bundle: squid_fast.Bundle) -> None:
+    scorer = squid_fast.Scorer(bundle.model, bundle.discriminator, bundle.calibration, device="cpu")
+    images = image_set(3)
+    as_floats = scorer.score(images.batch(slice(0, 3))).raw
+    assert torch.equal(scorer.score(images.images).raw, as_floats)
+    assert scorer.prefetch(images.images) is images.images
+    with pytest.raises(ValueError, match=r"images are torch\.int64; floating-point values"):
+        scorer.score(images.images.long())
+    with pytest.raises(ValueError, match=r"images are \[3, 48, 48\]; this model takes"):
+        scorer.score(images.images[:, 0])
+
+
+def test_a_fingerprint_says_what_made_a_score(bundle: squid_fast.Bundle, tmp_path: Path) -> None:
+    squid_fast.save_bundle(bundle, tmp_path)
+
+    def fingerprint(score: str | None = None, precision: str = "float32") -> str:
+        return squid_fast.Scorer.load(tmp_path, score, precision, "cpu").fingerprint
+
+    first = fingerprint()
+    assert fingerprint() == first == fingerprint("discriminator_instance")
+    others = {fingerprint("patch_error"), fingerprint(precision="bf16")}
+    with torch.no_grad():
+        bundle.discriminator.regressor.bias += 1e-3
+    squid_fast.save_bundle(bundle, tmp_path)
+    others.add(fingerprint())
+    calibration = json.loads((tmp_path / "calibration.json").read_text())
+    calibration["scores"]["discriminator_instance"]["threshold"] += 1
+    (tmp_path / "calibration.json").write_text(json.dumps(calibration))
+    others.add(fingerprint())
+    assert len(others | {first}) == 5
 
 
 def test_calibration_of_normal_images(bundle: squid_fast.Bundle) -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..modules import SQUID
-from ..modules.unet import DoubleConv, to_image, to_patches
+from ..modules.unet import DoubleConv, Down, Up, to_image, to_patches
 from ..scores import Quantization
 from .convolution import FoldedConv, ResizedConv, SplitConv, cast, fold
 from .quantization import Grid, QuantizedConv, Range
@@ -159,18 +159,19 @@ class FrozenGenerator(nn.Module):
         self.concat = [op == "concat" for op in model.config["ops"]]
         self.in_conv = Stage(model.in_conv.conv, dtype, layout, onednn, image=True)
         self.downs, self.ups = nn.ModuleList(), nn.ModuleList()
-        for down in model.down_blocks:
-            self.downs.append(Stage(down.mpconv, dtype, layout, onednn))  # type: ignore[arg-type]
-        for i, up in enumerate(model.up_blocks):
+        downs = [down.mpconv for down in model.down_blocks if isinstance(down, Down)]
+        ups = [up.conv for up in model.up_blocks if isinstance(up, Up)]
+        self.downs.extend(Stage(block, dtype, layout, onednn) for block in downs)
+        for i, block in enumerate(ups):
             deep = self.level - 1 - i
             side = model.image_size >> deep + 1
             if self.combine < deep + 1:
                 side //= self.num_patch
-            skip = model.down_blocks[deep].mpconv.conv1[0].in_channels if self.concat[i] else 0
-            stage = Stage(up.conv, dtype, layout, onednn, concat=skip, side=side)  # type: ignore[arg-type]
-            self.ups.append(stage)
+            width = model.config["features_root"] << deep  # of the skip
+            concat = width if self.concat[i] else 0
+            self.ups.append(Stage(block, dtype, layout, onednn, concat=concat, side=side))
         if quantization is not None:
-            self._put_in_bytes(model, dtype, quantization)
+            self._put_in_bytes(downs, ups, model.memory_blocks, dtype, quantization)
         self.inpaint = model.inpaint_block
         for name in ("bottleneck_conv1", "bottleneck_conv2"):
             conv, norm, _ = getattr(self.inpaint, name)
@@ -180,7 +181,14 @@ class FrozenGenerator(nn.Module):
         self.head = model.out_conv
         self.requires_grad_(False)
 
-    def _put_in_bytes(self, model: SQUID, dtype: torch.dtype, chosen: Quantization) -> None:
+    def _put_in_bytes(
+        self,
+        downs: list[DoubleConv],
+        ups: list[DoubleConv],
+        memories: nn.ModuleList,
+        dtype: torch.dtype,
+        chosen: Quantization,
+    ) -> None:
         """Exchange stages; maps travel as bytes where all stages that read them are in bytes."""
 
         def ranges(name: str) -> dict[str, Range]:
@@ -188,30 +196,24 @@ class FrozenGenerator(nn.Module):
             return {k[len(prefix) :]: v for k, v in chosen.ranges.items() if k.startswith(prefix)}
 
         L = self.level
-        downs = [f"downs.{i}" in chosen.stages for i in range(L)]
-        ups = [f"ups.{i}" in chosen.stages for i in range(L)]
+        down_in_bytes = [f"downs.{i}" in chosen.stages for i in range(L)]
+        up_in_bytes = [f"ups.{i}" in chosen.stages for i in range(L)]
         # Grids of the maps in front of every ``down``, which are the skips too; None for floats.
         grids: list[Grid | None] = [None] * L
-        for i in (i for i in range(L) if downs[i]):
-            block, target = model.down_blocks[i].mpconv, torch.float32 if i == L - 1 else dtype
+        for i in (i for i in range(L) if down_in_bytes[i]):
             reader = L - 2 - i  # the ``up`` for which the output is the skip
-            if i < L - 1 and downs[i + 1] and (ups[reader] or not self.concat[reader]):
-                target = None
-            stage = QuantizedStage(block, ranges(f"downs.{i}"), grids[i], target)
-            if target is None:
+            travels = i < L - 1 and down_in_bytes[i + 1]
+            travels = travels and (up_in_bytes[reader] or not self.concat[reader])
+            target = None if travels else torch.float32 if i == L - 1 else dtype
+            stage = QuantizedStage(downs[i], ranges(f"downs.{i}"), grids[i], target)
+            if travels:
                 grids[i + 1] = stage.output
             self.downs[i] = stage
-        for i in (i for i in range(L) if ups[i]):
+        for i in (i for i in range(L) if up_in_bytes[i]):
             deep = L - 1 - i
-            asks = not isinstance(model.memory_blocks[deep], nn.Identity)
-            target = torch.float32 if asks else dtype
+            target = dtype if isinstance(memories[deep], nn.Identity) else torch.float32
             self.ups[i] = QuantizedStage(
-                model.up_blocks[i].conv,
-                ranges(f"ups.{i}"),
-                None,
-                target,
-                self.concat[i],
-                grids[deep],
+                ups[i], ranges(f"ups.{i}"), None, target, self.concat[i], grids[deep]
             )
 
     def forward(self, images: Tensor) -> Tensor:
