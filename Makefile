@@ -64,5 +64,5 @@ $(READY): pyproject.toml constraints.txt
 	       "On Debian and Ubuntu its venv module is a package of its own: python3-venv" >&2; exit 1; }
 	@echo "Installing into $(VENV); this takes minutes where the GPU build of torch is fetched."
 	@$(BIN)/pip install --quiet -c constraints.txt torch
-	@$(BIN)/pip install --quiet -c constraints.txt -e ".[train,screen,dev]"
+	@$(BIN)/pip install --quiet -c constraints.txt -e ".[train,screen,ray,export,dev]"
 	@touch $@

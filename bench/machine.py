@@ -1,15 +1,14 @@
-"""What a figure has to say about where it comes from."""
+"""What a figure of this repository has to say about where it comes from."""
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
 import os
-import platform
 import subprocess
 from pathlib import Path
 
 import torch
+
+from squid_fast import machine
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,29 +27,6 @@ def commit() -> str:
         return "unknown"
 
 
-def device_name(device: torch.device) -> str:
-    """The card, or the processor."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(x.split(":")[1].strip() for x in lines if x.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.machine()
-
-
 def describe(device: torch.device) -> dict[str, str | int | None]:
-    """Device, versions, commit and date."""
-    try:
-        triton: str | None = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        triton = None
-    return {
-        "device": device_name(device),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "triton": triton,
-        "python": platform.python_version(),
-        "commit": commit(),
-        "date": datetime.date.today().isoformat(),
-    }
+    """Device, threads, versions, date and commit."""
+    return machine.describe(device) | {"commit": commit()}

@@ -16,12 +16,18 @@ from typing import Any
 
 import torch
 
+from . import costs
 from .cases import cases
 from .roofline import Ceilings, work_of
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
-PAGES = (ROOT / "README.md", RESULTS / "README.md", ROOT / "kernels" / "README.md")
+PAGES = (
+    ROOT / "README.md",
+    RESULTS / "README.md",
+    RESULTS / "scale.md",
+    ROOT / "kernels" / "README.md",
+)
 # The vendor's data sheet of the H100 SXM: 3.35 TB/s, 989 TFLOP/s dense in bfloat16, and a third of
 # 494 TFLOP/s in TF32 for float32.
 H100 = Ceilings(bytes_per_s=3.35e12, bfloat16=989e12, float32=494e12 / 3)
@@ -199,6 +205,7 @@ TABLES = {
     "trials": trials,
     "micro_cpu": partial(micro, "cpu"),
     "micro_cuda": partial(micro, "cuda"),
+    **{name: partial(costs.table, name) for name in costs.TABLES},
 }
 
 

@@ -85,6 +85,37 @@ def demo_table(aurocs: dict[str, dict[str, float]], score: str) -> Table:
     return table
 
 
+def bench_table(figures: dict[str, Any]) -> Table:
+    """The published way beside squid_fast, from the figures of a `Benchmark`."""
+    share = next(r["share_of_scorer"] for r in figures["screening"].values() if len(r) > 4)
+    threads, rounds = figures["threads"], figures["rounds"]
+    table = Table(
+        title=f"{figures['device']}, {threads} thread{'s' * (threads != 1)}: {figures['model']}",
+        caption=f"Medians of {rounds} rounds, of files {min(rounds, 3)}, in which all take turns. "
+        "×: how many times as fast as the published way; × =: at equal batch size. "
+        f"From files to rows, squid_fast reaches {share:.0%} of its scorer's own rate.",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    table.add_column("")
+    for name in ("images/s", "ms/image", "×", "× ="):
+        table.add_column(name, justify="right", no_wrap=True)
+    for part, title in (("evaluation", "model only"), ("screening", "end to end, from files")):
+        table.add_row(title, style="bold")
+        for name, row in figures[part].items():
+            equal = row.get("ratio_at_equal_batch")
+            table.add_row(
+                name,
+                f"{row['images_per_second']:,.1f}",
+                f"{row['milliseconds']:,.2f}",
+                f"{row['ratio']:.2f}",
+                "" if equal is None else f"{equal:.2f}",
+            )
+        table.add_section()
+    return table
+
+
 @contextmanager
 def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
     """A bar that is moved by calls with (done, total) and vanishes at the end."""

@@ -19,7 +19,7 @@ from .inference import Scorer
 from .modules import SQUID
 from .presets import preset
 from .scores import PAPER_SCORE, SCORES
-from .screening import Summary, open_writer, screen, write_report
+from .screening import screen_to_table, write_report
 from .training import Progress, train_bundle
 from .training.loop import seconds_per_step
 
@@ -152,9 +152,9 @@ def auroc_by_kind(
 
 def _screen(scorer: Scorer, images: Path, out: Path) -> tuple[dict[str, Any], Path, Path]:
     """Screen a folder as a user would; returns the summary, the table and the report."""
-    summary, table, page = Summary(), out / "results.csv", out / "report.html"
-    with open_writer(table) as writer:
-        writer.write(summary.watch(screen(scorer, images)))
+    table, page = out / "results.csv", out / "report.html"
+    summary = screen_to_table(scorer, images, table)
+    assert summary is not None  # nothing stops it
     write_report(
         page,
         scorer,

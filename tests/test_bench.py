@@ -11,13 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import micro, readme, roofline, timing
+from bench import micro, readme, roofline, speed, timing
 from bench.cases import OPERATIONS, Case, cases
+from bench.machine import commit
 from bench.micro import Results, Runner
 from bench.problems import WrongResultError as Wrong
 from bench.problems import call_of, function_of, problem
 from bench.roofline import Ceilings, Work
 from bench.verify import verify
+from squid_fast import PRESETS
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -178,6 +180,27 @@ def test_the_table_of_microbenchmarks(tmp_path: Path, monkeypatch: pytest.Monkey
     results.add(case, "squid_fast", 1e-7, timing.Timing([2e-6], []))
     line = "| gumbel shrinkage, forward + backward | B 2, N 4, M 7, k 5 | float32 | 4 |  | 2.00 × |"
     assert line in readme.TABLES["micro_cpu"]().splitlines()
+
+
+def test_a_part_measured_anew_leaves_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speed, "PRESET", PRESETS["small"])
+    path = tmp_path / "speed_cpu.json"
+    path.write_text(json.dumps({"screening": {"kept": 1}, "training": {"old": 1}, "commit": "x"}))
+    options = ["--rounds=1", "--batch=2", "--threads=1", "--device=cpu", "--part=training"]
+    monkeypatch.setattr(sys, "argv", ["speed", *options, f"--output={tmp_path}"])
+    speed.main()
+    written = json.loads(path.read_text())
+    assert written["screening"] == {"kept": 1}
+    assert written["commit"] == commit()
+    assert (written["batch"], written["threads"], written["torch"]) == (2, 1, torch.__version__)
+    first, second = written["training"].values()
+    assert list(written["training"]) == ["published loop", "squid_fast.Trainer"]
+    assert first["images"] == second["images"] == 4
+    assert second["ratio"] == pytest.approx(
+        first["milliseconds"] / second["milliseconds"], rel=0.01
+    )
 
 
 def test_plain_pytest_collects_no_benchmarks() -> None:

@@ -204,6 +204,55 @@ def test_screening_ranks_by_the_score_asked_for(grids: Path, run: Path, tmp_path
     assert columns[0] != columns[1]
 
 
+def test_ctrl_c_keeps_the_rows_and_resume_gives_the_whole_table(
+    grids: Path, run: Path, tmp_path: Path
+) -> None:
+    folder, out, figures = tmp_path / "in", tmp_path / "r.jsonl", tmp_path / "summary.json"
+    folder.mkdir()
+    images = sorted((grids / row["image_path"]) for row in rows_of(grids / "labels.csv"))
+    count = 3000
+    for number in range(count):
+        os.link(images[number % len(images)], folder / f"{number:04d}.png")
+    arguments = ["screen", run, folder, "--out", out, "--precision", "float32", "--device", "cpu"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "squid_fast", *map(str, arguments)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+    journal = tmp_path / "r.jsonl.partial"
+    lines = journal / "rows.jsonl"
+    while process.poll() is None and not (lines.exists() and lines.stat().st_size):
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to the readers too
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    done = lines.read_bytes().count(b"\n")
+    assert 0 < done < count
+    assert f"stopped: {done:,} of 3,000 rows are safe in {str(journal)!r}; go on with --r" in said
+    assert "Traceback" not in said
+    assert not out.exists()
+
+    refused = squid(*arguments, check=False)
+    assert refused.returncode == 1
+    assert "holds an unfinished run of 'r.jsonl': go on with --resume, or delete" in refused.stderr
+    other = squid(*arguments, "--resume", "--score", "reconstruction_error", check=False)
+    assert other.returncode == 1
+    assert "the score was 'discriminator_instance' and is 'reconstruction_error'" in other.stderr
+
+    again = squid(*arguments, "--resume", "--summary", figures, "--json", "--timeout", 30)
+    assert f"going on behind {done:,} of 3,000 rows" in again.stderr
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["path"] for row in rows] == [str(folder / f"{i:04d}.png") for i in range(count)]
+    assert not journal.exists()
+    for number, row in enumerate(rows):  # links to one image, scored before the stop and after it
+        assert row["z_score"] == pytest.approx(rows[number % len(images)]["z_score"], abs=1e-3)
+    summary = json.loads(figures.read_text())
+    assert summary == json.loads(again.stdout)
+    assert (summary["count"], summary["errors"]) == (count, 0)
+
+
 def test_convert_turns_published_checkpoints_into_a_bundle(grids: Path, tmp_path: Path) -> None:
     import torch
 
@@ -235,6 +284,10 @@ def test_mistakes_end_in_one_sentence(grids: Path, run: Path, tmp_path: Path) ->
         ("train", "--data", tmp_path / "no", "--out", tmp_path): "no",
         ("screen", tmp_path, grids, "--out", "x.csv"): "config.json is missing",
         ("screen", run, grids, "--out", tmp_path / "x.xls"): ".parquet",
+        ("screen", "no bundle", grids, "--out", tmp_path): "has the suffix ''",
+        ("screen", "no bundle", grids, "--out", tmp_path / "no" / "x.csv"): "there is no folder",
+        ("screen", "none", grids, "--out", "x.csv", "--summary", "no/s.json"): "no folder 'no'",
+        ("screen", run, grids, "--out", tmp_path / "y.csv", "--timeout", -1): "timeout",
         ("evaluate", run, "--data", grids, "--split", "exam"): "split 'exam'",
     }
     for arguments, sentence in cases.items():

@@ -62,8 +62,47 @@ def test_a_missing_extra_is_named() -> None:
 
 
 def test_everything_exported_exists() -> None:
-    for name in squid_fast.__all__:
-        assert getattr(squid_fast, name) is not None
+    for package in (squid_fast, squid_fast.data, squid_fast.screening):
+        assert set(package.__all__) <= set(dir(package))
+        for name in package.__all__:
+            assert getattr(package, name) is not None
+
+
+def test_names_are_imported_when_they_are_used() -> None:
+    """Processes that read files would wait for torch, and hold it."""
+    done = subprocess.run([sys.executable, "-c", LAZY], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+LAZY = """
+import sys
+
+import squid_fast.data.readers, squid_fast.screening.reading
+import squid_fast, squid_fast.data, squid_fast.screening
+assert not {"torch", "PIL", "pydicom", "pyarrow"} & set(sys.modules)
+assert squid_fast.data.MAX_PIXELS == 100_000_000
+assert {"ops", "screen", "SQUID"} <= set(dir(squid_fast))
+assert "torch" not in sys.modules
+
+try:
+    squid_fast.screens
+except AttributeError as error:
+    assert str(error) == "module 'squid_fast' has no attribute 'screens'"
+else:
+    raise AssertionError("there is no such name")
+
+import pickle
+calibration = squid_fast.scores.Calibration({}, [1.0], [2.0], "training")
+assert pickle.loads(pickle.dumps(calibration)) == calibration
+assert pickle.loads(pickle.dumps(squid_fast.Scores)) is squid_fast.inference.Scores
+assert squid_fast.ops.memory_lookup is sys.modules["squid_fast.ops"].memory_lookup
+
+from squid_fast import *
+from squid_fast.data import *
+assert SQUID is squid_fast.modules.SQUID
+assert load_image is sys.modules["squid_fast.data.readers"].load_image
+assert {*squid_fast.__all__, *squid_fast.data.__all__} <= set(globals())
+"""
 
 
 def test_every_folder_with_modules_is_packaged() -> None:

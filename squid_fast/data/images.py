@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from squid_fast.data.readers import ImageReadError, load_image
+from squid_fast.data.pixels import ImageReadError
+from squid_fast.data.readers import load_bytes
 from squid_fast.data.records import Record
 
 UNKNOWN = -1
@@ -122,10 +123,9 @@ def load_images(
 
     def decode(index: int) -> str | None:
         try:
-            image = load_image(records[index].path, size)
+            images[index, 0] = load_bytes(records[index].path, size)
         except ImageReadError as error:
             return str(error)
-        images[index, 0] = image * 255 + 0.5
         return None
 
     problems: list[str | None] = []

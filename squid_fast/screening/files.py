@@ -12,14 +12,21 @@ from squid_fast.data import IMAGE_SUFFIXES
 
 PathInput = str | os.PathLike[str]
 
+SHARD_SUFFIX = ".arrow"
+"""Of files that hold packed images, see `squid_fast.screening.shards`."""
+
+_WANTED_SUFFIXES = (*IMAGE_SUFFIXES, SHARD_SUFFIX)
+_LISTED = f"{os.sep}.{os.sep}.{os.sep}"
+
 
 def find_files(inputs: PathInput | Iterable[PathInput]) -> list[str]:
     """List the files that ``inputs`` name, each once, in the order given.
 
     - A file is kept as it is named, whatever its suffix, whether it exists or not.
-    - A folder is walked. It gives its image files (by suffix) and those without a suffix, as
-      DICOM files often are, sorted by path. A folder that gives none is kept itself, and so is
-      one inside it that is named like an image and holds no file, or that cannot be listed.
+    - A folder is walked. It gives its image files and shards (by suffix) and files without a
+      suffix, as DICOM files often are, sorted by path. A folder that gives none is kept itself,
+      and so is one inside it that is named like an image and holds no file, or that cannot be
+      listed.
     - A glob gives what it matches, sorted; ``**`` matches any number of folders. Matched folders
       are walked. A glob without a match is kept itself.
 
@@ -35,8 +42,32 @@ def find_files(inputs: PathInput | Iterable[PathInput]) -> list[str]:
     return list(found.values())
 
 
+def listed_file(name: str, root: str) -> str:
+    """The path that `find_files` takes for a name in a list: a file inside of ``root``.
+
+    A name that leads out of ``root``, through ``..``, absolutely or by a link, that is a folder,
+    or that is missing and looks like a pattern gets a path that `find_files` keeps as it is and
+    that `explain_no_file` explains: ``ROOT/././NAME``.
+    """
+    name = os.path.normpath(name)
+    path = os.path.join(root, name)
+    pattern = glob.has_magic(path) and not os.path.lexists(path)
+    if _lies_inside(path, root) and not os.path.isdir(path) and not pattern:
+        return path
+    if os.path.isabs(name):
+        name = os.path.relpath(name, root or os.curdir)
+    return f"{root or os.curdir}{_LISTED}{name}"
+
+
 def explain_no_file(path: str) -> str | None:
     """Why a path that `find_files` kept stands for no file, in a sentence, or None."""
+    root, listed, _ = path.rpartition(_LISTED)
+    if listed:
+        if not _lies_inside(path, root):
+            return f"{os.path.abspath(path)!r}, named in a list, lies outside of {root!r}"
+        if os.path.isdir(path):
+            return f"{os.path.abspath(path)!r} is a directory; a list names files"
+        return None
     if os.path.isdir(path):
         try:
             os.scandir(path).close()
@@ -48,7 +79,15 @@ def explain_no_file(path: str) -> str | None:
     return None
 
 
+def _lies_inside(path: str, root: str) -> bool:
+    """Whether a path leads to a place below ``root``, links being followed; "" is here."""
+    real_root = os.path.realpath(root)
+    return os.path.commonpath([real_root, os.path.realpath(path)]) == real_root
+
+
 def _expand(path: str) -> list[str]:
+    if _LISTED in path:
+        return [path]
     if os.path.isdir(path):
         return _files_in(path) or [path]
     if os.path.lexists(path) or not glob.has_magic(path):
@@ -66,11 +105,13 @@ def _files_in(folder: str) -> list[str]:
         name = os.path.basename(path).lower()
         suffix = os.path.splitext(name)[1]
         if kind == "folder":
-            wanted = name.endswith(IMAGE_SUFFIXES) and not any(files for *_, files in os.walk(path))
+            wanted = name.endswith(_WANTED_SUFFIXES) and not any(
+                files for *_, files in os.walk(path)
+            )
         else:
             # Names that are DICOM identifiers, such as 1.2.840.10008, have no suffix either.
             no_suffix = not suffix or suffix[1:].isdigit()
-            wanted = kind == "unlisted" or no_suffix or name.endswith(IMAGE_SUFFIXES)
+            wanted = kind == "unlisted" or no_suffix or name.endswith(_WANTED_SUFFIXES)
         if wanted:
             found.append(path)
     return sorted(found)

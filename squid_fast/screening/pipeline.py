@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 import math
-import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
 
-from squid_fast.data import ImageReadError, load_image
-from squid_fast.screening.files import PathInput, explain_no_file, find_files
+from squid_fast.screening.files import PathInput, find_files
+from squid_fast.screening.reading import TIMEOUT, Decoded, check_reading, read_ahead
+from squid_fast.screening.shards import count_rows, is_shard, read_shard
+
+_log = logging.getLogger("squid_fast")
 
 
 class ScoresLike(Protocol):
@@ -41,7 +44,18 @@ class ScorerLike(Protocol):
     def threshold(self) -> float: ...
     @property
     def false_positive_rate(self) -> float: ...
-    def score(self, images: torch.Tensor, reconstruction: bool = False) -> ScoresLike: ...
+    @property
+    def fingerprint(self) -> str:
+        """Differs where model, calibration, score or precision do."""
+        ...
+
+    def prefetch(self, images: torch.Tensor) -> torch.Tensor:
+        """Start the way of uint8 images [B, 1, S, S] to the device; what ``score`` takes."""
+        ...
+
+    def score(self, images: torch.Tensor, reconstruction: bool = False) -> ScoresLike:
+        """Scores of images [B, 1, S, S]: uint8 with 255 = 1.0, or floats in [0, 1]."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -76,94 +90,129 @@ def screen(
     batch_size: int = 32,
     workers: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
-) -> Iterator[ScreenRow]:
+    *,
+    timeout: float = TIMEOUT,
+    skip: int = 0,
+) -> Generator[ScreenRow, None, None]:
     """Score every image in ``inputs``; one row per file, in the order of `find_files`.
 
-    A file that cannot be read becomes a row with an error. Files are read ahead by threads, at
-    most ``batch_size + workers`` of them, so memory does not grow with their number. Batches are
-    filled across folders.
+    A file that cannot be read becomes a row with an error, and so does one that crashes its
+    decoder, keeps it busy for longer than ``timeout`` or would take more than 4 GiB. Files are
+    decoded ahead by processes, two batches of them, so memory does not grow with their number.
+    Batches are filled across folders. A shard, which `squid-fast pack` writes, stands for its rows.
+    Where the device has no memory for a batch, batches are halved from there on.
 
     Args:
         scorer: see `ScorerLike`.
         inputs: files, folders and globs, see `find_files`.
         batch_size: images scored at once.
-        workers: threads that read files; by default one per available core, 16 at most.
+        workers: processes that decode; by default one per available core, 16 at most. 0 decodes
+            in this process, where nothing protects it from what a file does to its decoder.
         on_progress: called as ``on_progress(rows_done, rows_in_total)`` after every batch.
+        timeout: seconds after which a file is given up.
+        skip: rows that have been done before; they are left out, but count as done.
 
     Raises:
-        ValueError: ``batch_size`` or ``workers`` is below one.
+        ValueError: ``batch_size``, ``workers``, ``timeout`` or ``skip`` is out of range.
+        RuntimeError: no processes can be started.
         Exception: whatever the scorer raises; the rows of earlier batches have been yielded.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-    if workers is None:
-        workers = min(16, _available_cores())
-    if workers < 1:
-        raise ValueError(f"workers must be at least 1, not {workers}")
-    return _screen_files(scorer, find_files(inputs), batch_size, workers, on_progress)
+    files = find_files(inputs)
+    return screen_listing(
+        scorer, files, batch_size, workers, on_progress, timeout=timeout, skip=skip
+    )
 
 
-def load_or_explain(path: str, size: int) -> np.ndarray | str:
-    """Read an image as float32 [size, size] in [0, 1], or say in a sentence why it cannot be."""
-    try:
-        if explanation := explain_no_file(path):
-            return explanation
-        image = load_image(path, size)
-        if image.shape != (size, size):
-            return f"the image was read as {image.shape}, not as ({size}, {size})"
-        return image
-    except ImageReadError as error:
-        return _one_line(str(error)) or "the image cannot be read"
-    except Exception as error:  # one bad file must not end the run
-        return _one_line(f"{type(error).__name__}: {error}")
-
-
-_Decoded = tuple[str, np.ndarray | str]
-
-
-def _screen_files(
+def screen_listing(
     scorer: ScorerLike,
-    files: list[str],
+    files: Sequence[str],
+    batch_size: int = 32,
+    workers: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+    *,
+    timeout: float = TIMEOUT,
+    skip: int = 0,
+) -> Generator[ScreenRow, None, None]:
+    """`screen` for files that `find_files` has found."""
+    for name, value, least in (("batch_size", batch_size, 1), ("skip", skip, 0)):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, not {value}")
+    workers = check_reading(workers, timeout)
+    return _screen_listing(scorer, files, batch_size, workers, on_progress, timeout, skip)
+
+
+def score_batch(scorer: ScorerLike, items: Sequence[Decoded]) -> list[ScreenRow]:
+    """The rows of decoded images, which are scored at once, and of the errors between them."""
+    return _rows(scorer, items, _prefetch(scorer, items), _Portions(len(items)))
+
+
+@dataclass
+class _Portions:
+    """How many images are scored at once; less for good where memory runs out."""
+
+    most: int
+
+
+_Batch = tuple[Sequence[Decoded], torch.Tensor | None]  # its images, where it has any
+
+
+def _screen_listing(
+    scorer: ScorerLike,
+    files: Sequence[str],
     batch_size: int,
     workers: int,
     on_progress: Callable[[int, int], None] | None,
-) -> Iterator[ScreenRow]:
-    done = 0
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="squid-read")
-    try:
-        decoded = _decode_ahead(pool, files, scorer.image_size, batch_size + workers)
-        for batch in _batches(decoded, batch_size):
-            rows = _score_batch(scorer, batch)
+    timeout: float,
+    skip: int,
+) -> Generator[ScreenRow, None, None]:
+    look_ahead = max(2 * batch_size, 4 * workers)
+    total = sum(_count(path) for path in files)
+    done = skip
+    portions = _Portions(batch_size)
+    with closing(_read(files, skip, scorer.image_size, workers, look_ahead, timeout)) as decoded:
+        batches: Iterator[_Batch] = (
+            (items, _prefetch(scorer, items)) for items in _batches(decoded, batch_size)
+        )
+        end: _Batch = ((), None)
+        # In pairs, so that each batch is on its way while the one before is scored.
+        for (items, images), _ in itertools.pairwise(itertools.chain(batches, [end])):
+            rows = _rows(scorer, items, images, portions)
             done += len(rows)
             if on_progress is not None:
-                on_progress(done, len(files))
+                on_progress(done, total)
             yield from rows
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _decode_ahead(
-    pool: ThreadPoolExecutor, files: list[str], size: int, look_ahead: int
-) -> Iterator[_Decoded]:
-    """Yield each file with its image or error, in order, ``look_ahead`` files being under way."""
-    pending: deque[tuple[str, Future[np.ndarray | str]]] = deque()
-    for path in files:
-        if len(pending) == look_ahead:
-            first, future = pending.popleft()
-            yield first, future.result()
-        pending.append((path, pool.submit(load_or_explain, path, size)))
-    while pending:
-        first, future = pending.popleft()
-        yield first, future.result()
+def _read(
+    files: Sequence[str], skip: int, size: int, workers: int, look_ahead: int, timeout: float
+) -> Generator[Decoded, None, None]:
+    """What a listing stands for, but for the first ``skip`` rows of it."""
+    first = 0
+    while first < len(files) and skip >= (count := _count(files[first])):
+        skip -= count
+        first += 1
+    rest = files[first:]
+    unpacked = (path for path in rest if not is_shard(path))
+    with closing(read_ahead(unpacked, size, workers, look_ahead, timeout)) as images:
+        for path in rest:
+            if is_shard(path):
+                yield from itertools.islice(read_shard(path, size), skip, None)
+                skip = 0
+            else:
+                yield next(images)
 
 
-def _batches(decoded: Iterable[_Decoded], batch_size: int) -> Iterator[list[_Decoded]]:
+def _count(path: str) -> int:
+    return count_rows(path) if is_shard(path) else 1
+
+
+def _batches(decoded: Iterable[Decoded], batch_size: int) -> Iterator[list[Decoded]]:
     """Group files so that each group holds ``batch_size`` images, errors travelling along.
 
     Errors in front of the first image do not wait for it, and a long run of errors ends a group
     early.
     """
-    batch: list[_Decoded] = []
+    batch: list[Decoded] = []
     images = 0
     for item in decoded:
         batch.append(item)
@@ -175,19 +224,30 @@ def _batches(decoded: Iterable[_Decoded], batch_size: int) -> Iterator[list[_Dec
         yield batch
 
 
-def _score_batch(scorer: ScorerLike, batch: list[_Decoded]) -> list[ScreenRow]:
+def _prefetch(scorer: ScorerLike, items: Sequence[Decoded]) -> torch.Tensor | None:
+    """The images among the items, uint8 [B, 1, S, S], on their way to the device."""
+    images = [image for _, image in items if not isinstance(image, str)]
+    if not images:
+        return None
+    batch = torch.from_numpy(np.stack(images)).unsqueeze(1)
+    try:
+        return scorer.prefetch(batch)
+    except Exception as error:
+        if not _is_out_of_memory(error):
+            raise
+        return batch  # its portions may find room when it is their turn
+
+
+def _rows(
+    scorer: ScorerLike,
+    items: Sequence[Decoded],
+    images: torch.Tensor | None,
+    portions: _Portions,
+) -> list[ScreenRow]:
     threshold = float(scorer.threshold)
-    images = [image for _, image in batch if not isinstance(image, str)]
-    scored: Iterator[tuple[float, float, float]] = iter(())
-    if images:
-        scores = scorer.score(torch.from_numpy(np.stack(images)).unsqueeze(1))
-        columns = (scores.raw, scores.z_score, scores.anomaly_score)
-        triples = list(zip(*(column.tolist() for column in columns), strict=True))
-        if len(triples) != len(images):
-            raise RuntimeError(f"the scorer gave {len(triples)} scores for {len(images)} images")
-        scored = iter(triples)
+    scored = iter([] if images is None else _score(scorer, images, portions))
     rows = []
-    for path, image in batch:
+    for path, image in items:
         if isinstance(image, str):
             rows.append(ScreenRow(path, None, None, None, None, threshold, image))
         else:
@@ -195,18 +255,45 @@ def _score_batch(scorer: ScorerLike, batch: list[_Decoded]) -> list[ScreenRow]:
     return rows
 
 
+def _score(
+    scorer: ScorerLike, images: torch.Tensor, portions: _Portions
+) -> list[tuple[float, float, float]]:
+    """Raw score, z-score and anomaly score of each image; at once if there is memory for it."""
+    scored: list[tuple[float, float, float]] = []
+    while len(scored) < len(images):
+        portion = images[len(scored) : len(scored) + portions.most]
+        try:
+            scores = scorer.score(portion)
+        except Exception as error:
+            if len(portion) == 1 or not _is_out_of_memory(error):
+                raise
+            portions.most = len(portion) // 2
+            _log.warning(
+                "%d images at once take more memory than there is, %d from now on (%s)",
+                len(portion),
+                portions.most,
+                " ".join(str(error).split())[:200],
+            )
+            continue
+        columns = (scores.raw, scores.z_score, scores.anomaly_score)
+        triples = list(zip(*(column.tolist() for column in columns), strict=True))
+        if len(triples) != len(portion):
+            raise RuntimeError(f"the scorer gave {len(triples)} scores for {len(portion)} images")
+        scored += triples
+    return scored
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error).lower()  # a CPU without memory has no type of its own
+    return isinstance(error, RuntimeError) and any(
+        reason in text for reason in ("not enough memory", "can't allocate memory", "out of memory")
+    )
+
+
 def _scored_row(path: str, raw: float, z: float, anomaly: float, threshold: float) -> ScreenRow:
     if all(map(math.isfinite, (raw, z, anomaly))):
         return ScreenRow(path, raw, z, anomaly, z > threshold, threshold, None)
     error = f"the score is not a finite number (raw {raw}, z {z}, anomaly {anomaly})"
     return ScreenRow(path, None, None, None, None, threshold, error)
-
-
-def _available_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())

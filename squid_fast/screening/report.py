@@ -5,10 +5,11 @@ from __future__ import annotations
 import base64
 import importlib.resources
 import io
+import itertools
 import math
 import os
-import secrets
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -17,10 +18,12 @@ import numpy as np
 import torch
 
 from squid_fast._extras import require
+from squid_fast.screening.atomic import replacing
 from squid_fast.screening.files import PathInput
 from squid_fast.screening.histogram import draw_histogram
-from squid_fast.screening.pipeline import ScorerLike, ScreenRow, load_or_explain
+from squid_fast.screening.pipeline import ScorerLike, ScreenRow
 from squid_fast.screening.plain import utf8_text
+from squid_fast.screening.reading import read_ahead
 from squid_fast.screening.summary import Summary, summarise
 
 _RESCORE_BATCH = 16
@@ -55,7 +58,10 @@ def write_report(
 
     The rows are needed only as a `Summary`, which can be filled while they stream elsewhere. The
     images shown, the summary's ``most_anomalous``, are read and scored again for their
-    reconstructions; one that can no longer be read is shown by name.
+    reconstructions; one that can no longer be read is shown by name, such as the original of a
+    packed image that is elsewhere now. Flagged images beyond those are listed, and files that
+    could not be scored, by what was wrong with them: as many as the summary holds, so that the
+    page stays below 20 MB whatever was screened.
 
     Args:
         path: the HTML file.
@@ -102,11 +108,22 @@ def write_report(
         findings=findings,
         heat_scale=heat_scale,
         heat_colours=", ".join("rgb({}, {}, {})".format(*colour) for colour in _HEAT_ANCHORS),
-        errors=[(_shown(row.path), _shown(row.error or "")) for row in summary.error_rows],
+        flagged=[
+            (_shown(row.path), _number(row.z_score))
+            for row in summary.flagged_rows
+            if row.z_score is not None
+        ],
+        error_kinds=[
+            (_shown(kind.reason), kind.count, [_shown(row.path) for row in kind.rows])
+            for kind in summary.error_kinds
+        ],
         results=None if results is None else _shown(os.fspath(results)),
         version=version,
     )
-    _replace(Path(path), html)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        file.write(html.encode("utf-8"))
 
 
 @dataclass(frozen=True)
@@ -143,7 +160,7 @@ def _findings(
                 name=_shown(os.path.basename(row.path) or row.path),
                 path=_shown(row.path),
                 flag=bool(row.flag),
-                z_score=f"{row.z_score:.2f}".replace("-", "\N{MINUS SIGN}"),
+                z_score=_number(row.z_score),
                 meaning=_meaning(row.z_score, reference),
                 anomaly_score=_anomaly_text(row.anomaly_score),
                 image=_grey_png(picture.image),
@@ -166,27 +183,25 @@ class _Picture:
 
 
 def _pictures(scorer: ScorerLike, rows: list[ScreenRow]) -> Iterator[_Picture]:
-    for start in range(0, len(rows), _RESCORE_BATCH):
-        loaded = [
-            load_or_explain(row.path, scorer.image_size)
-            for row in rows[start : start + _RESCORE_BATCH]
-        ]
-        images = [image for image in loaded if not isinstance(image, str)]
-        rebuilt: list[np.ndarray] = []
-        if images:
-            batch = torch.from_numpy(np.stack(images)).unsqueeze(1)
-            reconstruction = scorer.score(batch, reconstruction=True).reconstruction
-            if reconstruction is not None:
-                rebuilt = [np.nan_to_num(r) for r in reconstruction.float().numpy()[:, 0]]
-        remaining = iter(rebuilt)
-        for image in loaded:
-            if isinstance(image, str):
-                yield _Picture(problem=image)
-            elif rebuilt:
-                other = next(remaining).clip(0, 1)
-                yield _Picture(image, other, np.abs(image - other))
-            else:
-                yield _Picture(image)
+    with closing(read_ahead([row.path for row in rows], scorer.image_size)) as decoded:
+        while batch := [image for _, image in itertools.islice(decoded, _RESCORE_BATCH)]:
+            images = [image for image in batch if not isinstance(image, str)]
+            rebuilt: Iterator[np.ndarray] | None = None
+            if images:
+                stacked = torch.from_numpy(np.stack(images))[:, None]
+                reconstruction = scorer.score(stacked, reconstruction=True).reconstruction
+                if reconstruction is not None:
+                    rebuilt = iter(np.nan_to_num(reconstruction.float().numpy()[:, 0]).clip(0, 1))
+            for image in batch:
+                if isinstance(image, str):
+                    yield _Picture(problem=image)
+                    continue
+                seen = image.astype(np.float32) / 255
+                if rebuilt is None:
+                    yield _Picture(seen)
+                else:
+                    other = next(rebuilt)
+                    yield _Picture(seen, other, np.abs(seen - other))
 
 
 def _meaning(z: float, reference: np.ndarray) -> str:
@@ -198,6 +213,10 @@ def _meaning(z: float, reference: np.ndarray) -> str:
         return f"above all {below:,} normal validation images"
     share = math.floor(below / reference.size * 1000) / 10
     return f"above {share:.1f} % of {reference.size:,} normal validation images"
+
+
+def _number(value: float) -> str:
+    return f"{value:.2f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _anomaly_text(score: float) -> str:
@@ -232,23 +251,13 @@ def _png(pixels: np.ndarray) -> str:
 
 def _shown(text: str) -> str:
     """Text for the page: no broken or invisible characters, and not endless."""
-    visible = "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode() for c in utf8_text(text)
-    )
-    if len(visible) <= _MAX_TEXT:
-        return visible
-    return f"{visible[: _MAX_TEXT // 2]} … {visible[-_MAX_TEXT // 2 :]}"
+    text = utf8_text(text)
+    if len(text) > _MAX_TEXT:
+        text = f"{text[: _MAX_TEXT // 2]} … {text[-_MAX_TEXT // 2 :]}"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _as_list(inputs: PathInput | Iterable[PathInput]) -> list[PathInput]:
     return [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)
-
-
-def _replace(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

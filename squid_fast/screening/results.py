@@ -1,18 +1,18 @@
-"""Result tables: Parquet, CSV, JSON lines."""
+"""Result tables: Parquet, CSV, JSON Lines."""
 
 from __future__ import annotations
 
+import codecs
 import csv
 import dataclasses
+import itertools
 import json
-import logging
-import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, BinaryIO
 
 from squid_fast._extras import require
+from squid_fast.screening.atomic import replacing
 from squid_fast.screening.files import PathInput
 from squid_fast.screening.pipeline import ScreenRow
 from squid_fast.screening.plain import finite_or_none, utf8_text
@@ -20,11 +20,15 @@ from squid_fast.screening.plain import finite_or_none, utf8_text
 COLUMNS = tuple(field.name for field in dataclasses.fields(ScreenRow))
 """path, raw_score, z_score, anomaly_score, flag, threshold, error"""
 
-_log = logging.getLogger("squid_fast")
+_ROWS_AT_ONCE = 1 << 15  # the rows of a Parquet row group, and all that is held in memory
+
+_Values = tuple[Any, ...]  # of one row, in the order of COLUMNS
 
 
-def open_writer(path: PathInput) -> ResultWriter:
-    """Open a result table for writing, as a context manager.
+def write_table(
+    rows: Iterable[ScreenRow], path: PathInput, partial: PathInput | None = None
+) -> None:
+    r"""Write ``rows``, a stream of any length, as a table at ``path``, whole or not at all.
 
     Its columns are `COLUMNS`; the suffix of ``path`` chooses the format:
 
@@ -32,185 +36,97 @@ def open_writer(path: PathInput) -> ResultWriter:
     - ``.csv``: UTF-8 with a header; missing values are empty, flags ``true`` or ``false``.
     - ``.jsonl``: one JSON object in each line; missing values are null.
 
+    Bytes of file names that are not UTF-8 are written as ``\xff``. A table already there stays
+    until the new one is whole.
+
+    Args:
+        rows: the rows, in their order.
+        path: the table.
+        partial: where it is until it is whole, on the same file system; by default beside it.
+
     Raises:
         ValueError: another suffix.
-        IsADirectoryError: ``path`` is a directory.
         ImportError: Parquet without pyarrow.
-        OSError: the table cannot be created there.
+        OSError: the table cannot be written.
     """
-    return ResultWriter(path)
+    write = table_writer(path)
+    with replacing(Path(path), None if partial is None else Path(partial)) as file:
+        write(map(_values, rows), file)
 
 
-class ResultWriter:
-    r"""Writes rows to ``results.partial.csv`` and renames it to ``results.csv`` at the end.
+def table_writer(path: PathInput) -> Callable[[Iterator[_Values], BinaryIO], None]:
+    """The function that writes the format which the suffix of ``path`` asks for.
 
-    So ``results.csv`` is always whole: a table already there stays until the new one is
-    finished. If the run ends with an exception, the rows so far stay in the partial file, whose
-    name is logged as a warning. No partial file is overwritten by a later run; that one takes
-    ``results.partial-2.csv``.
-
-    Bytes of file names that are not UTF-8 are written as ``\xff``.
-
-    Attributes:
-        path: the table's final place.
-        partial_path: where the rows are until the writer is closed without an exception.
+    Raises:
+        ValueError: no format has this suffix.
+        ImportError: Parquet without pyarrow.
     """
-
-    def __init__(self, path: PathInput) -> None:
-        self.path = Path(path)
-        formats: dict[str, type[_Table]] = {
-            ".parquet": _ParquetTable,
-            ".csv": _CsvTable,
-            ".jsonl": _JsonLinesTable,
-        }
-        make_table = formats.get(self.path.suffix.lower())
-        if make_table is None:
-            raise ValueError(
-                f"results are written as {', '.join(formats)}; "
-                f"{self.path.name!r} has the suffix {self.path.suffix!r}"
-            )
-        if self.path.is_dir():
-            raise IsADirectoryError(f"{str(self.path)!r} is a directory, not a result file")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.partial_path = _claim_partial(self.path)
-        self._count = 0
-        try:
-            self._table = make_table(self.partial_path)
-        except BaseException:
-            self.partial_path.unlink(missing_ok=True)
-            raise
-
-    def write(self, rows: ScreenRow | Iterable[ScreenRow]) -> None:
-        """Write one row or many; an iterator is consumed as a stream."""
-        for row in [rows] if isinstance(rows, ScreenRow) else rows:
-            self._table.write(row)
-            self._count += 1
-
-    def __enter__(self) -> ResultWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        try:
-            self._table.close()
-            _sync(self.partial_path)
-            if error is None:
-                os.replace(self.partial_path, self.path)
-        except BaseException:
-            self._warn_of_partial()
-            raise
-        if error is not None:
-            self._warn_of_partial()
-
-    def _warn_of_partial(self) -> None:
-        _log.warning(
-            "%s was not finished; the %d rows so far are in %s",
-            self.path.name,
-            self._count,
-            self.partial_path,
+    path = Path(path)
+    writer = _WRITERS.get(path.suffix.lower())
+    if writer is None:
+        raise ValueError(
+            f"results are written as {', '.join(_WRITERS)}; "
+            f"{path.name!r} has the suffix {path.suffix!r}"
         )
+    if writer is _write_parquet:
+        require("pyarrow", "screen")
+    return writer
 
 
-class _Table(Protocol):
-    def __init__(self, path: Path) -> None: ...
-    def write(self, row: ScreenRow) -> None: ...
-    def close(self) -> None: ...
+def arrow_batch(rows: Iterable[ScreenRow]) -> Any:
+    """Rows as a pyarrow.RecordBatch, as they are in a Parquet table; at least one."""
+    return _record_batch(list(map(_values, rows)), _arrow_schema())
 
 
-class _CsvTable:
-    def __init__(self, path: Path) -> None:
-        self._file = open(path, "w", encoding="utf-8", newline="")  # noqa: SIM115 closed below
-        self._writer = csv.writer(self._file, lineterminator="\n")
-        self._writer.writerow(COLUMNS)
-
-    def write(self, row: ScreenRow) -> None:
-        values = _values(row)
-        if row.flag is not None:
-            values["flag"] = str(row.flag).lower()
-        self._writer.writerow(values.values())
-
-    def close(self) -> None:
-        self._file.close()
+def _write_parquet(rows: Iterator[_Values], file: BinaryIO) -> None:
+    parquet = require("pyarrow.parquet", "screen")
+    schema = _arrow_schema()
+    with parquet.ParquetWriter(file, schema, compression="zstd") as writer:
+        while group := list(itertools.islice(rows, _ROWS_AT_ONCE)):
+            writer.write_batch(_record_batch(group, schema))
 
 
-class _JsonLinesTable:
-    def __init__(self, path: Path) -> None:
-        self._file = open(path, "w", encoding="utf-8", newline="\n")  # noqa: SIM115 closed below
-
-    def write(self, row: ScreenRow) -> None:
-        values = {
-            name: finite_or_none(value) if isinstance(value, float) else value
-            for name, value in _values(row).items()
-        }
-        self._file.write(json.dumps(values, ensure_ascii=False) + "\n")
-
-    def close(self) -> None:
-        self._file.close()
+def _arrow_schema() -> Any:
+    arrow = require("pyarrow", "screen")
+    text, number, truth = arrow.string(), arrow.float64(), arrow.bool_()
+    types = (text, number, number, number, truth, number, text)
+    return arrow.schema(list(zip(COLUMNS, types, strict=True)))
 
 
-class _ParquetTable:
-    rows_per_group = 16384
-
-    def __init__(self, path: Path) -> None:
-        self._arrow = require("pyarrow", "screen")
-        parquet = require("pyarrow.parquet", "screen")
-        text, number = self._arrow.string(), self._arrow.float64()
-        self._schema = self._arrow.schema(
-            [
-                ("path", text),
-                ("raw_score", number),
-                ("z_score", number),
-                ("anomaly_score", number),
-                ("flag", self._arrow.bool_()),
-                ("threshold", number),
-                ("error", text),
-            ]
-        )
-        self._rows: list[dict[str, Any]] = []
-        self._writer = parquet.ParquetWriter(str(path), self._schema, compression="zstd")
-
-    def write(self, row: ScreenRow) -> None:
-        self._rows.append(_values(row))
-        if len(self._rows) == self.rows_per_group:
-            self._flush()
-
-    def close(self) -> None:
-        try:
-            self._flush()
-        finally:
-            self._writer.close()
-
-    def _flush(self) -> None:
-        if self._rows:
-            self._writer.write_table(self._arrow.Table.from_pylist(self._rows, self._schema))
-            self._rows = []
+def _record_batch(rows: Sequence[_Values], schema: Any) -> Any:
+    arrow = require("pyarrow", "screen")
+    columns = zip(zip(*rows, strict=True), schema.types, strict=True)
+    arrays = [arrow.array(column, of_type) for column, of_type in columns]
+    return arrow.RecordBatch.from_arrays(arrays, schema=schema)
 
 
-def _values(row: ScreenRow) -> dict[str, Any]:
-    values = {name: getattr(row, name) for name in COLUMNS}
-    values["path"] = utf8_text(row.path)
-    values["error"] = None if row.error is None else utf8_text(row.error)
-    return values
+def _write_csv(rows: Iterator[_Values], file: BinaryIO) -> None:
+    # The csv module, since pyarrow's writer puts the header and every text in quotes.
+    writer = csv.writer(codecs.getwriter("utf-8")(file), lineterminator="\n")
+    writer.writerow(COLUMNS)
+    spelled = {True: "true", False: "false", None: None}
+    for path, raw, z, anomaly, flag, threshold, error in rows:
+        writer.writerow((path, raw, z, anomaly, spelled[flag], threshold, error))
 
 
-def _claim_partial(path: Path) -> Path:
-    """Create and return the first free one of name.partial.csv, name.partial-2.csv, ..."""
-    number = 1
-    while True:
-        mark = "partial" if number == 1 else f"partial-{number}"
-        candidate = path.with_name(f"{path.stem}.{mark}{path.suffix}")
-        try:
-            candidate.touch(exist_ok=False)
-            return candidate
-        except FileExistsError:
-            number += 1
+def _write_json_lines(rows: Iterator[_Values], file: BinaryIO) -> None:
+    encoder = json.JSONEncoder(ensure_ascii=False)  # json.dumps would make one for each row
+    for row in rows:
+        values = dict(zip(COLUMNS, row, strict=True))
+        values["threshold"] = finite_or_none(values["threshold"])
+        file.write((encoder.encode(values) + "\n").encode())
 
 
-def _sync(path: Path) -> None:
-    """Have the file's content reach the disk before it gets its final name."""
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
+_WRITERS = {".parquet": _write_parquet, ".csv": _write_csv, ".jsonl": _write_json_lines}
+
+
+def _values(row: ScreenRow) -> _Values:
+    return (
+        utf8_text(row.path),
+        row.raw_score,
+        row.z_score,
+        row.anomaly_score,
+        row.flag,
+        row.threshold,
+        None if row.error is None else utf8_text(row.error),
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from squid_fast.data import ImageReadError, read_image
+from squid_fast.data import dicom as dicom_reader
 
 pydicom = pytest.importorskip("pydicom", minversion="3", reason="pydicom is not installed")
 
@@ -175,3 +177,40 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
         (tmp_path / "cut.dcm").write_bytes(whole[: int(len(whole) * share)])
         with pytest.raises(ImageReadError, match=r"cut.dcm"):
             read_image(tmp_path / "cut.dcm")
+
+
+def test_a_deflated_file_is_not_inflated_without_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.dcm"
+    dataset = pydicom.dcmread(dicom(path))
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
+    dataset.save_as(path, enforce_file_format=True)
+    np.testing.assert_allclose(read_image(path), STORED / 500, atol=1e-6)
+    meta = pydicom.filereader.read_file_meta_info(path)
+    head = path.read_bytes()[: 144 + meta.FileMetaInformationGroupLength]
+    deflate = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+    with open(path, "wb") as file:
+        file.write(head)
+        file.write(deflate.compress(b"\0" * (9 << 20)) + deflate.flush())
+    monkeypatch.setattr(dicom_reader, "_MAX_INFLATED", 8 << 20)
+    with pytest.raises(ImageReadError, match="inflates to more than 8388608 bytes"):
+        read_image(path)
+
+
+@pytest.mark.parametrize(
+    ("claim", "reason"),
+    [
+        ({"Rows": 60_000, "Columns": 60_000}, "60000x60000 = 3600000000 pixels"),
+        ({"Rows": 9_000, "Columns": 9_000}, "could not be decoded as DICOM"),
+        ({"SamplesPerPixel": 65_535}, "could not be decoded as DICOM"),
+    ],
+)
+def test_sizes_that_are_only_claimed(tmp_path: Path, claim: dict[str, int], reason: str) -> None:
+    with pytest.raises(ImageReadError, match=reason):
+        read_image(dicom(tmp_path / "a.dcm", **claim))
+
+
+def test_frames_that_are_only_claimed_do_not_matter(tmp_path: Path) -> None:
+    path = dicom(tmp_path / "a.dcm", NumberOfFrames=2**31 - 1)
+    np.testing.assert_allclose(read_image(path), STORED / 500, atol=1e-6)

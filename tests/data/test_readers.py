@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from squid_fast.data import ImageReadError, load_image, read_image, readers
+from squid_fast.data import ImageReadError, load_image, npy, read_image, readers
+from squid_fast.data.readers import load_bytes
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
 
@@ -151,7 +154,7 @@ def test_npy(tmp_path: Path, array: Any, expected: Any) -> None:
         (np.zeros(5), r"shape \[5\]"),
         (np.zeros((2, 3, 3)), r"shape \[2, 3, 3\]"),
         (np.zeros((0, 3)), "no pixels|could not be decoded"),
-        (np.array([[{}]]), "could not be decoded"),
+        (np.array([[{}]]), "holds values of type object"),
     ],
 )
 def test_npy_that_is_no_image(tmp_path: Path, array: Any, reason: str) -> None:
@@ -249,3 +252,155 @@ def test_load_image_squashes_and_averages(tmp_path: Path) -> None:
     np.testing.assert_array_equal(load_image(saved(tmp_path / "c.png", GREY), 16) * 255, GREY)
     with pytest.raises(ValueError, match="size is 0"):
         load_image(tmp_path / "c.png", 0)
+
+
+def test_bytes_are_rounded_to_the_nearest(tmp_path: Path) -> None:
+    path = tmp_path / "a.npy"
+    np.save(path, np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8))
+    image = load_bytes(path, 8)
+    assert image.dtype == np.uint8
+    np.testing.assert_array_equal(image, np.floor(np.load(path).astype(np.float64) * 255 + 0.5))
+    np.testing.assert_array_equal(load_bytes(saved(tmp_path / "b.png", GREY), 16), GREY)
+
+
+def radiograph(side: int) -> np.ndarray:
+    """Soft shapes, edges, fine lines and the noise of a detector; uint8 [side + 5, side]."""
+    y, x = np.mgrid[0 : side + 5, 0:side] / side
+    body = 90 + 70 * np.sin(7 * x) * np.cos(5 * y) + 60 * ((x - 0.5) ** 2 + (y - 0.4) ** 2 < 0.04)
+    ribs = 20 * (np.sin(60 * y + 8 * x) > 0.8)
+    noise = np.random.default_rng(0).normal(0, 3, body.shape)
+    return np.clip(body + ribs + noise, 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("colour", [False, True])
+@pytest.mark.parametrize("side", [128, 255, 256, 300, 511, 1000, 2048])
+def test_jpegs_decoded_at_a_part_of_their_size(tmp_path: Path, side: int, colour: bool) -> None:
+    path = saved(tmp_path / "a.jpg", radiograph(side), "RGB" if colour else None, quality=90)
+    with Image.open(path) as opened:
+        whole = opened.convert("L").convert("F").resize((64, 64), Image.Resampling.BILINEAR)
+    difference = np.abs(load_image(path, 64) * 255 - np.asarray(whole))
+    if side < 4 * 64:
+        assert difference.max() < 1e-3
+    else:
+        assert 0 < difference.max() < 4  # grey levels, where the ribs end
+        assert difference.mean() < 0.3
+
+
+def test_a_jpeg_gives_the_luminance_that_it_stores(tmp_path: Path) -> None:
+    colours = np.random.default_rng(0).integers(64, 192, (64, 64, 3), dtype=np.uint8)
+    for name, options in (("a", {}), ("b", {"keep_rgb": True}), ("c", {"progressive": True})):
+        path = saved(tmp_path / f"{name}.jpg", colours, quality=95, **options)
+        with Image.open(path) as opened:
+            expected = np.asarray(opened.convert("RGB").convert("L"), dtype=np.float64)
+        assert np.abs(read_image(path) * 255.0 - expected).max() <= 1 + 1e-4
+
+
+def changed_by(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
+    """Have ``change()`` happen between the header of an image and its pixels."""
+    for module in (readers, npy):
+        check = module.check_pixels
+        monkeypatch.setattr(module, "check_pixels", lambda *args, c=check: (c(*args), change()))
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif", "a.npy"])
+def test_a_file_that_changes_while_it_is_read(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / name
+    np.save(path, GREY) if name.endswith("npy") else saved(path, GREY)
+    size = path.stat().st_size
+    read_image(path)
+    changed_by(monkeypatch, lambda: os.utime(path, ns=(1, 1)))
+    with pytest.raises(ImageReadError, match=f"changed while it was read .{size} bytes before"):
+        read_image(path)
+    changed_by(monkeypatch, lambda: os.truncate(path, 100))
+    with pytest.raises(ImageReadError, match=rf"changed while it was read .*{name}|100 after"):
+        read_image(path)
+
+
+CUT_SHORT = """
+import os, sys, time
+from squid_fast.data import ImageReadError, npy, read_image, readers
+
+path, seconds = sys.argv[1], float(sys.argv[2])
+
+def cut(*_):
+    if seconds and os.fork():  # decoding has begun by then
+        return
+    time.sleep(seconds)
+    os.truncate(path, 8192)
+    if seconds:
+        os._exit(0)
+
+readers.check_pixels = npy.check_pixels = cut
+try:
+    read_image(path)
+except ImageReadError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(("name", "seconds"), [("a.npy", 0), ("a.tif", 0), ("a.tif", 0.05)])
+def test_a_file_cut_short_does_not_kill_the_process(
+    tmp_path: Path, name: str, seconds: float
+) -> None:
+    """It would (SIGBUS), were files mapped into memory."""
+    noise = np.random.default_rng(0).integers(0, 256, (6000, 6000), dtype=np.uint8)
+    path = tmp_path / name
+    np.save(path, noise) if name.endswith("npy") else saved(path, noise, compression="tiff_lzw")
+    done = subprocess.run(
+        [sys.executable, "-c", CUT_SHORT, path, str(seconds)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "was changed while it was read" in done.stdout
+    assert "8192 after" in done.stdout
+
+
+def test_npy_with_a_header_that_lies(tmp_path: Path) -> None:
+    path = tmp_path / "a.npy"
+    with open(path, "wb") as file:
+        header = {"descr": "<f8", "fortran_order": False, "shape": (9_000, 9_000)}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(b"\0" * 1000)
+    with pytest.raises(ImageReadError, match="damaged or truncated"):
+        read_image(path)
+    np.save(path, np.asfortranarray(GREY[:5]))
+    np.testing.assert_array_equal(np.round(read_image(path) * 255), GREY[:5])
+
+
+def test_running_out_of_memory_is_an_error_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = saved(tmp_path / "a.png", GREY)
+
+    def swell(*_: Any) -> None:
+        bytearray(1 << 62)
+
+    monkeypatch.setattr(readers, "_grey", swell)
+    with pytest.raises(ImageReadError, match="takes more memory to decode than there is"):
+        read_image(path)
+
+
+def test_texts_that_inflate_are_not_inflated(tmp_path: Path) -> None:
+    png = png_of_size(8, 8)
+    text = zlib.compress(b"a" * (80 << 20), 9)
+    for kind in (b"zTXt", b"iTXt"):
+        body = b"k\0" + (b"\0" if kind == b"zTXt" else b"\1\0\0\0") + text
+        chunk = struct.pack(">I", len(body)) + kind + body
+        chunk += struct.pack(">I", zlib.crc32(kind + body))
+        path = tmp_path / "a.png"
+        path.write_bytes(png[:33] + chunk + png[33:])
+        with pytest.raises(ImageReadError, match="could not be decoded as PNG"):
+            read_image(path)
+
+
+def test_large_tiffs_are_not_read_into_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = saved(tmp_path / "a.tif", GREY)
+    monkeypatch.setattr(readers, "_MAX_TIFF_BYTES", 100)
+    with pytest.raises(ImageReadError, match="TIFF files of at most 100 are read"):
+        read_image(path)

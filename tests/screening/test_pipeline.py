@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import struct
-import threading
+import subprocess
+import sys
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,47 +17,49 @@ import pytest
 import torch
 
 from squid_fast.screening import find_files, pipeline, screen
+from squid_fast.screening.packing import pack
+from squid_fast.screening.pipeline import score_batch, screen_listing
+from squid_fast.screening.reading import Decoded
 
 SIZE = 8
 
 
 class MeanScorer:
-    """z-score = ten times the mean grey value; notes the batches it was given."""
+    """z-score = a tenth of the mean grey level, 0 to 255; notes the batches it was given."""
 
     image_size = SIZE
     score_name = "mean"
     threshold = 5.0
     false_positive_rate = 0.05
 
+    fingerprint = "mean"
+
     def __init__(self) -> None:
         self.batches: list[int] = []
 
+    def prefetch(self, images: torch.Tensor) -> torch.Tensor:
+        assert images.dtype == torch.uint8
+        return images
+
     def score(self, images: torch.Tensor, reconstruction: bool = False) -> SimpleNamespace:
         assert images.shape[1:] == (1, SIZE, SIZE)
-        assert images.dtype == torch.float32
+        assert images.dtype == torch.uint8
         self.batches.append(len(images))
-        raw = images.mean(dim=(1, 2, 3))
-        z = 10 * raw
-        rebuilt = images / 2 if reconstruction else None
-        return SimpleNamespace(
-            raw=raw, z_score=z, anomaly_score=z.sigmoid(), reconstruction=rebuilt
-        )
+        raw = images.float().mean(dim=(1, 2, 3))
+        z = raw / 10
+        return SimpleNamespace(raw=raw, z_score=z, anomaly_score=z.sigmoid(), reconstruction=None)
 
 
-def write_npy(path: Path, value: float) -> Path:
+def write_level(path: Path, level: int) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.save(path, np.full((SIZE, SIZE), value, dtype=np.float32))
-    return path
-
-
-def fake_load(path: str, size: int) -> np.ndarray:
-    """The grey value is the file's name: 0.25 is a quarter grey."""
-    return np.full((size, size), float(os.path.basename(path)), dtype=np.float32)
+    np.save(path, np.full((SIZE, SIZE), level, dtype=np.uint8))
+    return str(path)
 
 
 @pytest.fixture
-def numbered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "load_image", fake_load)
+def levels(tmp_path: Path) -> list[str]:
+    """Images of the grey levels 0 to 19."""
+    return [write_level(tmp_path / f"{level:02d}.npy", level) for level in range(20)]
 
 
 def names(paths: Iterable[str], root: Path) -> list[str]:
@@ -106,7 +110,7 @@ def test_globs(tmp_path: Path) -> None:
 
 
 def test_relative_globs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_npy(tmp_path / "sub" / "a.npy", 0.0)
+    write_level(tmp_path / "sub" / "a.npy", 0)
     monkeypatch.chdir(tmp_path)
     assert find_files("**/*.npy") == [os.path.join("sub", "a.npy")]
     assert find_files("**") == [os.path.join(".", "sub", "a.npy")]
@@ -146,7 +150,7 @@ def test_link_loops_end_and_linked_folders_are_walked_once(tmp_path: Path) -> No
 def test_folder_that_cannot_be_listed_gets_a_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_npy(tmp_path / "a" / "1.npy", 0.5)
+    write_level(tmp_path / "a" / "1.npy", 9)
     locked = tmp_path / "locked.v2"
     locked.mkdir()
     scandir = os.scandir
@@ -158,7 +162,7 @@ def test_folder_that_cannot_be_listed_gets_a_row(
 
     monkeypatch.setattr(os, "scandir", refuse)
     for inputs in (str(tmp_path), f"{tmp_path}/**/*.npy", f"{tmp_path}/*"):
-        rows = list(screen(MeanScorer(), inputs))
+        rows = list(screen(MeanScorer(), inputs, workers=0))
         assert names((row.path for row in rows), tmp_path) == ["a/1.npy", "locked.v2"]
         assert rows[0].error is None
         assert "cannot be listed: Permission denied" in (rows[1].error or "")
@@ -167,12 +171,13 @@ def test_folder_that_cannot_be_listed_gets_a_row(
 # Screening
 
 
-def test_scores_flags_and_order(tmp_path: Path) -> None:
-    values = {"c": 0.25, "a": 0.75, "b": 0.5}
-    paths = [str(write_npy(tmp_path / f"{name}.npy", value)) for name, value in values.items()]
-    rows = list(screen(MeanScorer(), paths, batch_size=2))
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_scores_flags_and_order(tmp_path: Path, workers: int) -> None:
+    named = {"c": 25, "a": 75, "b": 50}
+    paths = [write_level(tmp_path / f"{name}.npy", level) for name, level in named.items()]
+    rows = list(screen(MeanScorer(), paths, batch_size=2, workers=workers))
     assert [row.path for row in rows] == paths
-    assert [row.raw_score for row in rows] == [0.25, 0.75, 0.5]
+    assert [row.raw_score for row in rows] == [25, 75, 50]
     assert [row.z_score for row in rows] == [2.5, 7.5, 5.0]
     assert [row.flag for row in rows] == [False, True, False]  # not above: equal is no flag
     assert [row.anomaly_score for row in rows] == pytest.approx(
@@ -207,27 +212,29 @@ def broken_files(folder: Path) -> list[str]:
     (folder / "garbage.dcm").write_bytes(bytes(range(256)) * 4)
     (folder / "IM0001").write_bytes(b"\x00" * 200)
     (folder / "dangling.png").symlink_to("nowhere.png")
+    (folder / "loop.png").symlink_to("loop.png")
     (folder / "folder.png").mkdir()
     os.mkfifo(folder / "pipe.png")
     np.save(folder / "nan.npy", np.full((SIZE, SIZE), np.nan, dtype=np.float32))
     np.save(folder / "cube.npy", np.zeros((5, 4, 3, 2), dtype=np.float32))
     (folder / os.fsdecode(b"caf\xe9.png")).write_text("not UTF-8")
     inside = find_files(folder)
-    assert len(inside) == 13
+    assert len(inside) == 14
     return [*inside, str(folder / "missing.png"), str(folder / "*.tif"), "nul\0byte.png"]
 
 
-def test_every_broken_file_gets_a_row_with_its_reason(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_broken_file_gets_a_row_with_its_reason(tmp_path: Path, workers: int) -> None:
     (tmp_path / "broken").mkdir()
     bad = broken_files(tmp_path / "broken")
-    good = [str(write_npy(tmp_path / "good" / f"{i}.npy", i / 32)) for i in range(len(bad))]
+    good = [write_level(tmp_path / "good" / f"{i}.npy", i) for i in range(len(bad))]
     mixed = [path for pair in zip(good, bad, strict=True) for path in pair]
     scorer = MeanScorer()
-    rows = list(screen(scorer, mixed, batch_size=4, workers=2))
+    rows = list(screen(scorer, mixed, batch_size=4, workers=workers))
 
     assert [row.path for row in rows] == mixed
-    assert [row.z_score for row in rows[::2]] == [pytest.approx(10 * i / 32) for i in range(16)]
-    assert scorer.batches == [4, 4, 4, 4]  # errors take no place in a batch
+    assert [row.raw_score for row in rows[::2]] == list(range(17))
+    assert scorer.batches == [4, 4, 4, 4, 1]  # errors take no place in a batch
     for row in rows[1::2]:
         assert row.error
         assert "\n" not in row.error
@@ -238,126 +245,258 @@ def test_every_broken_file_gets_a_row_with_its_reason(tmp_path: Path) -> None:
     assert "is a directory" in errors["folder.png"]
     assert "no file matches the pattern" in errors["*.tif"]
     assert "does not exist" in errors["missing.png"]
+    assert "is a pipe" in errors["pipe.png"]
+    assert "too many levels of symbolic links" in errors["loop.png"].lower()
+    assert "too many pixels" in errors["bomb.png"]
 
 
-def test_any_exception_of_one_file_is_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(path: str, size: int) -> np.ndarray:
-        if path == "bug":
-            raise ZeroDivisionError("two\nlines")
-        if path == "shape":
-            return np.zeros((size, size, 3), dtype=np.float32)
-        return np.zeros((size, size), dtype=np.float32)
-
-    monkeypatch.setattr(pipeline, "load_image", load)
-    rows = list(screen(MeanScorer(), ["bug", "fine", "shape"]))
-    assert rows[0].error == "ZeroDivisionError: two lines"
-    assert rows[1].error is None
-    assert rows[1].z_score == 0.0
-    assert rows[2].error == "the image was read as (8, 8, 3), not as (8, 8)"
+def test_a_file_cut_short_after_it_was_listed(levels: list[str]) -> None:
+    files = find_files(levels)
+    os.truncate(levels[1], 140)
+    os.remove(levels[2])
+    rows = list(screen_listing(MeanScorer(), files[:4], workers=1))
+    assert [row.raw_score for row in rows] == [0, None, None, 3]
+    assert "could not be decoded as NPY, it is damaged or truncated" in (rows[1].error or "")
+    assert "does not exist" in (rows[2].error or "")
 
 
-@pytest.mark.usefixtures("numbered")
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_score_that_is_not_finite_is_an_error(bad: float) -> None:
+def test_score_that_is_not_finite_is_an_error(levels: list[str], bad: float) -> None:
     class Broken(MeanScorer):
         def score(self, images: torch.Tensor, reconstruction: bool = False) -> SimpleNamespace:
             scores = super().score(images)
             scores.z_score[1] = bad
             return scores
 
-    rows = list(screen(Broken(), ["0.1", "0.2", "0.3"]))
-    assert [row.z_score for row in rows] == [pytest.approx(1.0), None, pytest.approx(3.0)]
+    rows = list(screen(Broken(), levels[1:4], workers=0))
+    assert [row.raw_score for row in rows] == [1, None, 3]
     assert rows[1].flag is None
-    assert rows[1].raw_score is None
+    assert rows[1].z_score is None
     assert rows[1].anomaly_score is None
     assert "not a finite number" in (rows[1].error or "")
 
 
-@pytest.mark.usefixtures("numbered")
-def test_batches_are_filled_across_folders() -> None:
+def test_batches_are_filled_across_folders(tmp_path: Path) -> None:
     scorer = MeanScorer()
-    paths = [f"folder-{i}/0.{i:02d}" for i in range(11)]
-    rows = list(screen(scorer, paths, batch_size=4))
+    paths = [write_level(tmp_path / f"folder-{i}" / "a.npy", i) for i in range(11)]
+    rows = list(screen(scorer, paths, batch_size=4, workers=2))
     assert scorer.batches == [4, 4, 3]
     assert [row.path for row in rows] == paths
+    assert [row.raw_score for row in rows] == list(range(11))
 
 
-def test_look_ahead_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    started = 0
-    lock = threading.Lock()
+def test_two_batches_are_read_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
 
-    def load(path: str, size: int) -> np.ndarray:
-        nonlocal started
-        with lock:
-            started += 1
-        return np.zeros((size, size), dtype=np.float32)
+    def read(
+        paths: Iterable[str], size: int, workers: int, look_ahead: int, timeout: float
+    ) -> Iterator[Decoded]:
+        seen.append((size, workers, look_ahead, timeout))
+        yield from ((path, "bad") for path in paths)
 
-    monkeypatch.setattr(pipeline, "load_image", load)
-    most = 0
-    for done, _ in enumerate(screen(MeanScorer(), map(str, range(200)), 4, workers=3), start=1):
-        with lock:
-            most = max(most, started - done)
-    assert done == started == 200
-    assert most <= 2 * 4 + 3  # the batch just scored, and batch_size + workers ahead
+    monkeypatch.setattr(pipeline, "read_ahead", read)
+    for batch_size, workers in ((8, 2), (1, 4)):
+        rows = list(screen(MeanScorer(), ["a", "b"], batch_size, workers, timeout=7))
+        assert [row.error for row in rows] == ["bad", "bad"]
+    assert seen == [(SIZE, 2, 16, 7), (SIZE, 4, 16, 7)]
 
 
-def test_nothing_is_read_before_the_first_row_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[str] = []
-    monkeypatch.setattr(pipeline, "load_image", lambda path, size: read.append(path))
-    screen(MeanScorer(), ["a", "b"])
-    assert read == []
+def test_a_batch_is_on_its_way_while_the_one_before_is_scored(levels: list[str]) -> None:
+    events: list[tuple[str, int]] = []
+
+    class Watched(MeanScorer):
+        def prefetch(self, images: torch.Tensor) -> torch.Tensor:
+            events.append(("prefetch", int(images[0, 0, 0, 0])))
+            return images
+
+        def score(self, images: torch.Tensor, reconstruction: bool = False) -> SimpleNamespace:
+            events.append(("score", int(images[0, 0, 0, 0])))
+            return super().score(images)
+
+    rows = list(screen(Watched(), levels[:9], batch_size=3, workers=1))
+    assert [row.raw_score for row in rows] == list(range(9))
+    order = [("prefetch", 0), ("prefetch", 3), ("score", 0), ("prefetch", 6), ("score", 3)]
+    assert events == [*order, ("score", 6)]
+
+
+def test_nothing_is_read_before_the_first_row_is_asked_for(tmp_path: Path) -> None:
+    rows = screen(MeanScorer(), [tmp_path / "later.npy"], workers=1)
+    path = write_level(tmp_path / "later.npy", 7)
+    assert [(row.path, row.raw_score) for row in rows] == [(path, 7)]
 
 
 def test_long_run_of_errors_ends_a_batch() -> None:
     paths = [f"missing-{i}.png" for i in range(100)]
-    batches = list(pipeline._batches([("0", np.zeros(1)), *((p, "bad") for p in paths)], 4))
+    image = np.zeros((1, 1), dtype=np.uint8)
+    batches = list(pipeline._batches([("0", image), *((p, "bad") for p in paths)], 4))
     assert [len(batch) for batch in batches] == [16, *[1] * 85]
 
 
-@pytest.mark.usefixtures("numbered")
-def test_progress_counts_rows() -> None:
+def test_progress_counts_rows(levels: list[str]) -> None:
     calls: list[tuple[int, int]] = []
-    screened = screen(
-        MeanScorer(),
-        ["0.1", "0.2", "not a number", "0.3"],
-        batch_size=2,
-        on_progress=lambda done, total: calls.append((done, total)),
-    )
-    rows = list(screened)
+
+    def note(done: int, total: int) -> None:
+        calls.append((done, total))
+
+    named = [*levels[:2], "missing.png", levels[2]]
+    rows = list(screen(MeanScorer(), named, 2, 1, note))
     assert calls == [(2, 4), (3, 4), (4, 4)]
-    assert rows[2].error == "ValueError: could not convert string to float: 'not a number'"
+    assert "does not exist" in (rows[2].error or "")
+    calls.clear()
+    list(screen(MeanScorer(), named, 2, 1, note, skip=1))
+    assert calls == [(4, 4)]
 
 
-@pytest.mark.usefixtures("numbered")
-def test_scorer_that_fails_ends_the_run_after_the_rows_before() -> None:
+def test_rows_go_on_behind_those_that_are_skipped(levels: list[str], tmp_path: Path) -> None:
+    """Also within a shard, which stands for its rows."""
+    pack(levels[5:12], tmp_path / "packed", SIZE, workers=1, rows_per_shard=4)
+    first, second = sorted(str(path) for path in (tmp_path / "packed").glob("*.arrow"))
+    files = [levels[0], first, "missing.png", levels[1], second, levels[2]]
+    every = list(screen(MeanScorer(), files, 3, 1))
+    assert [row.raw_score for row in every] == [0, 5, 6, 7, 8, None, 1, 9, 10, 11, 2]
+    assert [row.path for row in every[1:5]] == levels[5:9]
+    for skip in range(len(every) + 2):
+        rows = list(screen_listing(MeanScorer(), files, 3, 0, skip=skip))
+        assert rows == every[skip:], skip
+    with pytest.raises(ValueError, match="skip must be at least 0, not -1"):
+        screen(MeanScorer(), [], skip=-1)
+
+
+def test_shards_alone_start_no_process(
+    levels: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack(levels, tmp_path / "packed", SIZE, workers=1)
+    monkeypatch.setattr(sys, "executable", "none")
+    rows = list(screen(MeanScorer(), tmp_path / "packed", workers=1))
+    assert [row.raw_score for row in rows] == list(range(20))
+
+
+def test_scorer_that_fails_ends_the_run_after_the_rows_before(levels: list[str]) -> None:
     class FailsLater(MeanScorer):
         def score(self, images: torch.Tensor, reconstruction: bool = False) -> SimpleNamespace:
             if self.batches:
-                raise RuntimeError("out of memory")
+                raise RuntimeError("weights went missing")
             return super().score(images)
 
-    rows = screen(FailsLater(), ["0.1", "0.2", "0.3"], batch_size=2)
-    assert [next(rows).path, next(rows).path] == ["0.1", "0.2"]
-    with pytest.raises(RuntimeError, match="out of memory"):
+    rows = screen(FailsLater(), levels[:5], batch_size=2, workers=1)
+    assert [next(rows).path, next(rows).path] == levels[:2]
+    with pytest.raises(RuntimeError, match="weights went missing"):
         next(rows)
 
 
-@pytest.mark.usefixtures("numbered")
-def test_wrong_number_of_scores_is_not_silent() -> None:
+def test_wrong_number_of_scores_is_not_silent(levels: list[str]) -> None:
     class Short(MeanScorer):
         def score(self, images: torch.Tensor, reconstruction: bool = False) -> SimpleNamespace:
             return super().score(images[1:])
 
     with pytest.raises(RuntimeError, match="1 scores for 2 images"):
-        list(screen(Short(), ["0.1", "0.2"]))
+        list(screen(Short(), levels[:2], workers=0))
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    MemoryError(),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 9"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+]
+
+
+class SmallScorer(MeanScorer):
+    """Has memory for a few images."""
+
+    def __init__(self, error: Exception, room: int, room_ahead: int) -> None:
+        super().__init__()
+        self.error, self.room, self.room_ahead = error, room, room_ahead
+        self.failed: list[int] = []
+
+    def prefetch(self, images: torch.Tensor) -> torch.Tensor:
+        if len(images) > self.room_ahead:
+            raise self.error
+        return images
+
+    def score(self, images: torch.Tensor, reconstruction: bool = False) -> SimpleNamespace:
+        if len(images) > self.room:
+            self.failed.append(len(images))
+            raise self.error
+        return super().score(images)
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+@pytest.mark.parametrize("room_ahead", [3, 100])
+def test_batches_are_halved_where_memory_runs_out(
+    levels: list[str], error: Exception, room_ahead: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    scorer = SmallScorer(error, 3, room_ahead)
+    with caplog.at_level(logging.WARNING, "squid_fast"):
+        rows = list(screen(scorer, levels, batch_size=8, workers=0))
+    assert [row.raw_score for row in rows] == list(range(20))
+    assert scorer.failed == [8, 4]  # the smaller size is kept
+    assert scorer.batches == [2] * 10
+    assert [record.args[:2] for record in caplog.records if record.args] == [(8, 4), (4, 2)]
+    assert "8 images at once take more memory than there is, 4 from now on" in caplog.text
+
+
+@pytest.mark.parametrize("error", [*OUT_OF_MEMORY, RuntimeError("shapes differ")])
+def test_what_no_smaller_batch_mends_is_raised(levels: list[str], error: Exception) -> None:
+    scorer = SmallScorer(error, 0, 100)
+    with pytest.raises(type(error)):
+        list(screen(scorer, levels, batch_size=4, workers=0))
+    assert scorer.failed == ([4] if "shapes" in str(error) else [4, 2, 1])
+
+
+def test_score_batch_keeps_errors_in_their_places() -> None:
+    image = np.full((SIZE, SIZE), 60, dtype=np.uint8)
+    rows = score_batch(MeanScorer(), [("a", "bad"), ("b", image), ("c", "worse")])
+    assert [(row.path, row.raw_score, row.flag, row.error) for row in rows] == [
+        ("a", None, None, "bad"),
+        ("b", 60, True, None),
+        ("c", None, None, "worse"),
+    ]
+    assert score_batch(MeanScorer(), []) == []
 
 
 def test_arguments_are_checked_at_the_call() -> None:
     with pytest.raises(ValueError, match="batch_size must be at least 1, not 0"):
         screen(MeanScorer(), [], batch_size=0)
-    with pytest.raises(ValueError, match="workers must be at least 1, not 0"):
-        screen(MeanScorer(), [], workers=0)
+    with pytest.raises(ValueError, match="workers must be at least 0, not -1"):
+        screen(MeanScorer(), [], workers=-1)
+    with pytest.raises(ValueError, match="timeout must be more than 0"):
+        screen(MeanScorer(), [], timeout=0)
     assert list(screen(MeanScorer(), [])) == []
+
+
+SCRIPT = """
+import sys
+from types import SimpleNamespace
+
+import squid_fast
+
+
+class Scorer:
+    image_size, score_name, threshold, false_positive_rate = 8, "mean", 5.0, 0.05
+    fingerprint = "mean"
+
+    def prefetch(self, images):
+        return images
+
+    def score(self, images, reconstruction=False):
+        raw = images.float().mean(dim=(1, 2, 3))
+        return SimpleNamespace(raw=raw, z_score=raw, anomaly_score=raw, reconstruction=None)
+
+
+print([row.raw_score for row in squid_fast.screen(Scorer(), sys.argv[1:], workers=2)])
+"""
+
+
+def test_a_script_without_a_main_guard(levels: list[str], tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "script.py", *levels],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout == f"{[float(level) for level in range(20)]}\n", done.stderr
 
 
 @pytest.mark.parametrize("pattern", ["gone/**/*.png", "**/*.tiff", "*.tiff"])

@@ -6,6 +6,7 @@ import base64
 import io
 import os
 import re
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from html.parser import HTMLParser
 from pathlib import Path
@@ -32,8 +33,14 @@ class MeanScorer:
     score_name = "discriminator"
     threshold = 5.0
     false_positive_rate = 0.05
+    fingerprint = "mean"
+
+    def prefetch(self, images: torch.Tensor) -> torch.Tensor:
+        return images
 
     def score(self, images: torch.Tensor, reconstruction: bool = False) -> SimpleNamespace:
+        if images.dtype == torch.uint8:
+            images = images / 255
         raw = images.mean(dim=(1, 2, 3))
         z = 10 * raw
         return SimpleNamespace(
@@ -66,15 +73,31 @@ class Page(HTMLParser):
         super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.words: list[str] = []
+        self.cells: list[list[str]] = []
+        self.in_cell = False
         self.source = path.read_text("utf-8")
         self.feed(self.source)
         self.text = " ".join(" ".join(self.words).split())
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
+        if tag == "tr":
+            self.cells.append([])
+        elif tag in ("td", "th"):
+            self.cells[-1].append("")
+            self.in_cell = True
 
     def handle_data(self, data: str) -> None:
         self.words.append(data)
+        if self.in_cell:
+            self.cells[-1][-1] += data
+
+    def handle_endtag(self, tag: str) -> None:
+        self.in_cell = self.in_cell and tag not in ("td", "th")
+
+    def rows(self) -> list[list[str]]:
+        """Of all tables, with their heads."""
+        return [[" ".join(cell.split()) for cell in row] for row in self.cells]
 
     def all(self, tag: str) -> list[dict[str, str | None]]:
         return [attributes for name, attributes in self.tags if name == tag]
@@ -86,7 +109,7 @@ class Page(HTMLParser):
 
 
 def test_page_says_what_was_found(tmp_path: Path) -> None:
-    paths = save(tmp_path, {"low": 0.125, "high": 0.75, "mid": 0.5, "top": 1.0})
+    paths = save(tmp_path, {"low": 0.2, "high": 0.8, "mid": 0.4, "top": 1.0})
     inputs = [*paths, str(tmp_path / "missing.png")]
     out = tmp_path / "new" / "report.html"
     write_report(
@@ -124,35 +147,40 @@ def test_page_says_what_was_found(tmp_path: Path) -> None:
     assert order == sorted(order)
     assert "z = 10.00 , 10.0 standard deviations less normal than the average" in page.text
     assert "Anomaly score above 0.999." in page.text
-    assert "Anomaly score 0.777." in page.text  # sigmoid(1.25)
-    assert f"{tmp_path}/missing.png does not exist" in page.text
+    assert "Anomaly score 0.881." in page.text  # sigmoid(2)
+    assert "1 file, by what was wrong with it." in page.text
+    assert f"1 the file does not exist; give the path of an image file {tmp_path}/missing.png" in (
+        page.text
+    )
 
 
 def test_pictures_are_image_reconstruction_and_difference(tmp_path: Path) -> None:
-    paths = save(tmp_path, {"half": 0.5, "full": 1.0})
+    paths = save(tmp_path, {"half": 0.4, "full": 0.8})
     write_report(tmp_path / "r.html", MeanScorer(), screen(MeanScorer(), paths))
     page = Page(tmp_path / "r.html")
     pictures = page.pictures()
     assert [picture.shape for picture in pictures] == [(16, 16), (16, 16), (16, 16, 3)] * 2
-    assert [int(picture.flat[0]) for picture in pictures[0:2]] == [255, 128]  # full, 1 and 1/2
-    assert [int(picture.flat[0]) for picture in pictures[3:5]] == [128, 64]
-    assert "0.50 and more" in page.text  # the greatest difference sets the scale for all
-    assert pictures[2][0, 0].tolist() == [252, 255, 164]  # 0.5: the last colour
-    assert pictures[5][0, 0].tolist() == [186, 54, 85]  # 0.25: the middle colour
+    assert [int(picture.flat[0]) for picture in pictures[0:2]] == [204, 102]  # full, and half of it
+    assert [int(picture.flat[0]) for picture in pictures[3:5]] == [102, 51]
+    assert "0.40 and more" in page.text  # the greatest difference sets the scale for all
+    assert pictures[2][0, 0].tolist() == [252, 255, 164]  # 0.4: the last colour
+    assert pictures[5][0, 0].tolist() == [186, 54, 85]  # 0.2: the middle colour
     alts = [attributes["alt"] for attributes in page.all("img")]
     assert alts[:3] == ["Image of full.npy", "Reconstruction of full.npy", "Difference of full.npy"]
 
 
 def test_only_the_top_k_are_shown_and_the_rest_counted(tmp_path: Path) -> None:
-    paths = save(tmp_path, {f"{i:02d}": i / 20 for i in range(20)})
+    paths = save(tmp_path, {f"{i:02d}": (i + 0.5) / 20.5 for i in range(20)})
     summary = summarise(screen(MeanScorer(), paths, batch_size=3), top_k=3)
     write_report(tmp_path / "r.html", MeanScorer(), summary)
     page = Page(tmp_path / "r.html")
     shown = re.findall(r"\d (\d\d\.npy) flagged", page.text)
     assert shown == ["19.npy", "18.npy", "17.npy"]
     assert "The 3 images of greatest z-score among 20" in page.text
-    assert "6 other flagged images are in the table" in page.text  # 11 to 19 exceed 0.5
     assert len(page.pictures()) == 9
+    assert "All 10, the greatest z-score first." in page.text  # 10 to 19 exceed 0.5
+    listed = [(rank, path[-6:]) for rank, _, path in page.rows()[1:]]
+    assert listed == [(str(rank), f"{20 - rank}.npy") for rank in range(1, 11)]
 
 
 def test_more_findings_than_a_batch(tmp_path: Path) -> None:
@@ -162,7 +190,7 @@ def test_more_findings_than_a_batch(tmp_path: Path) -> None:
     write_report(tmp_path / "r.html", MeanScorer(), summary)
     page = Page(tmp_path / "r.html")
     greys = [int(picture.flat[0]) for picture in page.pictures()[::3]]
-    assert greys == [round(i / 40 * 255) for i in range(39, -1, -1) if i != 20]
+    assert greys == [int(i / 40 * 255 + 0.5) for i in range(39, -1, -1) if i != 20]
     assert "could not be read again for this report" in page.text
 
 
@@ -227,21 +255,63 @@ def test_undecodable_and_invisible_names_can_be_written(tmp_path: Path) -> None:
     assert page.text.count("caf\\xe9\\x1b[31m\\u202e.png") >= 4
 
 
-def test_100_000_rows_stay_small(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    long = "folder/" * 100
-    rows = (
-        fake_row(i, float(z))
-        if i % 2
-        else ScreenRow(f"{long}{i}.png", None, None, None, None, 5.0, f"{long}{i} is bad " * 20)
-        for i, z in enumerate(rng.normal(size=100_000))
-    )
-    write_report(tmp_path / "r.html", MeanScorer(), rows)
-    assert (tmp_path / "r.html").stat().st_size < 1_000_000
+def test_100_000_rows_with_the_flagged_and_the_kinds_of_errors(tmp_path: Path) -> None:
+    def rows() -> Iterator[ScreenRow]:
+        for i in range(100_000):
+            path = f"missing/{i:06d}.png"
+            if i % 20 == 1:
+                reason = "is cut off" if i in (41, 61) else f"is empty ({i % 7} bytes)"
+                yield ScreenRow(path, None, None, None, None, 5.0, f"{path} {reason}")
+            else:
+                yield fake_row(i, 6.0 + i / 1e5 if i % 20 == 0 else -1.0)
+
+    write_report(tmp_path / "r.html", MeanScorer(), rows(), results="all.csv")
+    assert (tmp_path / "r.html").stat().st_size < 500_000
     page = Page(tmp_path / "r.html")
-    assert "The first 500 of 50,000 files" in page.text
-    assert "open" not in page.all("details")[0]  # a long table is folded
-    assert len(page.all("tr")) == 501
+    assert "100,000 files screened 5,000 flagged (5.3 %) 90,000 not flagged" in page.text
+    assert "The 1,000 of greatest z-score among 5,000 flagged images. All" in page.text
+    assert "in the table of results, all.csv" in page.text
+    found = page.rows()
+    assert found[0] == ["Rank", "z-score", "File"]
+    assert found[1] == ["1", "7.00", "missing/099980.png"]
+    assert found[1000] == ["1000", "6.80", "missing/080000.png"]
+    assert found[1001] == ["Files", "Reason"]
+    assert [row[0] for row in found[1002:]] == ["4,998", "2"]
+    assert found[1002][1].startswith(
+        "the file is empty (… bytes) missing/000001.png and 4,997 others, the first 100 here"
+    )
+    assert found[1003][1] == "the file is cut off missing/000041.png missing/000061.png"
+    # All of them in one box that scrolls, and in one that is folded besides.
+    assert [a["class"] for _, a in page.tags if a.get("class") == "scroll"] == ["scroll"] * 2
+    assert [a for a in page.all("details") if "open" in a] == []
+
+
+def test_the_largest_page_is_below_20_mb(tmp_path: Path) -> None:
+    class Large(MeanScorer):
+        image_size = 512
+
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        np.save(tmp_path / f"{i}.npy", rng.random((512, 512), dtype=np.float32))
+    long = "&/" * 1000
+
+    def rows() -> Iterator[ScreenRow]:
+        for i in range(12):
+            yield ScreenRow(str(tmp_path / f"{i}.npy"), 9.0, 9.0, 0.9, True, 5.0, None)
+        for i in range(6_000):
+            kind = "".join(chr(97 + int(digit)) for digit in str(i % 60))
+            path = f"{long}{i}"
+            yield ScreenRow(path, None, None, None, None, 5.0, f"{path} is {kind} " + "<" * 2000)
+            yield ScreenRow(path, 8.0, 8.0, 0.9, True, 5.0, None)
+
+    write_report(tmp_path / "r.html", Large(), rows())
+    assert 5_000_000 < (tmp_path / "r.html").stat().st_size < 20_000_000
+    page = Page(tmp_path / "r.html")
+    assert len(page.pictures()) == 36
+    found = page.rows()
+    assert len(found) == 1 + 1000 + 1 + 51
+    assert found[1002][1].startswith("other reasons")
+    assert found[1002][0] == "1,000"
 
 
 def test_large_images_are_reduced(tmp_path: Path) -> None:

@@ -1,0 +1,119 @@
+"""A folder of many small images, some of them broken in the ways that archives have them."""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+_ORIGINALS = 300  # images that differ; the rest are hard links to them
+_FOLDERS = 20
+_STRANGE_NAMES = 0.01  # share of the whole files whose names are not UTF-8
+
+
+@dataclass
+class ImageFolder:
+    """Paths in the order in which screening lists them; the image behind each that is whole."""
+
+    files: list[str] = field(default_factory=list)
+    broken: set[str] = field(default_factory=set)
+    originals: dict[str, Path] = field(default_factory=dict)
+
+
+def make_images(
+    folder: Path, files: int, broken: int, generator: np.random.Generator
+) -> ImageFolder:
+    """Fill ``folder`` with ``files`` images, ``broken`` of them broken, by turns in each way.
+
+    What the hard links lead to stands in a folder ``originals`` beside it.
+    """
+    originals = _write_originals(folder.with_name("originals"), generator)
+    for number in range(_FOLDERS):
+        (folder / f"ward-{number:02d}").mkdir(parents=True)
+    made = ImageFolder()
+    ways = list(BROKEN.items())
+    chosen = set(generator.choice(files, broken, replace=False).tolist())
+    for number in range(files):
+        stem = folder / f"ward-{number % _FOLDERS:02d}" / f"{number:06d}"
+        if number in chosen:
+            name, break_file = ways[len(made.broken) % len(ways)]
+            path = f"{stem}-{name}"
+            break_file(path, generator)
+            made.broken.add(path)
+        else:
+            original = originals[generator.integers(len(originals))]
+            strange = "\udce9" if generator.random() < _STRANGE_NAMES else ""
+            path = f"{stem}{strange}{original.suffix}"
+            os.link(original, path)
+            made.originals[path] = original
+        made.files.append(path)
+    made.files.sort()
+    return made
+
+
+def _write_originals(folder: Path, generator: np.random.Generator) -> list[Path]:
+    folder.mkdir(parents=True)
+    paths = []
+    for number in range(_ORIGINALS):
+        height, width = generator.integers(24, 96, 2)
+        pixels = generator.integers(0, 256, (height, width), dtype=np.uint8)
+        path = folder / f"{number:03d}{('.jpg', '.png', '.npy')[number % 3]}"
+        if path.suffix == ".npy":
+            np.save(path, pixels)
+        else:
+            Image.fromarray(pixels).save(path)
+        paths.append(path)
+    return paths
+
+
+def _truncated(kind: str) -> Callable[[str, np.random.Generator], None]:
+    def write(path: str, generator: np.random.Generator) -> None:
+        Image.fromarray(generator.integers(0, 256, (64, 64), dtype=np.uint8)).save(path, kind)
+        size = os.path.getsize(path)
+        os.truncate(path, int(size * generator.uniform(0.3, 0.7)))
+
+    return write
+
+
+def _bytes(content: Callable[[np.random.Generator], bytes]) -> Callable[..., None]:
+    def write(path: str, generator: np.random.Generator) -> None:
+        Path(path).write_bytes(content(generator))
+
+    return write
+
+
+def _bomb(generator: np.random.Generator) -> bytes:
+    """A PNG that claims a size no memory holds."""
+    side = int(generator.integers(60_000, 1_000_000))
+    head = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+    chunks = [(b"IHDR", head), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
+
+
+def _nan(path: str, generator: np.random.Generator) -> None:
+    pixels = generator.random((48, 48), dtype=np.float32)
+    pixels[generator.integers(48), generator.integers(48)] = np.nan
+    np.save(path, pixels)
+
+
+BROKEN: dict[str, Callable[[str, np.random.Generator], None]] = {
+    "truncated.jpg": _truncated("JPEG"),
+    "truncated.png": _truncated("PNG"),
+    "empty.png": _bytes(lambda generator: b""),
+    "text.jpg": _bytes(lambda generator: b"this is no image\n"),
+    "bomb.png": _bytes(_bomb),
+    "garbage.dcm": _bytes(lambda generator: generator.bytes(4096)),
+    "dangling.png": lambda path, generator: os.symlink("nowhere.png", path),
+    "folder.png": lambda path, generator: os.mkdir(path),
+    "pipe.png": lambda path, generator: os.mkfifo(path),
+    "nan.npy": _nan,
+}

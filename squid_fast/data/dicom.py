@@ -1,0 +1,132 @@
+"""DICOM files: which pixels, and which values they stand for."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from squid_fast._extras import require
+from squid_fast.data.pixels import FloatImage, ImageReadError, check_pixels, stretched
+
+_MAX_INFLATED = 1 << 29  # bytes
+_META_START = 144  # where the file's meta group goes on behind the element that gives its length
+_META_BYTES = 4096  # hold it
+
+
+def read_dicom(file: BinaryIO, path: Path) -> FloatImage:
+    """The first frame, [H, W] in [0, 1]; see `squid_fast.data.read_image`."""
+    pydicom = require("pydicom", "screen")
+    _check_inflated(pydicom, file, path)
+    header = pydicom.dcmread(file, stop_before_pixels=True, force=True)
+    if header.get("Rows") is None or header.get("Columns") is None:
+        raise ImageReadError(
+            f"{path} is a DICOM file without an image (Rows and Columns are missing; Modality is "
+            f"{header.get('Modality', 'not given')}); one with pixel data is needed"
+        )
+    check_pixels(int(header.Columns), int(header.Rows), path)
+    file.seek(0)
+    frame = _first_frame(pydicom, file, header, path)
+    if header.get("PhotometricInterpretation") == "PALETTE COLOR":
+        frame = pydicom.pixels.apply_color_lut(frame, header)
+        return _luminance(frame, np.iinfo(frame.dtype).max)
+    if frame.ndim == 3:
+        return _luminance(frame, 2**header.BitsStored - 1)
+    return _dicom_grey(pydicom, frame, header)
+
+
+def _check_inflated(pydicom: Any, file: BinaryIO, path: Path) -> None:
+    """Refuse a deflated dataset that is too large; pydicom would inflate it whatever its size."""
+    if pydicom.uid.DeflatedExplicitVRLittleEndian.encode() not in file.read(_META_BYTES):
+        file.seek(0)
+        return
+    file.seek(_META_START + pydicom.filereader.read_file_meta_info(path)[0x00020000].value)
+    inflate, size = zlib.decompressobj(-zlib.MAX_WBITS), 0
+    while piece := file.read(1 << 16):
+        size += len(inflate.decompress(piece))
+        if size > _MAX_INFLATED:
+            raise ImageReadError(
+                f"{path} is a DICOM file that inflates to more than {_MAX_INFLATED} bytes, which "
+                "is the most that is read"
+            )
+    file.seek(0)
+
+
+def _luminance(colour: npt.NDArray[Any], top: int) -> FloatImage:
+    """ITU-R 601 luma of [H, W, 3 or 4], as Pillow's."""
+    weights = np.array([0.299, 0.587, 0.114])
+    return np.asarray(colour[..., :3] @ weights / top, dtype=np.float32)
+
+
+def _first_frame(pydicom: Any, file: BinaryIO, header: Any, path: Path) -> npt.NDArray[Any]:
+    """The stored values of frame 0: [H, W], or [H, W, 3] in RGB."""
+    pixels = require("pydicom.pixels", "screen")
+    source: Any = file
+    syntax = getattr(header, "file_meta", {}).get("TransferSyntaxUID")
+    if syntax is None:  # a file without its preamble
+        source = pydicom.dcmread(file, force=True)
+        source.file_meta = pydicom.dataset.FileMetaDataset()
+        implicit, little = header.original_encoding
+        source.file_meta.TransferSyntaxUID = (
+            pydicom.uid.ImplicitVRLittleEndian
+            if implicit
+            else pydicom.uid.ExplicitVRLittleEndian
+            if little
+            else pydicom.uid.ExplicitVRBigEndian
+        )
+    elif syntax.is_deflated:  # pydicom finds single frames in files as they lie on the disk
+        source = pydicom.dcmread(file)
+    try:
+        frame: npt.NDArray[Any] = pixels.pixel_array(source, index=0)
+    except AttributeError as error:
+        raise ImageReadError(
+            f"{path} is a DICOM file without usable pixel data: {error}"
+        ) from error
+    return frame
+
+
+def _dicom_grey(pydicom: Any, stored: npt.NDArray[Any], header: Any) -> FloatImage:
+    """Modality, then values of interest, then polarity (PS3.3 C.11.1, C.11.2, C.7.6.3.1.2)."""
+    if header.get("ModalityLUTSequence"):
+        values, _ = _looked_up(stored, header.ModalityLUTSequence[0])
+    else:
+        values = pydicom.pixels.apply_modality_lut(stored, header)
+    if header.get("VOILUTSequence"):
+        values, top = _looked_up(values, header.VOILUTSequence[0])
+        grey = np.asarray(values / top, dtype=np.float32)
+    elif header.get("WindowCenter") is not None and header.get("WindowWidth") is not None:
+        # The window's own output range: where everything below and everything above it goes.
+        ends = pydicom.pixels.apply_windowing(np.array([-np.inf, np.inf]), header)
+        windowed = pydicom.pixels.apply_windowing(values, header)
+        low, high = float(ends[0]), float(ends[1])
+        if low == high:
+            return np.zeros(stored.shape, dtype=np.float32)
+        grey = np.asarray((windowed - low) / (high - low), dtype=np.float32)
+    else:
+        grey = stretched(values)
+        if not grey.any():
+            return grey
+    return (
+        np.float32(1) - grey if header.get("PhotometricInterpretation") == "MONOCHROME1" else grey
+    )
+
+
+def _looked_up(values: npt.NDArray[Any], item: Any) -> tuple[npt.NDArray[Any], int]:
+    """Values through a lookup table, and the top of the table's range.
+
+    pydicom's own functions hold the index in the type of the table's entries, which overflows
+    for 12-bit values and a table of 8-bit entries.
+    """
+    entries, first, bits = (int(number) for number in item.LUTDescriptor)
+    entries = entries or 2**16
+    data = item.LUTData
+    if isinstance(data, bytes):
+        data = np.frombuffer(data, dtype="<u2" if len(data) >= 2 * entries else "u1")
+    table = np.asarray(data)[:entries]
+    if table.size == 0:
+        raise ValueError("its lookup table has no entries")
+    index = np.clip(np.floor(values).astype(np.int64) - first, 0, table.size - 1)
+    return table[index], 2**bits - 1

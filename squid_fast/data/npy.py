@@ -1,0 +1,40 @@
+"""NumPy's NPY files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from squid_fast.data.pixels import FloatImage, ImageReadError, check_pixels, stretched
+
+
+def read_npy(file: BinaryIO, path: Path) -> FloatImage:
+    """The array as an image, [H, W] in [0, 1]; see `squid_fast.data.read_image`."""
+    version = np.lib.format.read_magic(file)
+    read_header = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }[version]
+    shape, _, dtype = read_header(file)
+    if dtype.kind not in "buif":
+        raise ImageReadError(
+            f"{path} holds values of type {dtype}; bool, integers and floats are read"
+        )
+    sides = shape[1:] if len(shape) == 3 and shape[0] == 1 else shape
+    sides = sides[:2] if len(sides) == 3 and sides[2] == 1 else sides
+    if len(sides) != 2:
+        raise ImageReadError(
+            f"{path} has the shape {list(shape)}; [H, W], [1, H, W] and [H, W, 1] are read"
+        )
+    check_pixels(sides[1], sides[0], path)
+    file.seek(0)
+    # Read, not mapped: a mapped file that becomes shorter kills the process.
+    array = np.lib.format.read_array(file, allow_pickle=False).reshape(sides)
+    if array.dtype.kind == "u" and array.dtype.itemsize <= 2:
+        top = 255 if array.dtype.itemsize == 1 else 65535
+        return np.asarray(array.astype(np.float32) / top, dtype=np.float32)
+    if array.min() >= 0 and array.max() <= 1:
+        return np.asarray(array, dtype=np.float32)
+    return stretched(array)

@@ -1,0 +1,59 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+
+@contextmanager
+def replacing(path: Path, partial: Path | None = None) -> Iterator[BinaryIO]:
+    """Give a file to write into, which takes the place of ``path`` when the block ends.
+
+    Until then, and after an exception, what was at ``path`` stays. The content reaches the disk
+    before the name does, so that a power cut leaves the old file or the new one.
+
+    Args:
+        path: the file's final place.
+        partial: where it is until then, on the same file system; by default beside ``path``.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    partial = partial or path.with_name(path.name + ".new")
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink()
+        raise
+    sync_folder(path.parent)
+
+
+def write_json(value: Any, path: Path) -> None:
+    """Write ``value`` as JSON, whole or not at all.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with replacing(path) as file:
+        file.write((json.dumps(value, indent=2) + "\n").encode())
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder reach the disk, where folders can be opened for that."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,239 @@
+"""A whole screening run: from inputs to a table, whatever comes in between."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+
+from squid_fast.screening.files import PathInput, find_files
+from squid_fast.screening.journal import Journal
+from squid_fast.screening.journal_format import JournalError, Run
+from squid_fast.screening.pipeline import ScorerLike, screen_listing
+from squid_fast.screening.reading import TIMEOUT
+from squid_fast.screening.results import table_writer, write_table
+from squid_fast.screening.shards import count_rows, is_shard
+from squid_fast.screening.summary import Summary
+
+_INPUTS_SHOWN = 20
+_CALLED = {
+    "score_name": "score",
+    "threshold": "threshold",
+    "inputs": "inputs",
+    "folder": "folder in which relative inputs start",
+}
+
+_log = logging.getLogger("squid_fast")
+
+
+def screen_to_table(
+    scorer: ScorerLike,
+    inputs: PathInput | Iterable[PathInput],
+    out: PathInput,
+    *,
+    resume: bool = False,
+    batch_size: int = 32,
+    workers: int | None = None,
+    timeout: float = TIMEOUT,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    should_stop: Callable[[], bool] = lambda: False,
+    say: Callable[[str], None] = _log.info,
+) -> Summary | None:
+    """Score every image in ``inputs`` into the table ``out``: one row per file, in their order.
+
+    Until the table is whole, rows are kept in the folder ``out`` + ``.partial``, so that a run
+    that was stopped or killed can be resumed without losing or doubling a row. A table already at
+    ``out`` stays until the new one is whole.
+
+    Args:
+        scorer: see `ScorerLike`.
+        inputs: files, folders and globs, see `find_files`.
+        out: the table, see `write_table`.
+        resume: go on with an unfinished run of the same scorer and inputs, if there is one. The
+            files are those that were found when it was started.
+        batch_size, workers, timeout: see `screen`; a resumed run may have others.
+        on_progress: called as ``on_progress(rows_done, rows_in_total)`` after every batch.
+        should_stop: asked after every batch.
+        say: takes remarks, in sentences.
+
+    Returns:
+        The figures of all rows, or None where ``should_stop`` ended the run.
+
+    Raises:
+        ValueError: ``out`` has an unknown suffix, or ``batch_size``, ``workers`` or ``timeout``
+            is out of range.
+        OSError: ``out`` is a folder, or in none that can be written to.
+        ImportError: Parquet without pyarrow.
+        JournalError: an unfinished run is there and ``resume`` is not set, or it is of another
+            scorer or other inputs, or in use; or the disk is full. What to do is in the message.
+        Exception: whatever the scorer raises; the rows before can be resumed.
+    """
+    out = Path(out)
+    check_output(out, resume)
+    screen_listing(scorer, (), batch_size, workers, timeout=timeout)  # refuses what is out of range
+    given = [inputs] if isinstance(inputs, str | os.PathLike) else inputs
+    named = [os.fspath(item) for item in given]
+    run = _describe(scorer, named)
+    with Journal(_journal_folder(out)) as journal:
+        if journal.run:
+            if not resume:
+                raise _unfinished(out)
+            _check_same(journal, run)
+            _say_what_is_there(journal, say)
+        else:
+            if resume:
+                say(f"there is no unfinished run of {str(out)!r}: starting at the beginning")
+            files = find_files(named)
+            journal.start(run, files, _packed_rows(files))
+        finished = _score(scorer, journal, batch_size, workers, timeout, on_progress, should_stop)
+        if not finished:
+            say(
+                f"stopped: {journal.count:,} of {journal.total:,} rows are safe in "
+                f"{str(journal.folder)!r}; go on with --resume"
+            )
+            return None
+        summary = Summary()
+        try:
+            write_table(summary.watch(journal.rows()), out, journal.folder / out.name)
+        except OSError as error:
+            raise journal.failure(f"{str(out)!r} cannot be written", error) from error
+        journal.remove()
+    return summary
+
+
+def check_output(out: PathInput, resume: bool = False) -> None:
+    """Refuse what could not become the table of a run, before there is any work.
+
+    Raises:
+        ValueError, OSError, ImportError, JournalError: as `screen_to_table` does.
+    """
+    out = Path(out)
+    table_writer(out)
+    if out.is_dir():
+        raise IsADirectoryError(f"{str(out)!r} is a folder; name the table that is to be in it")
+    check_folder(out)
+    if not resume and (_journal_folder(out) / "run.json").exists():
+        raise _unfinished(out)
+
+
+def check_folder(out: PathInput) -> None:
+    """Refuse a file in a folder that is missing or cannot be written to.
+
+    Raises:
+        OSError: it is so.
+    """
+    folder = Path(out).parent
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{str(out)!r} cannot be written: there is no folder {str(folder)!r}; make it, or name "
+            "another"
+        )
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(
+            f"{str(out)!r} cannot be written: you may not write to the folder {str(folder)!r}"
+        )
+
+
+def _score(
+    scorer: ScorerLike,
+    journal: Journal,
+    batch_size: int,
+    workers: int | None,
+    timeout: float,
+    on_progress: Callable[[int, int], None],
+    should_stop: Callable[[], bool],
+) -> bool:
+    """Score what has no row yet; whether all of it."""
+    done = journal.count
+    batch_end = 0
+
+    def note_batch(rows_done: int, total: int) -> None:
+        nonlocal batch_end
+        batch_end = rows_done
+
+    on_progress(done, journal.total)
+    rows = screen_listing(
+        scorer, journal.files, batch_size, workers, note_batch, timeout=timeout, skip=done
+    )
+    with closing(rows):
+        for number, row in enumerate(rows, start=done + 1):
+            journal.append(row)
+            if number == batch_end:
+                journal.flush()
+                on_progress(journal.count, journal.total)
+                if should_stop() and journal.count < journal.total:
+                    return False
+    journal.flush(sync=True)
+    if journal.count != journal.total:
+        raise JournalError(
+            f"there are {journal.count:,} rows for {journal.total:,} images: a packed file became "
+            f"shorter while it was read. Delete {str(journal.folder)!r} and start again."
+        )
+    return True
+
+
+def _describe(scorer: ScorerLike, named: list[str]) -> Run:
+    relative = any(not os.path.isabs(path) for path in named)
+    return Run(
+        scorer.fingerprint,
+        scorer.score_name,
+        float(scorer.threshold),
+        named[:_INPUTS_SHOWN],
+        hashlib.sha256("\0".join(named).encode("utf-8", "surrogatepass")).hexdigest(),
+        os.getcwd() if relative else None,
+    )
+
+
+def _packed_rows(files: Sequence[str]) -> dict[int, int]:
+    """For the packed files of a listing, by index, how many rows they give."""
+    return {index: count_rows(path) for index, path in enumerate(files) if is_shard(path)}
+
+
+def _check_same(journal: Journal, now: Run) -> None:
+    """Refuse to mix rows of two runs in one table."""
+    was = asdict(journal.run) if journal.run else {}
+    changed = {key for key, value in asdict(now).items() if was[key] != value}
+    if "inputs_sha256" in changed:
+        changed.add("inputs")
+    parts = []
+    if "fingerprint" in changed and "score_name" not in changed:
+        parts.append("the model, its calibration or the precision is not the same")
+    parts += [
+        f"the {name} was {was[key]!r} and is {getattr(now, key)!r}"
+        for key, name in _CALLED.items()
+        if key in changed
+    ]
+    if journal.packed != _packed_rows(journal.files):
+        parts.append("packed files among the inputs hold other numbers of images than they did")
+    if parts:
+        raise JournalError(
+            f"{str(journal.folder)!r} is of another run: {'; '.join(parts)}. Resume it as it was "
+            "started, or delete that folder to start again from the beginning."
+        )
+
+
+def _say_what_is_there(journal: Journal, say: Callable[[str], None]) -> None:
+    if journal.dropped:
+        say(
+            f"{journal.dropped:,} rows behind a damaged line in {str(journal.folder)!r} are scored "
+            "again"
+        )
+    say(
+        f"going on behind {journal.count:,} of {journal.total:,} rows; files that came after the "
+        "run was started are not in it"
+    )
+
+
+def _unfinished(out: Path) -> JournalError:
+    return JournalError(
+        f"{str(_journal_folder(out))!r} holds an unfinished run of {out.name!r}: go on with "
+        "--resume, or delete that folder to start again from the beginning"
+    )
+
+
+def _journal_folder(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")

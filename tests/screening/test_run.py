@@ -1,0 +1,436 @@
+"""A whole run: stopped, killed, resumed, refused, out of room; its table is right or not there."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from squid_fast.screening import (
+    JournalError,
+    check_output,
+    pack,
+    run,
+    screen,
+    screen_to_table,
+)
+from tests.screening.limits import file_size_limit
+from tests.screening.test_results import FORMATS, read_table
+
+SIZE = 8
+
+
+class MeanScorer:
+    """z-score = ten times the mean grey value; notes how many images it was given."""
+
+    image_size = SIZE
+    score_name = "mean"
+    threshold = 5.0
+    false_positive_rate = 0.05
+    fingerprint = "mean-1"
+
+    def __init__(self) -> None:
+        self.images = 0
+
+    def prefetch(self, images: torch.Tensor) -> torch.Tensor:
+        return images
+
+    def score(self, images: torch.Tensor, reconstruction: bool = False) -> SimpleNamespace:
+        self.images += len(images)
+        scale = 255 if images.dtype == torch.uint8 else 1
+        raw = images.float().mean(dim=(1, 2, 3)) / scale
+        z = 10 * raw
+        return SimpleNamespace(raw=raw, z_score=z, anomaly_score=z.sigmoid(), reconstruction=None)
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Thirty files, each with a grey value of its own, three of them broken."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number in range(30):
+        if number % 10 == 7:
+            (folder / f"{number:02d}.npy").write_text("not an image")
+        else:
+            np.save(folder / f"{number:02d}.npy", np.full((SIZE, SIZE), number * 8, np.uint8))
+    return folder
+
+
+def expected(folder: Path) -> list[tuple[Any, ...]]:
+    """Rows of all files, from their grey values."""
+    rows: list[tuple[Any, ...]] = []
+    for number in range(30):
+        path, z = str(folder / f"{number:02d}.npy"), number * 80 / 255
+        rows.append((path, None, None) if number % 10 == 7 else (path, pytest.approx(z), z > 5))
+    return rows
+
+
+def found(table: Path) -> list[tuple[Any, ...]]:
+    rows = read_table(table)
+    assert all((row["error"] is None) == (row["z_score"] is not None) for row in rows)
+    return [(row["path"], row["z_score"], row["flag"]) for row in rows]
+
+
+def stop_after(batches: int) -> Callable[[], bool]:
+    asked = 0
+
+    def should_stop() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked >= batches
+
+    return should_stop
+
+
+def stopped(images: Path, out: Path, batches: int = 2) -> None:
+    """Leave an unfinished run of four rows a batch."""
+    result = screen_to_table(
+        MeanScorer(), images, out, batch_size=4, workers=0, should_stop=stop_after(batches)
+    )
+    assert result is None
+
+
+@FORMATS
+def test_one_row_for_each_file_and_their_figures(images: Path, tmp_path: Path, suffix: str) -> None:
+    out = tmp_path / f"r{suffix}"
+    steps: list[tuple[int, int]] = []
+    summary = screen_to_table(
+        MeanScorer(),
+        images,
+        out,
+        batch_size=4,
+        workers=0,
+        on_progress=lambda done, total: steps.append((done, total)),
+    )
+    assert found(out) == expected(images)
+    assert summary is not None
+    assert (summary.count, summary.errors, summary.flagged) == (30, 3, 12)
+    names = [os.path.basename(r.path) for kind in summary.error_kinds for r in kind.rows]
+    assert names == ["07.npy", "17.npy", "27.npy"]
+    assert steps[0] == (0, 30)
+    assert steps[-1] == (30, 30)
+    assert steps == sorted(steps)
+    assert sorted(os.listdir(tmp_path)) == ["in", out.name]
+
+
+@FORMATS
+def test_stop_and_resume_give_the_table_of_an_uninterrupted_run(
+    images: Path, tmp_path: Path, suffix: str
+) -> None:
+    whole, out = tmp_path / f"whole{suffix}", tmp_path / f"r{suffix}"
+    screen_to_table(MeanScorer(), images, whole, workers=0)
+    out.write_bytes(b"the last run")
+    said: list[str] = []
+    scorer = MeanScorer()
+    summary = screen_to_table(
+        scorer, images, out, batch_size=4, workers=0, should_stop=stop_after(2), say=said.append
+    )
+    assert summary is None
+    folder = tmp_path / f"r{suffix}.partial"
+    assert said == [f"stopped: 9 of 30 rows are safe in {str(folder)!r}; go on with --resume"]
+    assert out.read_bytes() == b"the last run"
+    assert (folder / "rows.jsonl").read_bytes().count(b"\n") == 9
+
+    again = MeanScorer()
+    summary = screen_to_table(
+        again, images, out, resume=True, batch_size=5, workers=0, say=said.append
+    )
+    assert said[1] == (
+        "going on behind 9 of 30 rows; files that came after the run was started are not in it"
+    )
+    assert found(out) == found(whole) == expected(images)
+    assert again.images == 27 - 8  # the first nine files hold eight images, scored before
+    assert summary is not None
+    assert (summary.count, summary.errors, summary.flagged) == (30, 3, 12)
+    assert not folder.exists()
+
+
+def test_resuming_takes_the_files_that_were_there(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "r.csv"
+    stopped(images, out)
+    np.save(images / "00-new.npy", np.zeros((SIZE, SIZE), np.uint8))
+    (images / "20.npy").unlink()
+    screen_to_table(MeanScorer(), images, out, resume=True, workers=0)
+    rows = read_table(out)
+    assert [row["path"] for row in rows] == [path for path, *_ in expected(images)]
+    assert "does not exist" in rows[20]["error"]
+
+
+def test_resuming_nothing_starts_at_the_beginning(images: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    out = tmp_path / "r.csv"
+    screen_to_table(MeanScorer(), images, out, resume=True, workers=0, say=said.append)
+    assert said == [f"there is no unfinished run of {str(out)!r}: starting at the beginning"]
+    assert found(out) == expected(images)
+
+
+def test_an_unfinished_run_is_not_overwritten(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "r.csv"
+    stopped(images, out)
+    scorer = MeanScorer()
+    with pytest.raises(JournalError, match=r"holds an unfinished run of 'r\.csv': go on with --re"):
+        screen_to_table(scorer, images, out, workers=0)
+    assert scorer.images == 0
+    screen_to_table(MeanScorer(), images, out, resume=True, workers=0)
+    assert found(out) == expected(images)
+
+
+def test_a_run_that_was_killed_before_its_folder_was_removed_is_finished_again(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "r.csv"
+    with monkeypatch.context() as patch:
+        patch.setattr(run.Journal, "remove", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            screen_to_table(MeanScorer(), images, out, workers=0)
+    assert found(out) == expected(images)
+    assert (tmp_path / "r.csv.partial" / "run.json").exists()
+    scorer = MeanScorer()
+    summary = screen_to_table(scorer, images, out, resume=True, workers=0)
+    assert scorer.images == 0
+    assert summary is not None
+    assert summary.count == 30
+    assert found(out) == expected(images)
+    assert sorted(os.listdir(tmp_path)) == ["in", "r.csv"]
+
+
+def test_another_run_is_not_mixed_in(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "r.csv"
+    stopped(images, out)
+    rows = (tmp_path / "r.csv.partial" / "rows.jsonl").read_bytes()
+    others = {
+        "model, its calibration or the precision is not the same": {"fingerprint": "mean-2"},
+        "score was 'mean' and is 'median'": {"score_name": "median", "fingerprint": "median-1"},
+        "threshold was 5.0 and is 4.5": {"threshold": 4.5},
+    }
+    for sentence, change in others.items():
+        scorer = MeanScorer()
+        vars(scorer).update(change)
+        with pytest.raises(JournalError, match=rf"is of another run: the {sentence}\. Resume it"):
+            screen_to_table(scorer, images, out, resume=True, workers=0)
+        assert scorer.images == 0
+    for inputs in ([images, images / "00.npy"], str(tmp_path)):
+        with pytest.raises(JournalError, match=r"the inputs was .* or delete that folder"):
+            screen_to_table(MeanScorer(), inputs, out, resume=True, workers=0)
+    assert (tmp_path / "r.csv.partial" / "rows.jsonl").read_bytes() == rows
+
+
+def test_relative_inputs_belong_to_their_folder(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "r.csv"
+    monkeypatch.chdir(tmp_path)
+    stopped(Path("in"), out)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    with monkeypatch.context() as patch:
+        patch.chdir(elsewhere)
+        sentence = f"relative inputs start was '{tmp_path}' and is '{elsewhere}'"
+        with pytest.raises(JournalError, match=re.escape(sentence)):
+            screen_to_table(MeanScorer(), "in", out, resume=True, workers=0)
+    screen_to_table(MeanScorer(), "in", out, resume=True, workers=0)
+    assert [row["path"] for row in read_table(out)] == [f"in/{i:02d}.npy" for i in range(30)]
+
+
+def test_one_input_more_among_many_is_another_run(tmp_path: Path) -> None:
+    """Only the first inputs are kept by name; all of them are compared."""
+    names = [str(tmp_path / f"{i}.npy") for i in range(100)]
+    out = tmp_path / "r.csv"
+    screen_to_table(MeanScorer(), names, out, batch_size=4, workers=0, should_stop=stop_after(1))
+    saved = json.loads((tmp_path / "r.csv.partial" / "run.json").read_text())
+    assert saved["run"]["inputs"] == names[:20]
+    assert saved["listing"]["files"] == 100
+    with pytest.raises(JournalError, match="is of another run: the inputs"):
+        screen_to_table(MeanScorer(), names[:99], out, resume=True, workers=0)
+
+
+def test_names_that_are_not_utf8_go_through_a_resumed_run(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number in range(8):
+        with open(os.fsencode(folder) + b"/caf\xe9-%d.npy" % number, "wb") as file:
+            np.save(file, np.full((SIZE, SIZE), number, np.uint8))
+    out = tmp_path / "r.jsonl"
+    stopped(folder, out, 1)
+    screen_to_table(MeanScorer(), folder, out, resume=True, workers=0)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [os.path.basename(row["path"]) for row in rows] == [
+        f"caf\\xe9-{i}.npy" for i in range(8)
+    ]
+    assert [row["error"] for row in rows] == [None] * 8
+
+
+def test_packed_files_are_resumed_in_their_middle(images: Path, tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    packed, out = tmp_path / "packed", tmp_path / "r.csv"
+    pack(images, packed, SIZE, rows_per_shard=12, workers=0)
+    extra = str(images / "03.npy")
+    inputs = [extra, str(packed)]
+    result = screen_to_table(
+        MeanScorer(), inputs, out, batch_size=4, workers=0, should_stop=stop_after(5)
+    )
+    assert result is None
+    second = packed / "shard-00001.arrow"
+    whole = second.read_bytes()
+    second.write_bytes(b"")
+    with pytest.raises(JournalError, match="packed files among the inputs hold other numbers of"):
+        screen_to_table(MeanScorer(), inputs, out, resume=True, workers=0)
+    second.write_bytes(whole)
+    scorer, said = MeanScorer(), list[str]()
+    screen_to_table(scorer, inputs, out, resume=True, workers=0, say=said.append)
+    assert said[0].startswith("going on behind 17 of 31 rows")
+    assert scorer.images == 28 - 16  # the first 17 rows hold one error
+    assert found(out) == [expected(images)[3], *expected(images)]
+
+
+def test_damaged_rows_are_scored_again_and_said(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "r.csv"
+    stopped(images, out, 3)
+    lines = tmp_path / "r.csv.partial" / "rows.jsonl"
+    content = lines.read_bytes().splitlines(keepends=True)
+    content[5] = b"\0" * len(content[5])
+    lines.write_bytes(b"".join(content))
+    said: list[str] = []
+    screen_to_table(MeanScorer(), images, out, resume=True, workers=0, say=said.append)
+    assert said[0] == f"7 rows behind a damaged line in {str(lines.parent)!r} are scored again"
+    assert said[1].startswith("going on behind 5 of 30 rows")
+    assert found(out) == expected(images)
+
+
+def test_a_scorer_that_fails_loses_nothing_before(images: Path, tmp_path: Path) -> None:
+    class FailsLater(MeanScorer):
+        def score(self, images: torch.Tensor, reconstruction: bool = False) -> SimpleNamespace:
+            if self.images >= 15:
+                raise RuntimeError("device-side assert")
+            return super().score(images)
+
+    out = tmp_path / "r.csv"
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        screen_to_table(FailsLater(), images, out, batch_size=7, workers=0)
+    lines = (tmp_path / "r.csv.partial" / "rows.jsonl").read_bytes().splitlines()
+    assert len(lines) >= 15
+    scorer = MeanScorer()
+    screen_to_table(scorer, images, out, resume=True, batch_size=7, workers=0)
+    assert scorer.images <= 27 - 14
+    assert found(out) == expected(images)
+
+
+# No room
+
+
+def test_full_disk_in_the_middle(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "r.parquet"
+    listing = sum(len(path) + 1 for path, *_ in expected(images))
+    with file_size_limit(listing + 300), pytest.raises(JournalError) as raised:
+        screen_to_table(MeanScorer(), images, out, batch_size=4, workers=0)
+    folder = tmp_path / "r.parquet.partial"
+    count = (folder / "rows.jsonl").read_bytes().count(b"\n")
+    assert 4 <= count < 30
+    assert str(raised.value) == (
+        f"{str(folder)!r} cannot be written: File too large. {count} of 30 rows are safe in "
+        f"{str(folder)!r}; once it can be, go on with --resume."
+    )
+    screen_to_table(MeanScorer(), images, out, resume=True, workers=0)
+    assert found(out) == expected(images)
+
+
+@FORMATS
+def test_full_disk_while_the_table_is_made(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    out = tmp_path / f"r{suffix}"
+    out.write_bytes(b"the last run")
+    write = run.write_table
+
+    def no_room(*arguments: Any) -> None:
+        with file_size_limit(300):
+            write(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "write_table", no_room)
+        with pytest.raises(JournalError) as raised:
+            screen_to_table(MeanScorer(), images, out, workers=0)
+    assert f"{str(out)!r} cannot be written: File too large. 30 of 30 rows are safe" in str(
+        raised.value
+    )
+    assert out.read_bytes() == b"the last run"
+    scorer = MeanScorer()
+    screen_to_table(scorer, images, out, resume=True, workers=0)
+    assert scorer.images == 0
+    assert found(out) == expected(images)
+
+
+# Before any work
+
+
+def test_tables_that_cannot_be_are_refused_before_any_work(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "d.csv").mkdir()
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "r.csv.partial").write_text("a file")
+    cases: list[tuple[str, type[Exception], str]] = [
+        ("r.xlsx", ValueError, r"'r\.xlsx' has the suffix '\.xlsx'"),
+        ("d.csv", IsADirectoryError, "is a folder; name the table that is to be in it"),
+        ("no/r.csv", FileNotFoundError, "there is no folder .*no'; make it, or name another"),
+        ("locked/r.csv", PermissionError, "you may not write to the folder .*locked'"),
+        ("full/r.csv", JournalError, "cannot be written: File exists"),
+    ]
+    access = os.access
+    monkeypatch.setattr(  # root may write everywhere
+        os, "access", lambda path, mode: "locked" not in str(path) and access(path, mode)
+    )
+    for name, kind, sentence in cases:
+        scorer = MeanScorer()
+        with pytest.raises(kind, match=sentence):
+            screen_to_table(scorer, images, tmp_path / name, workers=0)
+        assert scorer.images == 0
+    assert sorted(os.listdir(tmp_path)) == ["d.csv", "full", "in", "locked"]
+
+
+def test_arguments_out_of_range_leave_nothing_behind(images: Path, tmp_path: Path) -> None:
+    wrong: list[dict[str, Any]] = [{"batch_size": 0}, {"workers": -1}, {"timeout": 0.0}]
+    for argument in wrong:
+        with pytest.raises(ValueError, match=f"{next(iter(argument))} must be"):
+            screen_to_table(MeanScorer(), images, tmp_path / "r.csv", **argument)
+    assert os.listdir(tmp_path) == ["in"]
+
+
+def test_output_is_checked_without_a_scorer(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "r.csv"
+    check_output(out)
+    stopped(images, out)
+    with pytest.raises(JournalError, match="holds an unfinished run"):
+        check_output(out)
+    check_output(out, resume=True)
+
+
+def test_a_folder_that_may_not_be_written_to(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(path: Path, **_: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    sentence = "cannot be written: Read-only file system. No file has been scored yet."
+    with pytest.raises(JournalError, match=sentence):
+        screen_to_table(MeanScorer(), images, tmp_path / "r.csv", workers=0)
+
+
+def test_the_rows_are_those_of_screen(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "r.jsonl"
+    screen_to_table(MeanScorer(), images, out, batch_size=4, workers=0)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert rows == [vars(row) for row in screen(MeanScorer(), images, batch_size=4, workers=0)]
