@@ -28,8 +28,10 @@ def _folded(block: DoubleConv) -> tuple[FoldedConv, FoldedConv, FoldedConv]:
     return fold(*first), fold(*second), fold(*third)  # type: ignore[arg-type]
 
 
-def _resized(x: Tensor, skip: Tensor) -> Tensor:
-    return F.interpolate(x, size=skip.shape[-2:], mode="bilinear", align_corners=False)
+def _resized(x: Tensor) -> Tensor:
+    """To the size of the skip, which is twice the map's."""
+    size = (2 * x.shape[2], 2 * x.shape[3])
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
 class Stage(nn.Module):
@@ -39,8 +41,8 @@ class Stage(nn.Module):
         block: trained.
         dtype: of the maps.
         image: whether it is given images, in float32.
-        concat: channels of the skip that is put in front of the maps, 0 for none.
-        side: of the maps before they are resized, where that is known to be half the skip's.
+        side: of the maps, in the decoder, before they are resized; None in the encoder.
+        concat: channels of the skip that is put in front of them, 0 for none.
     """
 
     def __init__(
@@ -50,13 +52,13 @@ class Stage(nn.Module):
         layout: torch.memory_format,
         onednn: bool,
         image: bool = False,
-        concat: int = 0,
         side: int | None = None,
+        concat: int = 0,
     ) -> None:
         super().__init__()
         first, second, third = _folded(block)
         self.dtype, self.source = dtype, torch.float32 if image else dtype
-        self.concat = concat
+        self.resizes = side is not None
         in_bf16 = onednn and dtype == torch.bfloat16
         self.first: nn.Module
         if in_bf16 and image:
@@ -69,16 +71,15 @@ class Stage(nn.Module):
         self.third = cast(third, dtype, layout, onednn)
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
-        """Maps, in the decoder with the skip whose size they take."""
+        """Maps, and those to put in front of their channels."""
         x = x.to(self.source)
-        if skip is None:
-            a = self.first(x)
-        elif isinstance(self.first, ResizedConv):
-            a = self.first(x, skip.to(self.source) if self.concat else None)
+        if skip is not None:
+            skip = skip.to(self.source)
+        if isinstance(self.first, ResizedConv):
+            a = self.first(x, skip)
         else:
-            x = _resized(x, skip)
-            a = self.first(torch.cat([skip.to(x.dtype), x], dim=1) if self.concat else x)
-        a = a.to(self.dtype)
+            x = _resized(x) if self.resizes else x
+            a = self.first(x if skip is None else torch.cat([skip, x], dim=1)).to(self.dtype)
         return self.third(self.second(a), residual=a)
 
 
@@ -89,8 +90,8 @@ class QuantizedStage(nn.Module):
         block: trained.
         ranges: of its convolutions: "first", "second", "third", and "first.input".
         source: grid of the maps it is given, where they are bytes.
-        concat: whether the skip is put in front of the maps.
-        skip: its grid, where it is bytes.
+        resizes: the maps, as in the decoder.
+        skip: grid of what is put in front of them, where it is bytes.
         target: float dtype of the output; None for bytes on the grid ``output``.
     """
 
@@ -100,23 +101,22 @@ class QuantizedStage(nn.Module):
         ranges: Mapping[str, Range],
         source: Grid | None,
         target: torch.dtype | None,
-        concat: bool = False,
+        resizes: bool = False,
         skip: Grid | None = None,
     ) -> None:
         super().__init__()
         self.source = source or Grid.over(ranges["first.input"])
         self.a, b, self.output = (Grid.over(ranges[part]) for part in ("first", "second", "third"))
-        self.concat, self.skip, self.target = concat, skip, target
+        self.resizes, self.skip, self.target = resizes, skip, target
         first, second, third = _folded(block)
         self.first = QuantizedConv(first, self.source, self.a)
         self.second = QuantizedConv(second, self.a, b)
         self.third = QuantizedConv(third, b, target or self.output, self.a)
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
-        """Maps, in the decoder with the skip whose size they take."""
+        """Maps, and those to put in front of their channels."""
+        x = _resized(x) if self.resizes else x
         if skip is not None:
-            x = _resized(x, skip)
-        if skip is not None and self.concat:
             skip = self.skip.decode(skip, x.dtype) if self.skip else skip.to(x.dtype)
             x = torch.cat([skip, x], dim=1)
         a = self.first(x if x.dtype == torch.uint8 else self.source.encode(x))
@@ -169,7 +169,7 @@ class FrozenGenerator(nn.Module):
                 side //= self.num_patch
             width = model.config["features_root"] << deep  # of the skip
             concat = width if self.concat[i] else 0
-            self.ups.append(Stage(block, dtype, layout, onednn, concat=concat, side=side))
+            self.ups.append(Stage(block, dtype, layout, onednn, side=side, concat=concat))
         if quantization is not None:
             self._put_in_bytes(downs, ups, model.memory_blocks, dtype, quantization)
         self.inpaint = model.inpaint_block
@@ -213,16 +213,18 @@ class FrozenGenerator(nn.Module):
             deep = L - 1 - i
             target = dtype if isinstance(memories[deep], nn.Identity) else torch.float32
             self.ups[i] = QuantizedStage(
-                ups[i], ranges(f"ups.{i}"), None, target, self.concat[i], grids[deep]
+                ups[i], ranges(f"ups.{i}"), None, target, True, grids[deep]
             )
 
     def forward(self, images: Tensor) -> Tensor:
         """float32 [B, Cin, H, W] in [0, 1] to float32 [B, Cin, H, W]."""
         x = to_patches(images, self.num_patch).contiguous(memory_format=self.layout)
         x = self.in_conv(x)
-        skips = []
+        skips: list[Tensor | None] = []
         for i, down in enumerate(self.downs):
-            skips.append(to_image(x, self.num_patch) if i < self.combine else x)
+            skip = x if self.concat[self.level - 1 - i] else None
+            whole = skip is not None and i < self.combine
+            skips.append(to_image(skip, self.num_patch) if whole else skip)
             x = down(x)
         B = images.shape[0]
         x = self._among_others(self.inpaint, x.float(), B)
