@@ -196,7 +196,70 @@ def machine_code() -> str:
     return "\n".join(lines)
 
 
+def stages() -> str:
+    """Milliseconds for an image by stage and precision."""
+    figures = json.loads((RESULTS / "stages_cpu.json").read_text())
+    found = figures["milliseconds"]
+    names = list(found)
+    lines = ["| stage | " + " | ".join(names) + " |", "|---|" + "--:|" * len(names)]
+    order = [name for name in found["published"] if name not in ("everything else", "total")]
+    for stage in (*order, "everything else", "total"):
+        cells = [f"{found[n][stage]:.2f}" if found[n].get(stage, 0) > 0 else "–" for n in names]
+        if any(cell != "–" for cell in cells):
+            lines.append(f"| {stage} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        f"{figures['threads']} cores ({figures['device']}), batch of {figures['batch']}, medians "
+        f"of {figures['rounds']} interleaved rounds. In bytes: {_in_bytes(figures)}. The "
+        "discriminator is in *everything else*.",
+    ]
+    return "\n".join(lines)
+
+
+def _in_bytes(figures: dict[str, Any]) -> str:
+    words = {"downs": "encoder", "ups": "decoder"}
+    parts = [name.split(".") for name in figures["stages_in_bytes"]]
+    return ", ".join(f"{words[part]} {int(i) + 1}" for part, i in parts)
+
+
+def ranking(full: bool) -> str:
+    """Rank correlation and AUROC by precision, of all scores or of the paper's."""
+    figures = json.loads((RESULTS / "stages_cpu.json").read_text())
+    lines = ["| precision | score | rank correlation | noise | AUROC |", "|---|---|--:|--:|--:|"]
+    for precision, scores in figures["ranking"].items():
+        for name, row in scores.items():
+            if full or name == "discriminator_instance":
+                lines.append(
+                    f"| {precision} | `{name}` | {row['rank_correlation']:.4f} "
+                    f"| {row['noise']:.3f} | {row['auroc']:.4f} |"
+                )
+    about = figures["about"]
+    lines += [
+        "",
+        f"{figures['images']} test images of ZhangLab; the model was trained for {about['epochs']} "
+        f"epochs on {about['training_images']} normal ones, too few for the paper's AUROC.",
+    ]
+    return "\n".join(lines)
+
+
+def memory() -> str:
+    """Peak memory of screening by the number of files."""
+    figures = json.loads((RESULTS / "memory.json").read_text())
+    lines = ["| files | the run, MB | each reader, MB | files/s |", "|--:|--:|--:|--:|"]
+    for row in figures["runs"]:
+        lines.append(
+            f"| {row['files']:,} | {row['run_mb']:.0f} | {row['reader_mb']:.0f} "
+            f"| {row['files'] / row['seconds']:.0f} |"
+        )
+    lines += ["", "Largest resident memory of `squid-fast screen`, with a tiny model."]
+    return "\n".join(lines)
+
+
 TABLES = {
+    "stages": stages,
+    "ranking": partial(ranking, True),
+    "precision": partial(ranking, False),
+    "memory": memory,
     "floors": floors,
     "machine_code": machine_code,
     "speed": partial(speed, "cpu"),

@@ -9,6 +9,7 @@ published model on the test images. Results go to ``bench/results/stages_cpu.jso
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
@@ -130,25 +131,32 @@ def ranking(bundle: Bundle, test: ImageSet) -> dict[str, dict[str, dict[str, flo
     The noise is the deviation of the difference to float32, in deviations of the score. The paper's
     score in float32 is that of the published model, run plainly, a few images at a time.
     """
-    exact: dict[str, Tensor] = {}
-    found: dict[str, dict[str, dict[str, float]]] = {}
     plain, _ = published(bundle)
     parts = [plain(test.batch(slice(start, start + 8))) for start in range(0, len(test), 8)]
-    for precision in PRECISIONS:
-        if precision == "int8" and not (bundle.calibration and bundle.calibration.quantization):
-            continue
-        scorer = Scorer(
-            bundle.model, bundle.discriminator, bundle.calibration, PAPER_SCORE, precision, "cpu"
+    calibrations = dict.fromkeys(PRECISIONS, bundle.calibration)
+    known = bundle.calibration and bundle.calibration.quantization
+    if bundle.calibration and known:
+        names = [f"{p}.{i}" for p in ("downs", "ups") for i in range(bundle.model.level)]
+        everywhere = dataclasses.replace(known, stages=names)
+        calibrations["int8 everywhere"] = dataclasses.replace(
+            bundle.calibration, quantization=everywhere
         )
+    else:
+        del calibrations["int8"]
+    exact: dict[str, Tensor] = {}
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for name, calibration in calibrations.items():
+        pair = bundle.model, bundle.discriminator
+        scorer = Scorer(*pair, calibration, PAPER_SCORE, name.split()[0], "cpu")
         values = scorer.raw_scores(test)
         exact = exact or values | {PAPER_SCORE: torch.cat(parts)}
-        found[precision] = {
-            name: {
-                "rank_correlation": rank_correlation(exact[name], raw),
-                "noise": round(float((raw - exact[name]).std() / exact[name].std()), 4),
-                "auroc": round(image_auroc(test.labels.numpy(), SCORES[name][0] * raw.numpy()), 4),
+        found[name] = {
+            score: {
+                "rank_correlation": rank_correlation(exact[score], raw),
+                "noise": round(float((raw - exact[score]).std() / exact[score].std()), 4),
+                "auroc": round(image_auroc(test.labels.numpy(), SCORES[score][0] * raw.numpy()), 4),
             }
-            for name, raw in values.items()
+            for score, raw in values.items()
         }
     return found
 

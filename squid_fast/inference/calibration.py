@@ -13,7 +13,7 @@ from ..devices import ScoringPrecision, choose_layout
 from ..evaluation import threshold_at_false_positive_rate
 from ..modules import SQUID, Discriminator
 from ..scores import PAPER_SCORE, SCORES, Calibration, Quantization, ScoreCalibration
-from .quantization import RangeRecorder, has_int8
+from .quantization import Range, RangeRecorder, has_int8
 from .scorer import Scorer, z_score
 
 _IMAGES = 2000  # of the training set; more do not move mean and deviation
@@ -87,10 +87,7 @@ def _quantization(
     taken first, as far as ``_NOISE`` allows.
     """
     exact = Scorer(model, discriminator, precision="float32", device="cpu")
-    recorder = RangeRecorder(exact._generator)
-    exact._look_at_all(_evenly(normal, _RANGE_IMAGES), ())
-    recorder.close()
-    ranges = recorder.ranges()
+    ranges = observe_ranges(exact, _evenly(normal, _RANGE_IMAGES))
     images = _evenly(normal, _AGREEMENT_IMAGES)
     logits, errors = exact._look_at_all(images, SCORES)
 
@@ -118,6 +115,14 @@ def _quantization(
     values, others = exact._derive(SCORES, logits, errors), scorer.raw_scores(images)
     agreement = {name: rank_correlation(values[name], others[name]) for name in SCORES}
     return Quantization(sorted(stages), ranges, agreement)
+
+
+def observe_ranges(scorer: Scorer, images: ImageSet) -> dict[str, Range]:
+    """Of all convolutions of a float32 scorer, see ``RangeRecorder``."""
+    recorder = RangeRecorder(scorer._generator)
+    scorer._look_at_all(images, ())
+    recorder.close()
+    return recorder.ranges()
 
 
 def _with_patches(calibration: Calibration, errors: Tensor) -> Calibration:

@@ -318,26 +318,31 @@ def z_score(name: str, raw: Tensor, mean: float, std: float) -> Tensor:
     return (SCORES[name][0] * (raw.double() - mean) / std).float()
 
 
+def can_use_int8(calibration: Calibration | None, device: torch.device) -> bool:
+    """Whether a scorer with that calibration can be asked for int8 on that device."""
+    return bool(calibration and calibration.quantization) and device.type == "cpu" and has_int8()
+
+
 def _choose_precision(
     precision: ScoringPrecision,
     device: torch.device,
     calibration: Calibration | None,
     score: str,
 ) -> Literal["int8", "bf16", "float32"]:
-    quantization = calibration.quantization if calibration else None
-    int8 = device.type == "cpu" and has_int8()
     if precision == "auto":
-        if int8 and quantization and quantization.agreement[score] >= AGREEMENT:
+        known = calibration.quantization if calibration else None
+        alike = known is not None and known.agreement.get(score, 0) >= AGREEMENT
+        if alike and can_use_int8(calibration, device):
             return "int8"
         return choose_precision("auto", device)
     if precision != "int8":
         return choose_precision(precision, device)
-    if not int8:
+    if device.type != "cpu" or not has_int8():
         raise ValueError(
             "precision is 'int8', which needs a processor that multiplies bytes (VNNI); "
             f"on this {device.type} 'bf16' or 'float32' would fit."
         )
-    if quantization is None:
+    if not can_use_int8(calibration, device):
         raise ValueError(
             "precision is 'int8', but the calibration holds no ranges for it: it was made where "
             "there is no VNNI, or is missing. squid_fast.calibrate makes them here; 'bf16' and "
