@@ -20,8 +20,8 @@ setup: $(READY)  ## Build .venv from constraints.txt (done by the others when ne
 demo: $(READY)  ## Synthesise, train, evaluate and screen: the whole method in minutes
 	@$(BIN)/squid-fast demo $(ARGS)
 
-test: $(READY)  ## Run the tests
-	@$(BIN)/python -m pytest -q $(ARGS)
+test: $(READY)  ## Run the tests, on all cores
+	@$(BIN)/python -m pytest -q -n auto --dist worksteal --benchmark-disable $(ARGS)
 
 lint: $(READY)  ## Check style and formatting
 	@$(BIN)/ruff check $(SOURCES)

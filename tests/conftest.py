@@ -17,6 +17,9 @@ if not torch.cuda.is_available():
 
 SHARED = Path(os.environ.get("SQUID_FAST_SHARED") or Path(__file__).parents[2] / "shared")
 
+# A pytest that a test starts is not one of the workers that share these tests out.
+os.environ.pop("PYTEST_XDIST_WORKER", None)
+
 # The tensors of these tests are small: threads would only wait for one another.
 torch.set_num_threads(1)
 

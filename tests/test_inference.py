@@ -321,3 +321,27 @@ def test_checkpoints_with_code_or_of_other_models_are_refused(tmp_path: Path) ->
     torch.save(state, tmp_path / "nan.pth")
     with pytest.raises(BundleError, match=r"NaN or infinite weights in regressor\.bias"):
         load_published(tmp_path / "g.pth", tmp_path / "nan.pth", ARGUMENTS)
+
+
+# --- on a GPU -------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("score", ["discriminator_instance", "reconstruction_error"])
+def test_a_gpu_scores_as_a_cpu_does(bundle: squid_fast.Bundle, score: str) -> None:
+    cpu, gpu = (
+        squid_fast.Scorer(
+            bundle.model, bundle.discriminator, bundle.calibration, score, "float32", device
+        )
+        for device in ("cpu", "cuda")
+    )
+    images = image_set(12, seed=11).images
+    expected = cpu.score(images, reconstruction=True)
+    for size in (12, 5, 12, 1):  # captured, captured anew, replayed
+        # The next part is on its way while one is scored, as in screening.
+        ahead = [gpu.prefetch(part) for part in images.split(size)]
+        found = [gpu.score(part, reconstruction=True) for part in ahead]
+        raw = torch.cat([part.raw for part in found])
+        torch.testing.assert_close(raw, expected.raw, rtol=1e-2, atol=1e-3)
+        recon = torch.cat([part.reconstruction for part in found])
+        torch.testing.assert_close(recon, expected.reconstruction, rtol=1e-3, atol=1e-3)

@@ -27,6 +27,7 @@ from torch.export import Dim, ExportedProgram
 
 from .. import __version__, vectorised
 from .._extras import require
+from ..devices import to_layout
 from ..scores import SCORES
 from ..screening.atomic import replacing
 from .convolution import FoldedConv, cast
@@ -70,7 +71,7 @@ def to_torch_export(scorer: Scorer) -> ExportedProgram:
 
 
 def write_export(scorer: Scorer, path: str | Path) -> None:
-    """Write the scorer as a graph, by the file's suffix: ``.onnx``, or ``.pt2`` of ``torch.export``.
+    """Write the scorer as a graph: ``.onnx``, or ``.pt2``, which ``torch.export.load`` reads.
 
     The file explains itself: score, threshold, image size and more stand in the properties of the
     ONNX model, or as JSON in the extra file ``METADATA_FILE`` of the ``.pt2``. It appears whole
@@ -113,7 +114,7 @@ class _Graph(nn.Module):
         self.generator = own._generator = copy.deepcopy(scorer._generator, plain)
         self.generator.layout, self.generator.least = torch.contiguous_format, 1
         judge = copy.deepcopy(scorer._discriminator).requires_grad_(False)
-        self.discriminator = own._discriminator = judge.to(memory_format=torch.contiguous_format)
+        self.discriminator = own._discriminator = to_layout(judge, torch.contiguous_format)
         self._scorer = own
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
