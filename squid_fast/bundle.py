@@ -8,7 +8,6 @@ names (and the queue's position), ``config.json`` the constructor arguments and 
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from .atomic import replacing, write_json
 from .modules import SQUID, Discriminator, discriminator_size
 from .scores import PAPER_SCORE, SCORES, Calibration
 
@@ -61,9 +61,9 @@ def save_bundle(bundle: Bundle, folder: str | Path) -> None:
     state[_QUEUE_PTR] = bundle.model.inpaint_block.memory.ptr
     _save_weights(state, folder / "model.safetensors")
     _save_weights(bundle.discriminator.state_dict(), folder / "discriminator.safetensors")
-    _write_json(config, folder / "config.json")
+    write_json(config, folder / "config.json")
     if bundle.calibration is not None:
-        _write_json(bundle.calibration.to_json(), folder / "calibration.json")
+        write_json(bundle.calibration.to_json(), folder / "calibration.json")
 
 
 def load_bundle(folder: str | Path) -> Bundle:
@@ -137,15 +137,14 @@ def _fit(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
 
 
 def _save_weights(state: dict[str, Tensor], path: Path) -> None:
-    partial = path.with_name(path.name + ".partial")
     # The memories are slices of one tensor and convolutions may be channels-last; the format wants
     # each tensor to stand alone and contiguous.
     plain = {
         name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, value in state.items()
     }
-    partial.write_bytes(save(plain))  # save_file would leave it readable to its owner alone
-    os.replace(partial, path)
+    with replacing(path) as file:  # save_file would leave it readable to its owner alone
+        file.write(save(plain))
 
 
 def _load_weights(module: nn.Module, path: Path) -> None:
@@ -156,12 +155,6 @@ def _load_weights(module: nn.Module, path: Path) -> None:
     except (SafetensorError, OSError) as error:
         raise BundleError(f"{path} cannot be read as safetensors: {error}") from error
     _fit(module, state, path)
-
-
-def _write_json(value: dict[str, Any], path: Path) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Annotated
 import torch
 import typer
 
+from ..atomic import write_json
 from ..benchmark import Benchmark, random_bundle
 from ..bundle import load_bundle
 from ..console import bench_table, print_json, print_table, progress_bar, say, stop_on_signals
@@ -22,7 +23,6 @@ from ..screening import (
     check_output,
     read_list,
     screen_to_table,
-    write_json,
     write_report,
 )
 from ..screening import pack as pack_files

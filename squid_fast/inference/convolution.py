@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import platform
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from ..modules import Discriminator
 
 
 def has_onednn() -> bool:
@@ -72,6 +75,17 @@ def fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> FoldedConv:
     assert folded.bias is not None
     padding = [int(side) for side in conv.padding]
     return FoldedConv(folded.weight.float(), folded.bias.float(), list(conv.stride), padding)
+
+
+def fold_discriminator(discriminator: Discriminator) -> Discriminator:
+    """One whose score by running statistics is the same, their norms being part of convolutions."""
+    folded = copy.deepcopy(discriminator)
+    layers = folded.conv_model
+    for i, layer in enumerate(layers):
+        if isinstance(layer, nn.BatchNorm2d):
+            layers[i - 1] = fuse_conv_bn_eval(layers[i - 1], layer)  # type: ignore[type-var]
+            layers[i] = nn.Identity()
+    return folded
 
 
 def cast(

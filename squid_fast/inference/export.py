@@ -27,9 +27,9 @@ from torch.export import Dim, ExportedProgram
 
 from .. import __version__, vectorised
 from .._extras import require
+from ..atomic import replacing
 from ..devices import to_layout
 from ..scores import SCORES
-from ..screening.atomic import replacing
 from .convolution import FoldedConv, cast
 from .scorer import MODES
 
@@ -113,8 +113,8 @@ class _Graph(nn.Module):
         }
         self.generator = own._generator = copy.deepcopy(scorer._generator, plain)
         self.generator.layout, self.generator.least = torch.contiguous_format, 1
-        judge = copy.deepcopy(scorer._discriminator).requires_grad_(False)
-        self.discriminator = own._discriminator = to_layout(judge, torch.contiguous_format)
+        judges = copy.deepcopy(scorer._discriminators).requires_grad_(False)
+        self.discriminators = own._discriminators = to_layout(judges, torch.contiguous_format)
         self._scorer = own
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

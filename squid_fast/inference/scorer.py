@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from ..bundle import load_bundle
@@ -31,7 +31,7 @@ from ..modules import SQUID, Discriminator, ScoreMode
 from ..modules.squid import check_images
 from ..modules.unet import to_patches
 from ..scores import PAPER_SCORE, SCORES, Calibration, ScoreCalibration
-from .convolution import has_onednn
+from .convolution import fold_discriminator, has_onednn
 from .graphs import Graphs
 from .network import FrozenGenerator
 from .quantization import has_int8
@@ -116,8 +116,10 @@ class Scorer:
             else None,
             least=_CPU_BATCH if on_cpu and self.precision == "float32" else 1,
         ).to(self.device)
-        judge = copy.deepcopy(discriminator).float().eval().to(self.device)
-        self._discriminator = to_layout(judge, self._layout)
+        judge = to_layout(copy.deepcopy(discriminator).float().eval().to(self.device), self._layout)
+        self._discriminators = nn.ModuleDict(
+            {"instance": judge, "running": fold_discriminator(judge)}
+        )
         self._graphs = Graphs()
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
@@ -163,7 +165,7 @@ class Scorer:
     def fingerprint(self) -> str:
         """Hash of weights, calibration, score and precision: rows of two must not be mixed."""
         digest = hashlib.sha256()
-        for module in (self._generator, self._discriminator):
+        for module in (self._generator, self._discriminators):
             for name, value in module.state_dict().items():
                 digest.update(name.encode())
                 digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
@@ -279,12 +281,17 @@ class Scorer:
         check_images(images, self._config, self.image_size)
         return images.to(torch.float32)
 
-    def _network(self, modes: tuple[str, ...], images: Tensor) -> tuple[Tensor, ...]:
-        """Reconstruction, patch errors [B, N], and logits [B] of the discriminator by mode."""
+    def _network(self, names: tuple[str, ...], images: Tensor) -> tuple[Tensor, ...]:
+        """Reconstruction, patch errors [B, N], and logits [B] by name."""
         recon = self._generator(images)
         squared = to_patches((recon - images).square(), self._config["num_patch"])
         errors = squared.mean(dim=(1, 2, 3)).view(images.shape[0], -1)
-        return recon, errors, *(self._discriminator.score(recon, MODES[name]) for name in modes)
+        logits = []
+        for mode in (MODES[name] for name in names):
+            judge = self._discriminators[mode]
+            assert isinstance(judge, Discriminator)
+            logits.append(judge.score(recon, mode))
+        return recon, errors, *logits
 
     def _look_at_all(
         self, images: ImageSet, names: Collection[str]

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from squid_fast._lazy import lazy_names
 
 if TYPE_CHECKING:
-    from squid_fast.screening.atomic import write_json
     from squid_fast.screening.files import find_files
     from squid_fast.screening.journal_format import JournalError
     from squid_fast.screening.lists import read_list
@@ -29,7 +28,6 @@ else:
     __getattr__, __dir__ = lazy_names(
         __name__,
         {
-            "atomic": ("write_json",),
             "files": ("find_files",),
             "journal_format": ("JournalError",),
             "lists": ("read_list",),
@@ -58,7 +56,6 @@ __all__ = [
     "screen_to_table",
     "summarise",
     "utf8_text",
-    "write_json",
     "write_report",
     "write_table",
 ]

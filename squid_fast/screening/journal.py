@@ -25,7 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from squid_fast.screening.atomic import replacing, sync_folder, write_json
+from squid_fast.atomic import replacing, sync_folder, write_json
 from squid_fast.screening.journal_format import (
     JournalError,
     Run,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from squid_fast._extras import require
-from squid_fast.screening.atomic import replacing
+from squid_fast.atomic import replacing
 from squid_fast.screening.files import SHARD_SUFFIX, PathInput, find_files
 from squid_fast.screening.plain import utf8_text
 from squid_fast.screening.reading import TIMEOUT, Decoded, read_ahead

@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from squid_fast._extras import require
+from squid_fast.atomic import write_json
 from squid_fast.devices import ScoringPrecision
-from squid_fast.screening.atomic import write_json
 from squid_fast.screening.files import PathInput, find_files
 from squid_fast.screening.pipeline import ScreenRow
 from squid_fast.screening.ray_images import cut_listing, decode

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from squid_fast._extras import require
-from squid_fast.screening.atomic import replacing
+from squid_fast.atomic import replacing
 from squid_fast.screening.files import PathInput
 from squid_fast.screening.histogram import draw_histogram
 from squid_fast.screening.pipeline import ScorerLike, ScreenRow

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from squid_fast._extras import require
-from squid_fast.screening.atomic import replacing
+from squid_fast.atomic import replacing
 from squid_fast.screening.files import PathInput
 from squid_fast.screening.pipeline import ScreenRow
 from squid_fast.screening.plain import finite_or_none, utf8_text

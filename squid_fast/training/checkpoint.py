@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from ..atomic import replacing
 
 
 class CheckpointError(ValueError):
@@ -16,12 +17,8 @@ class CheckpointError(ValueError):
 def save_checkpoint(state: dict[str, Any], path: Path) -> None:
     """Write ``state`` to ``path``; readers see the old file or the whole new one, never half."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
+    with replacing(path) as file:
         torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

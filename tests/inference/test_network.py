@@ -17,6 +17,7 @@ from squid_fast.inference.convolution import (
     SplitConv,
     cast,
     fold,
+    fold_discriminator,
     has_onednn,
 )
 from squid_fast.inference.network import FrozenGenerator
@@ -182,3 +183,18 @@ def test_a_convolution_before_the_resize_is_the_convolution_behind_it(side: int,
 
     assert error(found) < 2 * error(plain)
     torch.testing.assert_close(found.double(), expected, rtol=0.02, atol=0.05)
+
+
+def test_running_statistics_become_part_of_the_discriminator() -> None:
+    torch.manual_seed(5)
+    judge = squid_fast.Discriminator(2)
+    images = torch.rand(6, 1, 48, 48)
+    with torch.no_grad():
+        for _ in range(3):
+            judge(images)
+        judge.eval()
+        folded = fold_discriminator(judge)
+        assert not any(isinstance(layer, nn.BatchNorm2d) for layer in folded.modules())
+        expected = judge.score(images, "running")
+        torch.testing.assert_close(folded.score(images, "running"), expected, rtol=1e-5, atol=1e-6)
+        assert not torch.allclose(expected, judge.score(images, "instance"), atol=1e-3)

@@ -42,10 +42,12 @@ def write_json(value: Any, path: Path) -> None:
     """Write ``value`` as JSON, whole or not at all.
 
     Raises:
+        ValueError: it holds NaN or infinity, which JSON does not know.
         OSError: the file cannot be written.
     """
+    text = json.dumps(value, indent=2, allow_nan=False)
     with replacing(path) as file:
-        file.write((json.dumps(value, indent=2) + "\n").encode())
+        file.write((text + "\n").encode())
 
 
 def sync_folder(folder: Path) -> None:
