@@ -228,7 +228,7 @@ def ranking(full: bool) -> str:
     lines = ["| precision | score | rank correlation | noise | AUROC |", "|---|---|--:|--:|--:|"]
     for precision, scores in figures["ranking"].items():
         for name, row in scores.items():
-            if full or name == "discriminator_instance":
+            if full or (name == "discriminator_instance" and " " not in precision):
                 lines.append(
                     f"| {precision} | `{name}` | {row['rank_correlation']:.4f} "
                     f"| {row['noise']:.3f} | {row['auroc']:.4f} |"

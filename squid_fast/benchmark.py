@@ -30,8 +30,8 @@ from .data.readers import load_bytes
 from .devices import ScoringPrecision, has_fast_bf16
 from .inference import Scorer
 from .inference.calibration import observe_ranges
+from .inference.precision import can_use_int8
 from .inference.quantization import has_int8
-from .inference.scorer import can_use_int8
 from .machine import describe
 from .modules import SQUID, Discriminator, discriminator_size
 from .presets import Preset

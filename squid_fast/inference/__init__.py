@@ -2,10 +2,11 @@
 
 ``scorer`` holds the public face, ``calibration`` what it needs to know of normal images. The model
 is frozen by ``network``, of convolutions that ``convolution`` has folded and ``quantization`` can
-put in bytes; ``graphs`` replays it on a GPU.
+put in bytes; ``precision`` chooses between them, ``graphs`` replays the network on a GPU.
 """
 
 from .calibration import calibrate
-from .scorer import AGREEMENT, Scorer, Scores
+from .precision import AGREEMENT
+from .scorer import Scorer, Scores
 
 __all__ = ["AGREEMENT", "Scorer", "Scores", "calibrate"]

@@ -222,9 +222,10 @@ class FrozenGenerator(nn.Module):
         x = self.in_conv(x)
         skips: list[Tensor | None] = []
         for i, down in enumerate(self.downs):
-            skip = x if self.concat[self.level - 1 - i] else None
-            whole = skip is not None and i < self.combine
-            skips.append(to_image(skip, self.num_patch) if whole else skip)
+            skip = None
+            if self.concat[self.level - 1 - i]:
+                skip = to_image(x, self.num_patch) if i < self.combine else x
+            skips.append(skip)
             x = down(x)
         B = images.shape[0]
         x = self._among_others(self.inpaint, x.float(), B)

@@ -9,7 +9,6 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -22,7 +21,6 @@ from ..devices import (
     ScoringPrecision,
     choose_device,
     choose_layout,
-    choose_precision,
     has_fast_bf16,
     to_layout,
 )
@@ -34,12 +32,9 @@ from ..scores import PAPER_SCORE, SCORES, Calibration, ScoreCalibration
 from .convolution import fold_discriminator, has_onednn
 from .graphs import Graphs
 from .network import FrozenGenerator
-from .quantization import has_int8
+from .precision import choose_scoring_precision
 
 MODES: dict[str, ScoreMode] = {PAPER_SCORE: "instance", "discriminator_running": "running"}
-AGREEMENT = 0.999
-"""Rank correlation with float32 from which on 8-bit convolutions are used unasked."""
-
 _BATCH = 256  # of a whole set
 _CPU_BATCH = 8  # whose maps stay in the cache: a larger one goes through the network in parts
 
@@ -98,7 +93,7 @@ class Scorer:
             raise ValueError(f"score is {score!r}; it must be one of {', '.join(SCORES)}.")
         self.device = choose_device(device)
         self.calibration, self.score_name = calibration, score
-        self.precision = _choose_precision(precision, self.device, calibration, score)
+        self.precision = choose_scoring_precision(precision, self.device, calibration, score)
         self.image_size = model.image_size
         self._config = model.config
         self._layout = choose_layout(model.config["features_root"])
@@ -323,36 +318,3 @@ class Scorer:
 def z_score(name: str, raw: Tensor, mean: float, std: float) -> Tensor:
     """float32; subtracted in float64, since the deviation can be tiny beside the mean."""
     return (SCORES[name][0] * (raw.double() - mean) / std).float()
-
-
-def can_use_int8(calibration: Calibration | None, device: torch.device) -> bool:
-    """Whether a scorer with that calibration can be asked for int8 on that device."""
-    return bool(calibration and calibration.quantization) and device.type == "cpu" and has_int8()
-
-
-def _choose_precision(
-    precision: ScoringPrecision,
-    device: torch.device,
-    calibration: Calibration | None,
-    score: str,
-) -> Literal["int8", "bf16", "float32"]:
-    if precision == "auto":
-        known = calibration.quantization if calibration else None
-        alike = known is not None and known.agreement.get(score, 0) >= AGREEMENT
-        if alike and can_use_int8(calibration, device):
-            return "int8"
-        return choose_precision("auto", device)
-    if precision != "int8":
-        return choose_precision(precision, device)
-    if device.type != "cpu" or not has_int8():
-        raise ValueError(
-            "precision is 'int8', which needs a processor that multiplies bytes (VNNI); "
-            f"on this {device.type} 'bf16' or 'float32' would fit."
-        )
-    if not can_use_int8(calibration, device):
-        raise ValueError(
-            "precision is 'int8', but the calibration holds no ranges for it: it was made where "
-            "there is no VNNI, or is missing. squid_fast.calibrate makes them here; 'bf16' and "
-            "'float32' do without."
-        )
-    return "int8"
