@@ -221,7 +221,6 @@ def validate(
     device = next(model.parameters()).device
     scorer = Scorer(model, discriminator, precision=precision, device=device)
     raw = scorer.raw_scores(images, [name for name in SCORES if name != "patch_error"])
-    model.train(), discriminator.train()
     return {
         f"auroc_{name}": image_auroc(images.labels.numpy(), SCORES[name][0] * values.numpy())
         for name, values in raw.items()
