@@ -14,7 +14,9 @@ class Recipe:
     teacher's reconstruction ``t_w``, distillation ``dist_w``, discriminator ``d_w``. Every batch
     trains the discriminator, every ``n_critic``-th batch the generator too. ``t_max`` (epochs) and
     ``lr_floor`` (a fraction of ``lr``) shape the generator's cosine schedule. ``shift`` and
-    ``scale`` bound the random augmentation, as fractions of the image side.
+    ``scale`` bound the random augmentation, as fractions of the image side. ``averaging`` is the
+    share of the averaged weights that a step keeps, see ``squid_fast.training.averaging``; 0, as
+    published, keeps the last step's weights instead.
     """
 
     batch_size: int = 16
@@ -34,6 +36,7 @@ class Recipe:
     d_w: float = 0.005
     shift: float = 0.05
     scale: float = 0.05
+    averaging: float = 0.0
     validate_every: int = 5
 
 

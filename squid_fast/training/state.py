@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from .._extras import require
+from ..data import ImageSet
 from ..devices import Precision, choose_layout, to_layout
 from ..modules import SQUID, Discriminator, discriminator_size
 from ..presets import Recipe
+from .averaging import Averages
 from .checkpoint import CheckpointError, save_checkpoint
 from .step import Trainer, make_optimizers
 
@@ -56,12 +58,24 @@ class Run:
         generator, generator_optimizer = self.fabric.setup(model, optimizers[0])
         judge, discriminator_optimizer = self.fabric.setup(discriminator, optimizers[1])
         self.optimizers = generator_optimizer, discriminator_optimizer
+        decay = settings.recipe.averaging
+        self.averages = Averages(model, discriminator, decay) if decay else None
         self.trainer = Trainer(
-            generator, judge, self.optimizers, settings.recipe, self.fabric.backward
+            generator, judge, self.optimizers, settings.recipe, self.fabric.backward, self.averages
         )
         self.step = 0
         self.sums: dict[str, Tensor] = {}  # losses of this epoch so far, on the device
         self.validation: dict[str, float] = {}
+
+    def kept(self, images: ImageSet, recipe: Recipe) -> tuple[SQUID, Discriminator]:
+        """What is validated and kept: the averaged pair where there are averages, else the live.
+
+        Args:
+            images: the training set, on the device.
+        """
+        if self.averages is None:
+            return self.model, self.discriminator
+        return self.averages.refreshed(images, recipe.batch_size, self.layout, self.fabric.autocast)
 
     def save(self, settings: Settings, out: Path) -> None:
         """Write the checkpoint, unless a loss or a weight is not finite.
@@ -85,6 +99,7 @@ class Run:
             "generator": self.model.state_dict(),
             "discriminator": self.discriminator.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "averages": None if self.averages is None else self.averages.state_dict(),
             "sums": dict(self.sums),
             "validation": dict(self.validation),
         }
@@ -104,6 +119,8 @@ class Run:
         self.discriminator.load_state_dict(state["discriminator"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
+        if self.averages is not None:
+            self.averages.load_state_dict(state["averages"])
         self.step = state["step"]
         self.sums = {k: v.to(self.fabric.device) for k, v in state["sums"].items()}
         self.validation = state["validation"]
