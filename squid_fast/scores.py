@@ -12,6 +12,8 @@ SCORES: dict[str, tuple[int, str]] = {
     PAPER_SCORE: (-1, "the paper's: the discriminator's logit of the reconstruction, every image "
                   "normalised by its own statistics"),
     "discriminator_running": (-1, "the same with the discriminator's running statistics"),
+    "discriminator_image": (-1, "the discriminator's logit of the image itself, without a "
+                            "reconstruction, normalised by its own statistics"),
     "reconstruction_error": (+1, "mean squared difference of image and reconstruction"),
     "patch_error": (+1, "the largest reconstruction error of a patch, each measured in standard "
                     "deviations of its place on normal training images"),

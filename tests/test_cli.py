@@ -116,6 +116,7 @@ def test_evaluate_prints_and_writes_every_score(grids: Path, run: Path, tmp_path
     assert figures.keys() == {
         "discriminator_instance",
         "discriminator_running",
+        "discriminator_image",
         "reconstruction_error",
         "patch_error",
     }

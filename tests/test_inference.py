@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -58,7 +59,7 @@ def bundle(pair: tuple[squid_fast.SQUID, squid_fast.Discriminator]) -> squid_fas
 # --- scores ---------------------------------------------------------------------------------------
 
 
-def test_the_papers_score_is_the_references(bundle: squid_fast.Bundle) -> None:
+def test_the_discriminators_scores_are_the_references(bundle: squid_fast.Bundle) -> None:
     images = image_set(6, seed=9).batch(slice(0, 6))
     plain = reference.SQUID(**ARGUMENTS).double()
     plain.load_state_dict(bundle.model.state_dict())
@@ -70,6 +71,9 @@ def test_the_papers_score_is_the_references(bundle: squid_fast.Bundle) -> None:
             f"discriminator_{mode}": reference.discriminator_logits(judge.eval(), recon, mode)
             for mode in ("instance", "running")
         }
+        raw["discriminator_image"] = reference.discriminator_logits(
+            judge, images.double(), "instance"
+        )
     for name, expected in raw.items():
         scorer = squid_fast.Scorer(
             bundle.model, bundle.discriminator, bundle.calibration, name, "float32", "cpu"
@@ -345,3 +349,16 @@ def test_a_gpu_scores_as_a_cpu_does(bundle: squid_fast.Bundle, score: str) -> No
         torch.testing.assert_close(raw, expected.raw, rtol=1e-2, atol=1e-3)
         recon = torch.cat([part.reconstruction for part in found])
         torch.testing.assert_close(recon, expected.reconstruction, rtol=1e-3, atol=1e-3)
+
+
+def test_a_calibration_older_than_a_score_goes_on_serving_the_others(
+    bundle: squid_fast.Bundle,
+) -> None:
+    scores = {k: v for k, v in bundle.calibration.scores.items() if k != "discriminator_image"}
+    older = dataclasses.replace(bundle.calibration, scores=scores)
+    pair = bundle.model, bundle.discriminator
+    images = image_set(6, seed=9)
+    images.labels[:3] = 1
+    assert squid_fast.Scorer(*pair, older).evaluate(images)[0].keys() == scores.keys()
+    with pytest.raises(ValueError, match="lacks 'discriminator_image': it is older"):
+        squid_fast.Scorer(*pair, older, "discriminator_image").score(images.batch(slice(0, 1)))

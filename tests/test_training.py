@@ -303,11 +303,12 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(tmp_path: Path) -> None:
     assert whole.validation.keys() == {
         "auroc_discriminator_instance",
         "auroc_discriminator_running",
+        "auroc_discriminator_image",
         "auroc_reconstruction_error",
     }
     log = [path.read_text() for path in (tmp_path / "whole/metrics.csv", part / "metrics.csv")]
     assert log[0] == log[1]
-    assert len(list(csv.DictReader(log[0].splitlines()))) == 3 * 5 + 2 * 3
+    assert len(list(csv.DictReader(log[0].splitlines()))) == 3 * 5 + 2 * 4
 
 
 def test_a_resumed_run_with_averages_ends_as_the_uninterrupted_one(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from ..atomic import replacing
 from ..devices import to_layout
 from ..scores import SCORES
 from .convolution import FoldedConv, cast
-from .scorer import MODES
+from .scorer import JUDGED
 
 if TYPE_CHECKING:
     from .scorer import Scorer
@@ -119,9 +119,9 @@ class _Graph(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         name = self._scorer.score_name
-        modes = (name,) if name in MODES else ()
-        recon, errors, *logits = self._scorer._network(modes, images)
-        known = dict(zip(modes, logits, strict=True))
+        judged = (name,) if name in JUDGED else ()
+        recon, errors, *logits = self._scorer._network(judged, images)
+        known = dict(zip(judged, logits, strict=True))
         raw = self._scorer._derive((name,), known, errors)[name]
         z = self._scorer.z_score(name, raw)
         return raw, z, torch.sigmoid(z), recon

@@ -9,6 +9,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -34,7 +35,13 @@ from .graphs import Graphs
 from .network import FrozenGenerator
 from .precision import choose_scoring_precision
 
-MODES: dict[str, ScoreMode] = {PAPER_SCORE: "instance", "discriminator_running": "running"}
+JUDGED: dict[str, tuple[Literal["reconstruction", "image"], ScoreMode]] = {
+    PAPER_SCORE: ("reconstruction", "instance"),
+    "discriminator_running": ("reconstruction", "running"),
+    "discriminator_image": ("image", "instance"),
+}
+"""Scores that are the discriminator's: what it judges, and by which statistics."""
+
 _BATCH = 256  # of a whole set
 _CPU_BATCH = 8  # whose maps stay in the cache: a larger one goes through the network in parts
 
@@ -219,7 +226,8 @@ class Scorer:
         Raises:
             ValueError: images of unknown label or of one class only, or no calibration.
         """
-        raw = self.raw_scores(images)
+        known = self.calibration.scores if self.calibration else SCORES
+        raw = self.raw_scores(images, [name for name in SCORES if name in known])
         z = {name: self.z_score(name, values).numpy() for name, values in raw.items()}
         evaluations = {
             name: evaluate(
@@ -244,25 +252,31 @@ class Scorer:
                 "this scorer has no calibration, so there are no z-scores and no threshold; "
                 "`squid-fast convert --data` or squid_fast.inference.calibrate make one."
             )
-        return self.calibration.scores[name or self.score_name]
+        name = name or self.score_name
+        if name not in self.calibration.scores:
+            raise ValueError(
+                f"the calibration of this bundle lacks {name!r}: it is older than that score and "
+                f"has {', '.join(self.calibration.scores)}."
+            )
+        return self.calibration.scores[name]
 
     @torch.inference_mode()
     def _look(
         self, images: Tensor, names: Collection[str]
     ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """The discriminator's logits by score, patch errors [B, N], and the reconstruction."""
-        modes = tuple(name for name in MODES if name in names)
+        judged = tuple(name for name in JUDGED if name in names)
         images = self._received(images)
         if not len(images):
             nothing = images.new_zeros(0)
             patches = images.new_zeros(0, self._config["num_patch"] ** 2).cpu()
-            return dict.fromkeys(modes, nothing.cpu()), patches, images
+            return dict.fromkeys(judged, nothing.cpu()), patches, images
         if self._copies is not None:
-            recon, errors, *logits = self._graphs(partial(self._network, modes), modes, images)
+            recon, errors, *logits = self._graphs(partial(self._network, judged), judged, images)
         else:
-            parts = [self._network(modes, part) for part in images.split(_CPU_BATCH)]
+            parts = [self._network(judged, part) for part in images.split(_CPU_BATCH)]
             recon, errors, *logits = (torch.cat(column) for column in zip(*parts, strict=True))
-        return dict(zip(modes, (x.cpu() for x in logits), strict=True)), errors.cpu(), recon
+        return dict(zip(judged, (x.cpu() for x in logits), strict=True)), errors.cpu(), recon
 
     def _received(self, images: Tensor) -> Tensor:
         """The images on the device, float32, once they are known to fit."""
@@ -282,10 +296,10 @@ class Scorer:
         squared = to_patches((recon - images).square(), self._config["num_patch"])
         errors = squared.mean(dim=(1, 2, 3)).view(images.shape[0], -1)
         logits = []
-        for mode in (MODES[name] for name in names):
+        for what, mode in (JUDGED[name] for name in names):
             judge = self._discriminators[mode]
             assert isinstance(judge, Discriminator)
-            logits.append(judge.score(recon, mode))
+            logits.append(judge.score(recon if what == "reconstruction" else images, mode))
         return recon, errors, *logits
 
     def _look_at_all(
