@@ -1,0 +1,72 @@
+"""Scores that need more of a trained model than scoring keeps: teacher and memories.
+
+They are for research: a ``Scorer`` drops the teacher, and none of these has been better than the
+discriminator's scores so far. All are greater for what is less normal.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..data import ImageSet
+from ..devices import Precision, choose_device, choose_layout, choose_precision, to_layout
+from ..modules import SQUID, MemoryQueue
+
+OTHER_SCORES = {
+    "memory_distance": "1 - cosine similarity of a patch's features to the nearest slot of its memory "
+    "queue, mean over the patches",
+    "teacher_difference": "mean squared difference of the student's and the teacher's painting",
+}
+
+_BATCH = 16
+
+
+@torch.inference_mode()
+def other_scores(
+    model: SQUID,
+    images: ImageSet,
+    precision: Precision = "auto",
+    device: str | torch.device | None = None,
+) -> dict[str, Tensor]:
+    """``OTHER_SCORES`` of images, [n] each, float32 on the CPU; those that the model can give.
+
+    A model without a teacher gives no ``teacher_difference``, one without a memory queue no
+    ``memory_distance``.
+
+    Args:
+        model: trained; it is not changed.
+        images: of the model's size.
+        precision, device: see ``squid_fast.devices``.
+    """
+    where = choose_device(device)
+    bf16 = choose_precision(precision, where) == "bf16"
+    layout = choose_layout(model.config["features_root"])
+    model = to_layout(copy.deepcopy(model).eval().to(where), layout)
+    queue = next((m for m in model.modules() if isinstance(m, MemoryQueue)), None)
+    asked: list[Tensor] = []
+    if queue is not None:
+        queue.register_forward_pre_hook(lambda module, given: asked.append(given[0]))
+    parts: dict[str, list[Tensor]] = {name: [] for name in OTHER_SCORES}
+    for start in range(0, len(images), _BATCH):
+        batch = images.batch(slice(start, start + _BATCH), where).to(memory_format=layout)
+        with torch.autocast(where.type, torch.bfloat16, enabled=bf16):
+            outputs = model(batch)
+        recon, teacher = outputs["recon"], outputs["teacher_recon"]
+        if teacher is not None:
+            squared = (recon.float() - teacher.float()).square()
+            parts["teacher_difference"].append(squared.mean(dim=(1, 2, 3)).cpu())
+        if queue is not None:
+            parts["memory_distance"].append(_distance(asked.pop(), queue).cpu())
+    return {name: torch.cat(values) for name, values in parts.items() if values}
+
+
+def _distance(features: Tensor, queue: MemoryQueue) -> Tensor:
+    """[B], of patch features [B, N, C] to the nearest slot of each patch's memory."""
+    similarity = torch.einsum(
+        "bnc,nmc->bnm", F.normalize(features.float(), dim=2), F.normalize(queue.slots, dim=2)
+    )
+    return 1 - similarity.amax(dim=2).mean(dim=1)
