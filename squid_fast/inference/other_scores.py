@@ -17,8 +17,8 @@ from ..devices import Precision, choose_device, choose_layout, choose_precision,
 from ..modules import SQUID, MemoryQueue
 
 OTHER_SCORES = {
-    "memory_distance": "1 - cosine similarity of a patch's features to the nearest slot of its memory "
-    "queue, mean over the patches",
+    "memory_distance": "how far a patch's features lie from the nearest slot of their queue: "
+    "1 - cosine similarity, mean over the patches",
     "teacher_difference": "mean squared difference of the student's and the teacher's painting",
 }
 
