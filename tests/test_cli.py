@@ -110,7 +110,8 @@ def test_ctrl_c_saves_and_resume_ends_the_same(grids: Path, run: Path, tmp_path:
 
 
 def test_evaluate_prints_and_writes_every_score(grids: Path, run: Path, tmp_path: Path) -> None:
-    done = squid("evaluate", run, "--data", grids, "--out", tmp_path, "--json", "--device", "cpu")
+    command = ("evaluate", run, "--data", grids, "--out", tmp_path, "--device", "cpu")
+    done = squid(*command, "--json", "--all-scores")
     figures = json.loads(done.stdout)
     assert figures == json.loads((tmp_path / "evaluation.json").read_text())
     assert figures.keys() == {
@@ -119,6 +120,8 @@ def test_evaluate_prints_and_writes_every_score(grids: Path, run: Path, tmp_path
         "discriminator_image",
         "reconstruction_error",
         "patch_error",
+        "memory_distance",
+        "teacher_difference",
     }
     for figure in figures.values():
         assert figure["n_normal"] == figure["n_anomalous"] == 8
@@ -126,7 +129,9 @@ def test_evaluate_prints_and_writes_every_score(grids: Path, run: Path, tmp_path
         assert figure["paper_best_test_accuracy"]["accuracy"] >= 0.5
     with Image.open(tmp_path / "roc.png") as picture:
         assert picture.size[0] > 300
-    assert "AUROC" in squid("evaluate", run, "--data", grids, "--out", tmp_path).stdout
+    table = squid(*command).stdout
+    assert "AUROC" in table
+    assert "teacher_difference" not in table
 
 
 def broken_files(folder: Path) -> dict[str, str | None]:

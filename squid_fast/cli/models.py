@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..bundle import Bundle, load_published, save_bundle
+from ..bundle import Bundle, load_bundle, load_published, save_bundle
 from ..console import (
     demo_table,
     evaluation_table,
@@ -24,6 +24,7 @@ from ..data import find_records, load_images, select, write_digit_anatomy
 from ..demo import new_folder, run_demo
 from ..evaluation import plot_roc
 from ..inference import Scorer, calibrate
+from ..inference.other_scores import evaluate_others
 from ..presets import preset as find_preset
 from ..training import load_splits, train_bundle
 from ..training.logs import LogKind
@@ -109,6 +110,9 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Folder for evaluation.json and roc.png.")] = (
         None
     ),
+    all_scores: Annotated[
+        bool, typer.Option("--all-scores", help="Also those for research, which take longer.")
+    ] = False,
     device: Device = None,
     precision: PrecisionName = "auto",
     as_json: Json = False,
@@ -121,6 +125,9 @@ def evaluate(
     with progress_bar("reading images") as advance:
         images = load_images(records, scorer.image_size, on_progress=advance)
     evaluations, z = scorer.evaluate(images)
+    if all_scores:
+        others, other_z = evaluate_others(load_bundle(bundle).model, images, device=device)
+        evaluations, z = evaluations | others, z | other_z
     out = out or bundle / f"evaluation-{split}"
     out.mkdir(parents=True, exist_ok=True)
     figures = {name: evaluation.to_json() for name, evaluation in evaluations.items()}

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..data import ImageSet
 from ..devices import Precision, choose_device, choose_layout, choose_precision, to_layout
+from ..evaluation import Evaluation, evaluate
 from ..modules import SQUID, MemoryQueue
 
 OTHER_SCORES = {
@@ -62,6 +65,24 @@ def other_scores(
         if queue is not None:
             parts["memory_distance"].append(_distance(asked.pop(), queue).cpu())
     return {name: torch.cat(values) for name, values in parts.items() if values}
+
+
+def evaluate_others(
+    model: SQUID,
+    images: ImageSet,
+    precision: Precision = "auto",
+    device: str | torch.device | None = None,
+) -> tuple[dict[str, Evaluation], dict[str, NDArray[np.float32]]]:
+    """Figures of ``other_scores`` on labelled images, and the scores [n] they are made of.
+
+    There are no thresholds, since these scores are not calibrated.
+
+    Raises:
+        ValueError: images of unknown label or of one class only.
+    """
+    values = {k: v.numpy() for k, v in other_scores(model, images, precision, device).items()}
+    labels = images.labels.numpy()
+    return {k: evaluate(labels, z, score_name=k) for k, z in values.items()}, values
 
 
 def _distance(features: Tensor, queue: MemoryQueue) -> Tensor:
