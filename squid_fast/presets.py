@@ -15,8 +15,8 @@ class Recipe:
     trains the discriminator, every ``n_critic``-th batch the generator too. ``t_max`` (epochs) and
     ``lr_floor`` (a fraction of ``lr``) shape the generator's cosine schedule. ``shift`` and
     ``scale`` bound the random augmentation, as fractions of the image side. ``averaging`` is the
-    share of the averaged weights that a step keeps, see ``squid_fast.training.averaging``; 0, as
-    published, keeps the last step's weights instead.
+    share of the averaged discriminator that a step keeps, see ``squid_fast.training.averaging``; 0,
+    as published, keeps the last step's discriminator instead.
     """
 
     batch_size: int = 16

@@ -6,12 +6,10 @@ import csv
 import dataclasses
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
-from einops import rearrange
 from torch import Tensor
 
 import squid_fast
@@ -27,7 +25,7 @@ from squid_fast.training import (
     train,
 )
 from squid_fast.training.augment import augment
-from squid_fast.training.averaging import Averages
+from squid_fast.training.averaging import Average
 from squid_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from squid_fast.training.losses import discriminator_loss, generator_losses
 
@@ -147,78 +145,28 @@ def test_a_step_moves_what_the_published_loop_moves() -> None:
     assert_same_state(trainer.discriminator.state_dict(), other.discriminator.state_dict())
 
 
-def test_averages_are_exponential_moving_averages_of_every_step() -> None:
-    recipe = dataclasses.replace(RECIPE, n_critic=2)
-    model = tiny_model()
+def test_the_average_is_the_exponential_moving_average_of_every_step() -> None:
     torch.manual_seed(1)
-    judge = squid_fast.Discriminator(2).train()
-    averages = Averages(model.train(), judge, 0.75)
-    trainer = Trainer(
-        model, judge, make_optimizers(model, judge, recipe), recipe, Tensor.backward, averages
-    )
+    judge, model = squid_fast.Discriminator(2).train(), tiny_model().train()
+    average = Average(judge, 0.75)
+    optimizers = make_optimizers(model, judge, RECIPE)
+    trainer = Trainer(model, judge, optimizers, RECIPE, Tensor.backward, average)
     images = image_set(4).batch(slice(0, 4))
-    expected = [p.detach().double() for m in (model, judge) for p in m.parameters()]
-    of_generator = len(list(model.parameters()))
+    expected = {name: value.double() for name, value in judge.state_dict().items()}
     for index in range(4):
         trainer.step(images, index)
-        now = [p.detach().double() for m in (model, judge) for p in m.parameters()]
-        for i, p in enumerate(now):
-            if i >= of_generator or index % 2 == 0:  # the generator learns from every other batch
-                expected[i] = 0.75 * expected[i] + 0.25 * p
-    state = averages.state_dict()
-    for ours, right in zip((*state["generator"], *state["discriminator"]), expected, strict=True):
-        torch.testing.assert_close(ours.double(), right, rtol=1e-5, atol=1e-7)
-
-
-def test_buffers_are_made_anew_for_the_averaged_weights() -> None:
-    """Statistics are plain means over the batches, slots features of the averaged encoder."""
-    model, images = tiny_model(), image_set(8)
-    for module in model.modules():
-        if hasattr(module, "mask_ratio"):
-            module.mask_ratio = 1.0
-    judge = squid_fast.Discriminator(2).train()
-    averages = Averages(model.train(), judge, 0.5)
-    with torch.no_grad():
-        for p in (*model.parameters(), *judge.parameters()):
-            p.add_(0.01)  # the average stays behind
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    kept, kept_judge = averages.refreshed(images, 4, torch.contiguous_format, nullcontext)
-    assert_same_state(before, model.state_dict())
-    assert not kept.training
-    assert not kept_judge.training
-
-    conv, norm, _ = kept.in_conv.conv.conv1
-    patches = rearrange(images.batch(slice(0, 8)), "b c (p h) (q w) -> (b p q) c h w", p=2, q=2)
-    first = torch.nn.functional.conv2d(patches, conv.weight, conv.bias, padding=1)
-    batches = first.unflatten(0, (2, 16))
-    torch.testing.assert_close(
-        norm.running_mean, batches.mean(dim=(1, 3, 4)).mean(dim=0), rtol=1e-4, atol=1e-6
-    )
-    torch.testing.assert_close(
-        norm.running_var,
-        batches.transpose(1, 2).flatten(2).var(dim=2).mean(dim=0),
-        rtol=1e-4,
-        atol=1e-6,
-    )
-    assert norm.momentum == 0.1
-    # Two batches of four leave eight new slots in a queue of twelve.
-    queue = kept.inpaint_block.memory
-    assert int(queue.ptr) == 8
-    assert not torch.equal(queue.slots[:, :8], model.inpaint_block.memory.slots[:, :8])
-    assert torch.equal(queue.slots[:, 8:], model.inpaint_block.memory.slots[:, 8:])
-    features = []
-    queue.register_forward_pre_hook(lambda module, args: features.append(args[0].detach()))
-    kept.train()
-    with torch.no_grad():
-        for start in (0, 4):
-            kept(images.batch(slice(start, start + 4)), teacher=False)
-    expected = torch.cat(features).transpose(0, 1)  # [N, B, C]
-    torch.testing.assert_close(queue.slots[:, :8], expected, rtol=1e-5, atol=1e-6)
+        for name, value in judge.state_dict().items():
+            expected[name] = 0.75 * expected[name] + 0.25 * value.double()
+    for name, value in average.module.state_dict().items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-7)
+    assert not average.module.training
+    assert judge.training
 
 
 def test_averaging_outside_its_range_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"averaging is 1\.0; it must lie in \[0, 1\)"):
-        Averages(tiny_model(), squid_fast.Discriminator(2), 1.0)
+    with pytest.raises(ValueError, match=r"averaging is 1\.0; it must lie in \(0, 1\)"):
+        Average(squid_fast.Discriminator(2), 1.0)
 
 
 def test_only_every_n_critic_th_batch_trains_the_generator() -> None:
@@ -311,7 +259,7 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(tmp_path: Path) -> None:
     assert len(list(csv.DictReader(log[0].splitlines()))) == 3 * 5 + 2 * 4
 
 
-def test_a_resumed_run_with_averages_ends_as_the_uninterrupted_one(tmp_path: Path) -> None:
+def test_a_resumed_run_with_an_average_ends_as_the_uninterrupted_one(tmp_path: Path) -> None:
     recipe = dataclasses.replace(RECIPE, averaging=0.9)
     images, validation = image_set(14), image_set(12, anomalous=6)
     data = {"recipe": recipe, "validation_set": validation}
@@ -331,14 +279,16 @@ def test_a_resumed_run_with_averages_ends_as_the_uninterrupted_one(tmp_path: Pat
     assert f"unaveraged/{name}" in rows
 
 
-def test_averages_leave_training_itself_alone(tmp_path: Path) -> None:
+def test_averaging_leaves_training_itself_alone(tmp_path: Path) -> None:
     images = image_set(8)
     plain = train(tiny_model(), images, tmp_path / "plain", RECIPE)
     recipe = dataclasses.replace(RECIPE, averaging=0.9)
     averaged = train(tiny_model(), images, tmp_path / "averaged", recipe)
-    live = load_checkpoint(tmp_path / "averaged/checkpoint.pt")["generator"]
-    assert_same_state(plain.model.state_dict(), live)
-    assert not torch.equal(live["out_conv.conv.weight"], averaged.model.out_conv.conv.weight)
+    live = load_checkpoint(tmp_path / "averaged/checkpoint.pt")["discriminator"]
+    assert_same_state(plain.model.state_dict(), averaged.model.state_dict())
+    assert_same_state(plain.discriminator.state_dict(), live)
+    kept = averaged.discriminator.regressor.weight
+    assert not torch.equal(live["regressor.weight"], kept)
 
 
 def test_a_run_that_died_leaves_no_figures_twice(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ class Progress:
 class TrainingResult:
     """The trained pair, on the CPU in evaluation mode, and how the run went.
 
-    With ``recipe.averaging`` and a finished run the weights are the averaged ones.
+    With ``recipe.averaging`` the discriminator is the averaged one.
     """
 
     model: SQUID
@@ -181,24 +181,22 @@ def _loop(
             run.step += 1
             validation = None
             if index == per_epoch - 1:
-                validation = _end_epoch(run, epoch, images, validation_set, out, settings, log)
+                validation = _end_epoch(run, epoch, validation_set, out, settings, log)
             report(Progress(epoch, recipe.epochs, run.step, steps, run.means, validation))
             if device.type == "cpu":
                 run.means()  # waiting costs nothing there, and stops at the first NaN
             if stopped := should_stop():
                 break
     run.save(settings, out)
-    finished = run.step >= steps
-    pair = run.kept(images, recipe) if finished else (run.model, run.discriminator)
-    for module in pair:
+    for module in (run.model, run.judge):
         to_layout(module.eval().cpu(), torch.contiguous_format)
-    return TrainingResult(*pair, run.step, finished, dict(run.validation))
+    finished = run.step >= steps
+    return TrainingResult(run.model, run.judge, run.step, finished, dict(run.validation))
 
 
 def _end_epoch(
     run: Run,
     epoch: int,
-    images: ImageSet,
     validation_set: ImageSet | None,
     out: Path,
     settings: Settings,
@@ -211,12 +209,10 @@ def _end_epoch(
         return None
     validation = None
     if validation_set is not None and len(set(validation_set.labels.tolist())) == 2:
-        validation = validate(
-            *run.kept(images, settings.recipe), validation_set, settings.precision
-        )
+        validation = validate(run.model, run.judge, validation_set, settings.precision)
         run.validation = validation
         log(run.step, {f"validation/{name}": value for name, value in validation.items()})
-        if run.averages is not None:  # to be seen beside it
+        if run.average is not None:  # to be seen beside it
             live = validate(run.model, run.discriminator, validation_set, settings.precision)
             log(run.step, {f"unaveraged/{name}": value for name, value in live.items()})
     run.save(settings, out)

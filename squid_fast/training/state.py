@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from .._extras import require
-from ..data import ImageSet
 from ..devices import Precision, choose_layout, to_layout
 from ..modules import SQUID, Discriminator, discriminator_size
 from ..presets import Recipe
-from .averaging import Averages
+from .averaging import Average
 from .checkpoint import CheckpointError, save_checkpoint
 from .step import Trainer, make_optimizers
 
@@ -59,23 +58,21 @@ class Run:
         judge, discriminator_optimizer = self.fabric.setup(discriminator, optimizers[1])
         self.optimizers = generator_optimizer, discriminator_optimizer
         decay = settings.recipe.averaging
-        self.averages = Averages(model, discriminator, decay) if decay else None
+        self.average = Average(discriminator, decay) if decay else None
         self.trainer = Trainer(
-            generator, judge, self.optimizers, settings.recipe, self.fabric.backward, self.averages
+            generator, judge, self.optimizers, settings.recipe, self.fabric.backward, self.average
         )
         self.step = 0
         self.sums: dict[str, Tensor] = {}  # losses of this epoch so far, on the device
         self.validation: dict[str, float] = {}
 
-    def kept(self, images: ImageSet, recipe: Recipe) -> tuple[SQUID, Discriminator]:
-        """What is validated and kept: the averaged pair where there are averages, else the live.
-
-        Args:
-            images: the training set, on the device.
-        """
-        if self.averages is None:
-            return self.model, self.discriminator
-        return self.averages.refreshed(images, recipe.batch_size, self.layout, self.fabric.autocast)
+    @property
+    def judge(self) -> Discriminator:
+        """The discriminator that is validated and kept: the averaged one where there is one."""
+        if self.average is None:
+            return self.discriminator
+        assert isinstance(self.average.module, Discriminator)
+        return self.average.module
 
     def save(self, settings: Settings, out: Path) -> None:
         """Write the checkpoint, unless a loss or a weight is not finite.
@@ -99,7 +96,7 @@ class Run:
             "generator": self.model.state_dict(),
             "discriminator": self.discriminator.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "averages": None if self.averages is None else self.averages.state_dict(),
+            "average": None if self.average is None else self.average.module.state_dict(),
             "sums": dict(self.sums),
             "validation": dict(self.validation),
         }
@@ -119,8 +116,8 @@ class Run:
         self.discriminator.load_state_dict(state["discriminator"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        if self.averages is not None:
-            self.averages.load_state_dict(state["averages"])
+        if self.average is not None:
+            self.average.module.load_state_dict(state["average"])
         self.step = state["step"]
         self.sums = {k: v.to(self.fabric.device) for k, v in state["sums"].items()}
         self.validation = state["validation"]

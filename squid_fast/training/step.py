@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..modules import Discriminator, MemoryQueue
 from ..presets import Recipe
-from .averaging import Averages
+from .averaging import Average
 from .losses import discriminator_loss, generator_losses
 
 
@@ -25,7 +25,7 @@ class Trainer:
         optimizers: of the generator and of the discriminator.
         recipe: weights and rates.
         backward: called with a loss in place of ``loss.backward()``.
-        averages: moved with every step of an optimiser, where averages are kept.
+        average: of the discriminator, moved at every step, where one is kept.
     """
 
     def __init__(
@@ -35,11 +35,11 @@ class Trainer:
         optimizers: tuple[torch.optim.Optimizer, torch.optim.Optimizer],
         recipe: Recipe,
         backward: Callable[[Tensor], None],
-        averages: Averages | None = None,
+        average: Average | None = None,
     ) -> None:
         self.generator, self.discriminator = generator, discriminator
         self.generator_optimizer, self.discriminator_optimizer = optimizers
-        self.recipe, self._backward, self._averages = recipe, backward, averages
+        self.recipe, self._backward, self._average = recipe, backward, average
         self._queues = [m for m in generator.modules() if isinstance(m, MemoryQueue)]
 
     def step(self, images: Tensor, index: int) -> dict[str, Tensor]:
@@ -53,6 +53,8 @@ class Trainer:
         losses = {"discriminator": self._train_discriminator(images, outputs["recon"].detach())}
         if train_generator:
             losses |= self._train_generator(images, outputs)
+        if self._average is not None:
+            self._average.update()
         return losses
 
     def _train_discriminator(self, images: Tensor, recon: Tensor) -> Tensor:
@@ -61,8 +63,6 @@ class Trainer:
         self.discriminator_optimizer.zero_grad()
         self._backward(loss)
         self.discriminator_optimizer.step()
-        if self._averages is not None:
-            self._averages.update("discriminator")
         return loss.detach()
 
     def _train_generator(
@@ -75,8 +75,6 @@ class Trainer:
         self._backward(torch.stack(list(terms.values())).sum())
         self.generator_optimizer.step()
         self.discriminator.requires_grad_(True)
-        if self._averages is not None:
-            self._averages.update("generator")
         for queue in self._queues:
             queue.update()
         return {name: term.detach() for name, term in terms.items()}
