@@ -52,13 +52,15 @@ class Progress:
 class TrainingResult:
     """The trained pair, on the CPU in evaluation mode, and how the run went.
 
-    With ``recipe.averaging`` the discriminator is the averaged one.
+    With ``recipe.averaging`` the discriminator is the averaged one; ``minutes`` are all that the
+    run took, before a resumption too.
     """
 
     model: SQUID
     discriminator: Discriminator
     step: int
     finished: bool
+    minutes: float
     validation: dict[str, float] = field(default_factory=dict)
 
 
@@ -191,7 +193,8 @@ def _loop(
     for module in (run.model, run.judge):
         to_layout(module.eval().cpu(), torch.contiguous_format)
     finished = run.step >= steps
-    return TrainingResult(run.model, run.judge, run.step, finished, dict(run.validation))
+    validation = dict(run.validation)
+    return TrainingResult(run.model, run.judge, run.step, finished, run.minutes, validation)
 
 
 def _end_epoch(
@@ -203,7 +206,8 @@ def _end_epoch(
     log: Callable[[int, dict[str, float]], None],
 ) -> dict[str, float] | None:
     """Log the epoch's losses; every few epochs validate and save. Returns AUROCs, if made."""
-    log(run.step, {f"loss/{name}": value for name, value in run.means().items()})
+    losses = {f"loss/{name}": value for name, value in run.means().items()}
+    log(run.step, losses | {"time/minutes": run.minutes})
     last = epoch == settings.recipe.epochs - 1
     if (epoch + 1) % settings.recipe.validate_every and not last:
         return None

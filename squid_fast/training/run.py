@@ -108,6 +108,7 @@ def train_bundle(
         "recipe": asdict(recipe),
         "seed": seed,
         "training_images": len(train_set),
+        "training_minutes": round(result.minutes, 2),
         "validation": result.validation,
         "torch": torch.__version__,
         "python": platform.python_version(),

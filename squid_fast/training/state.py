@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,12 @@ class Run:
         self.step = 0
         self.sums: dict[str, Tensor] = {}  # losses of this epoch so far, on the device
         self.validation: dict[str, float] = {}
+        self._started, self._before = time.perf_counter(), 0.0
+
+    @property
+    def minutes(self) -> float:
+        """By the clock, validation and what ran before a resumption included."""
+        return self._before + (time.perf_counter() - self._started) / 60
 
     @property
     def judge(self) -> Discriminator:
@@ -99,6 +106,7 @@ class Run:
             "average": None if self.average is None else self.average.module.state_dict(),
             "sums": dict(self.sums),
             "validation": dict(self.validation),
+            "minutes": self.minutes,
         }
 
     def load(self, state: dict[str, Any], settings: Settings) -> None:
@@ -121,6 +129,7 @@ class Run:
         self.step = state["step"]
         self.sums = {k: v.to(self.fabric.device) for k, v in state["sums"].items()}
         self.validation = state["validation"]
+        self._before = state["minutes"]
 
     def add(self, losses: dict[str, Tensor]) -> None:
         for name, value in losses.items():
