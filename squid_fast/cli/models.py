@@ -34,9 +34,9 @@ from .options import Data, Device, Json, Layout, Mnist, PrecisionName, Rate, Tra
 def train(
     data: Data,
     out: Annotated[Path, typer.Option(help="Run folder; becomes the trained bundle.")],
-    preset: Annotated[str, typer.Option(help="zhanglab, chexpert, digit_anatomy, small.")] = (
-        "zhanglab"
-    ),
+    preset: Annotated[
+        str, typer.Option(help="zhanglab, zhanglab_cpu, chexpert, digit_anatomy, small.")
+    ] = ("zhanglab"),
     layout: Layout = "auto",
     epochs: Annotated[int | None, typer.Option(min=1)] = None,
     batch_size: Annotated[int | None, typer.Option(min=1)] = None,
