@@ -59,8 +59,8 @@ def save_bundle(bundle: Bundle, folder: str | Path) -> None:
     }
     state = bundle.model.state_dict()
     state[_QUEUE_PTR] = bundle.model.inpaint_block.memory.ptr
-    _save_weights(state, folder / "model.safetensors")
-    _save_weights(bundle.discriminator.state_dict(), folder / "discriminator.safetensors")
+    save_weights(state, folder / "model.safetensors")
+    save_weights(bundle.discriminator.state_dict(), folder / "discriminator.safetensors")
     write_json(config, folder / "config.json")
     if bundle.calibration is not None:
         write_json(bundle.calibration.to_json(), folder / "calibration.json")
@@ -75,11 +75,16 @@ def load_bundle(folder: str | Path) -> Bundle:
     folder = Path(folder)
     if not folder.is_dir():
         raise BundleError(f"{folder} is not a folder; a bundle is the folder that training wrote.")
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     if config.get("format") != FORMAT:
         raise BundleError(
             f"{folder / 'config.json'} has format {config.get('format')!r}; this version of "
             f"squid_fast reads format {FORMAT}."
+        )
+    if "method" in config:
+        raise BundleError(
+            f"{folder} holds a {config['method']!r}, not SQUID; squid_fast.comparison.load_scorer "
+            "reads it."
         )
     try:
         model = SQUID(**config["model"])
@@ -94,7 +99,7 @@ def load_bundle(folder: str | Path) -> Bundle:
     calibration = None
     if (folder / "calibration.json").exists():
         try:
-            calibration = Calibration.from_json(_read_json(folder / "calibration.json"))
+            calibration = Calibration.from_json(read_json(folder / "calibration.json"))
         except (KeyError, TypeError) as error:
             raise BundleError(f"{folder / 'calibration.json'} is damaged: {error}") from error
     return Bundle(model.eval(), discriminator.eval(), calibration, score, about)
@@ -136,7 +141,8 @@ def _fit(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
         raise BundleError(f"{path} holds NaN or infinite weights in {', '.join(bad[:3])}.")
 
 
-def _save_weights(state: dict[str, Tensor], path: Path) -> None:
+def save_weights(state: dict[str, Tensor], path: Path) -> None:
+    """Write tensors as safetensors; the file is replaced whole or not at all."""
     # The memories are slices of one tensor and convolutions may be channels-last; the format wants
     # each tensor to stand alone and contiguous.
     plain = {
@@ -157,7 +163,12 @@ def _load_weights(module: nn.Module, path: Path) -> None:
     _fit(module, state, path)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file of a bundle.
+
+    Raises:
+        BundleError: there is none.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

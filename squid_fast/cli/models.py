@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ..bundle import Bundle, load_bundle, load_published, save_bundle
+from ..comparison import METHODS, RECIPE, load_scorer, train_method
 from ..console import (
     demo_table,
     evaluation_table,
@@ -37,6 +38,9 @@ def train(
     preset: Annotated[
         str, typer.Option(help="zhanglab, zhanglab_cpu, chexpert, digit_anatomy, small.")
     ] = ("zhanglab"),
+    method: Annotated[
+        str, typer.Option(help=f"squid, or what it is compared with: {', '.join(METHODS)}.")
+    ] = "squid",
     layout: Layout = "auto",
     epochs: Annotated[int | None, typer.Option(min=1)] = None,
     batch_size: Annotated[int | None, typer.Option(min=1)] = None,
@@ -56,7 +60,7 @@ def train(
     """Train on normal images; Ctrl-C saves, --resume goes on."""
     chosen = find_preset(preset)
     recipe = dataclasses.replace(
-        chosen.recipe,
+        chosen.recipe if method == "squid" else RECIPE,
         **_given(epochs=epochs, batch_size=batch_size, lr=lr, validate_every=validate_every),
     )
     with progress_bar("reading images") as advance:
@@ -67,6 +71,27 @@ def train(
         f"{len(train_set)} normal training images, "
         f"{0 if validation_set is None else len(validation_set)} for validation"
     )
+    if method != "squid":
+        with stop_on_signals() as should_stop, training_report() as report:
+            finished = train_method(
+                method,
+                train_set,
+                out,
+                recipe=recipe,
+                validation_set=validation_set,
+                false_positive_rate=false_positive_rate,
+                seed=seed,
+                device=device,
+                precision=precision,
+                resume=resume,
+                report=report,
+                should_stop=should_stop,
+            )
+        if not finished:
+            say("stopped and saved; go on with --resume", "yellow")
+            raise typer.Exit(130)
+        say(f"trained: {out}")
+        return
     with stop_on_signals() as should_stop, training_report() as report:
         result = train_bundle(
             chosen,
@@ -118,14 +143,14 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Figures of every score on labelled images, with a picture of the ROC curves."""
-    scorer = Scorer.load(bundle, precision=precision, device=device)
+    scorer = load_scorer(bundle, precision=precision, device=device)
     records = [r for r in select(find_records(data, layout), split) if r.label is not None]
     if not records:
         raise ValueError(f"{data} has no labelled images in the split {split!r}.")
     with progress_bar("reading images") as advance:
         images = load_images(records, scorer.image_size, on_progress=advance)
     evaluations, z = scorer.evaluate(images)
-    if all_scores:
+    if all_scores and isinstance(scorer, Scorer):
         others, other_z = evaluate_others(load_bundle(bundle).model, images, device=device)
         evaluations, z = evaluations | others, z | other_z
     out = out or bundle / f"evaluation-{split}"

@@ -13,6 +13,7 @@ import typer
 from ..atomic import write_json
 from ..benchmark import Benchmark, random_bundle
 from ..bundle import load_bundle
+from ..comparison import load_scorer
 from ..console import bench_table, print_json, print_table, progress_bar, say, stop_on_signals
 from ..devices import choose_device
 from ..inference import Scorer
@@ -53,7 +54,7 @@ def screen(
     for path in (report, summary):
         if path is not None:
             check_folder(path)
-    scorer = Scorer.load(bundle, score, precision, device)
+    scorer = load_scorer(bundle, score, precision, device)
     started = time.perf_counter()
     with progress_bar("screening") as advance, stop_on_signals() as should_stop:
         screened = screen_to_table(
