@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from .atomic import replacing, write_json
-from .modules import SQUID, Discriminator, discriminator_size
+from .modules import SQUID, Discriminator, MemoryQueue, discriminator_size
 from .scores import PAPER_SCORE, SCORES, Calibration
 
 FORMAT = 1
@@ -58,7 +58,9 @@ def save_bundle(bundle: Bundle, folder: str | Path) -> None:
         "about": bundle.about,
     }
     state = bundle.model.state_dict()
-    state[_QUEUE_PTR] = bundle.model.inpaint_block.memory.ptr
+    queue = getattr(bundle.model.inpaint_block, "memory", None)
+    if isinstance(queue, MemoryQueue):
+        state[_QUEUE_PTR] = queue.ptr
     save_weights(state, folder / "model.safetensors")
     save_weights(bundle.discriminator.state_dict(), folder / "discriminator.safetensors")
     write_json(config, folder / "config.json")

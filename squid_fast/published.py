@@ -15,7 +15,16 @@ _TOLERANCE = 0.01  # standard deviations
 
 
 def published_way(bundle: Bundle, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Scores [B] of images [B, 1, H, W] as they are published: the logits of `reference`."""
+    """Scores [B] of images [B, 1, H, W] as they are published: the logits of `reference`.
+
+    Raises:
+        ValueError: the model is a variant that was never published.
+    """
+    if "inpainting" in bundle.model.config:
+        raise ValueError(
+            f"this model has inpainting={bundle.model.config['inpainting']!r}, a variant that was "
+            "never published; only published models can be compared with the published way."
+        )
     model = reference.SQUID(**bundle.model.config)
     model.load_state_dict(bundle.model.state_dict())
     judge = reference.Discriminator(bundle.discriminator.size)

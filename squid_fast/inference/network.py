@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..modules import SQUID
+from ..modules import SQUID, InpaintBlock
 from ..modules.unet import DoubleConv, Down, Up, to_image, to_patches
 from ..scores import Quantization
 from .convolution import FoldedConv, ResizedConv, SplitConv, cast, fold
@@ -173,10 +173,11 @@ class FrozenGenerator(nn.Module):
         if quantization is not None:
             self._put_in_bytes(downs, ups, model.memory_blocks, dtype, quantization)
         self.inpaint = model.inpaint_block
-        for name in ("bottleneck_conv1", "bottleneck_conv2"):
-            conv, norm, _ = getattr(self.inpaint, name)
-            setattr(self.inpaint, name, cast(fold(conv, norm), torch.float32, layout, onednn))
-        self.inpaint.freeze()
+        if isinstance(self.inpaint, InpaintBlock):
+            for name in ("bottleneck_conv1", "bottleneck_conv2"):
+                conv, norm, _ = getattr(self.inpaint, name)
+                setattr(self.inpaint, name, cast(fold(conv, norm), torch.float32, layout, onednn))
+            self.inpaint.freeze()
         self.memories = model.memory_blocks
         self.head = model.out_conv
         self.requires_grad_(False)

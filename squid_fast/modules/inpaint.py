@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from .memory import MemoryQueue
+from .memory import MemoryMatrix, MemoryQueue, SharedMemoryQueue
 
 HEADS = 8  # published
+
+MEMORIES = {"queue": MemoryQueue, "shared": SharedMemoryQueue, "matrix": MemoryMatrix}
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "memory": tuple(MEMORIES),
+    "mixing": ("attention", "convolution"),
+    "shortcut": ("masked", "soft"),
+}
+"""Arguments of the block that the published one does not have, and their values, its own first."""
 
 
 class InpaintBlock(nn.Module):
@@ -23,6 +34,9 @@ class InpaintBlock(nn.Module):
         shrink_thres: int k > 0 Gumbel shrinkage, float > 0 hard shrinkage, 0 none.
         ratio: chance that a position is in-painted in training, kept as ``mask_ratio``.
         drop: dropout of the feed-forward layers.
+        memory: "queue"; "shared", one queue for all patches; "matrix", learnable slots.
+        mixing: how neighbours come in: "attention", or "convolution", 3 x 3 over the patches.
+        shortcut: in training "masked", or "soft", ``ratio`` of the painting everywhere.
     """
 
     code: Tensor
@@ -37,8 +51,13 @@ class InpaintBlock(nn.Module):
         shrink_thres: int | float = 5,
         ratio: float = 0.95,
         drop: float = 0.0,
+        *,
+        memory: str = "queue",
+        mixing: str = "attention",
+        shortcut: str = "masked",
     ) -> None:
         super().__init__()
+        check_variant({"memory": memory, "mixing": mixing, "shortcut": shortcut})
         if memory_channel % HEADS:
             raise ValueError(
                 f"memory_channel is {memory_channel}; the attention's {HEADS} heads must divide it."
@@ -49,9 +68,15 @@ class InpaintBlock(nn.Module):
         self.bottleneck_conv1 = nn.Sequential(
             nn.Conv2d(num_in_ch, narrow, 1, bias=False), nn.BatchNorm2d(narrow), nn.ReLU()
         )
-        self.memory = MemoryQueue(num_slots, memory_channel, shrink_thres, num_memory)
-        # Holds the projections under their published names; the attention itself is our own.
-        self.attention = nn.MultiheadAttention(memory_channel, HEADS)
+        self.memory = MEMORIES[memory](num_slots, memory_channel, shrink_thres, num_memory)
+        self.shortcut = shortcut
+        if mixing == "attention":
+            # Holds the projections under their published names; the attention itself is our own.
+            self.attention: nn.MultiheadAttention | None
+            self.attention = nn.MultiheadAttention(memory_channel, HEADS)
+        else:
+            self.attention = None
+            self.convolution = nn.Conv2d(memory_channel, memory_channel, 3, padding=1)
         self.attn_norm1 = nn.LayerNorm(memory_channel)
         self.ff = nn.Sequential(
             nn.Linear(memory_channel, memory_channel // 4),
@@ -75,14 +100,18 @@ class InpaintBlock(nn.Module):
 
         An answer's key is the same sum of projected slots that the answer is of slots, so the
         projections of the answers, near half of the block's work, need not be made at every call.
-        Ends with ``train()``; slots or weights that change or move make it of no effect.
+        Ends with ``train()``; slots or weights that change or move make it of no effect. A
+        convolution in place of the attention has nothing to freeze.
         """
+        if self.attention is None:
+            return
         slots = self.memory.slots
         w_kv = self.attention.in_proj_weight[slots.shape[2] :]
         self.projected = torch.cat([slots, F.linear(slots, w_kv)], dim=-1)
         self._projected_from = self._state_of_weights()
 
     def _state_of_weights(self) -> list[tuple[int, int]]:
+        assert self.attention is not None
         sources = (self.memory.slots, self.attention.in_proj_weight)
         return [(x.data_ptr(), 0 if x.is_inference() else x._version) for x in sources]
 
@@ -99,9 +128,15 @@ class InpaintBlock(nn.Module):
 
     def paint(self, f: Tensor) -> Tensor:
         """Painted features [B, N, C] of the patch features f [B, N, C]."""
+        m, mixed = self._convolve(f) if self.attention is None else self._attend(f, self.attention)
+        y = (self.attn_norm1(mixed) + m).relu()
+        return (self.attn_norm2(self.ff(y)) + y).relu()
+
+    def _attend(self, f: Tensor, attention: nn.MultiheadAttention) -> tuple[Tensor, Tensor]:
+        """The patches' own answers and what they attend to in their neighbours', [B, N, C] each."""
         C = f.shape[2]
-        w_q, w_kv = self.attention.in_proj_weight.split((C, 2 * C))
-        b_q, b_kv = self.attention.in_proj_bias.split((C, 2 * C))
+        w_q, w_kv = attention.in_proj_weight.split((C, 2 * C))
+        b_q, b_kv = attention.in_proj_bias.split((C, 2 * C))
         # Each patch's key and value once; its neighbours read them in place.
         if self._is_frozen():
             m, projected = self.memory.look_up(f, self.projected).split((C, 2 * C), dim=-1)
@@ -114,8 +149,14 @@ class InpaintBlock(nn.Module):
         attended = ops.neighbourhood_attention(
             F.linear(f, w_q, b_q), key, value, pad_key, pad_value, HEADS
         )
-        y = (self.attn_norm1(self.attention.out_proj(attended)) + m).relu()
-        return (self.attn_norm2(self.ff(y)) + y).relu()
+        return m, attention.out_proj(attended)
+
+    def _convolve(self, f: Tensor) -> tuple[Tensor, Tensor]:
+        """The patches' own answers and a convolution over all answers, [B, N, C] each."""
+        m = self.memory(f)
+        side = math.isqrt(self.num_memory)
+        grid = m.transpose(1, 2).unflatten(2, (side, side))  # [B, C, P, P]
+        return m, self.convolution(grid).flatten(2).transpose(1, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         """Features [B*N, width, h, w], patch index fastest, to features of the same shape."""
@@ -127,4 +168,15 @@ class InpaintBlock(nn.Module):
         inpainted = self.bottleneck_conv2(torch.cat([z, code], dim=1))
         if not self.training:
             return inpainted
+        if self.shortcut == "soft":
+            return torch.lerp(x.to(inpainted.dtype), inpainted, self.mask_ratio)
         return ops.masked_shortcut(inpainted, x.to(inpainted.dtype), self.mask_ratio)
+
+
+def check_variant(variant: Mapping[str, str]) -> None:
+    """Raise unless these are arguments of ``VARIANTS``."""
+    for name, value in variant.items():
+        if name not in VARIANTS:
+            raise ValueError(f"inpainting has {name!r}; known are {', '.join(VARIANTS)}.")
+        if value not in VARIANTS[name]:
+            raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(VARIANTS[name])}.")

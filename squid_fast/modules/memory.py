@@ -199,6 +199,29 @@ class MemoryQueue(_Memory):
         return [key]
 
 
+class SharedMemoryQueue(MemoryQueue):
+    """One queue for all patches, wherever they lie: what space-awareness is measured against.
+
+    It has the slots of all places together, N * M, and is asked and answers like a ``MemoryQueue``
+    of N memories. Its state dict has the one key ``memMatrix``.
+    """
+
+    def __init__(
+        self, num_slots: int, slot_dim: int, shrink_thres: int | float = 5, num_memory: int = 9
+    ) -> None:
+        super().__init__(num_slots * num_memory, slot_dim, shrink_thres, None)
+
+    def look_up(self, query: Tensor, values: Tensor | None = None) -> Tensor:
+        own = None if values is None else values[0]
+        return super().look_up(query.flatten(0, 1), own).unflatten(0, query.shape[:2])
+
+    @torch.no_grad()
+    def update(self) -> None:
+        if self.pending is not None:
+            self.pending = self.pending.flatten(0, 1)
+        super().update()
+
+
 # --- decoder memory blocks ------------------------------------------------------------------------
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..presets import preset
-from .inpaint import InpaintBlock
+from .inpaint import InpaintBlock, check_variant
 from .memory import BLOCKS, describe_shrinkage
 from .unet import Down, InConv, OutConv, Up, to_image, to_patches
 
@@ -41,6 +41,8 @@ class SQUID(nn.Module):
         decoder_memory: for each level, finest first, None or a dict of ``type``
             (MemoryMatrixBlock, MemoryMatrixBlockV3, MemoryMatrixBlockV4), ``multiplier``
             (C = w_i * multiplier), ``num_memory`` and optionally ``ratio``.
+        inpainting: for ablations: arguments of ``InpaintBlock`` that the published block does not
+            have, ``memory``, ``mixing``, ``shortcut``, or False to go without the block.
 
     Raises:
         ValueError: arguments that do not fit each other; the message says which would.
@@ -62,12 +64,16 @@ class SQUID(nn.Module):
         mem_num_slots: int = 200,
         ops: Sequence[str] = ("concat", "concat", "none", "none"),
         decoder_memory: Sequence[dict[str, Any] | None] | None = None,
+        *,
+        inpainting: dict[str, str] | Literal[False] | None = None,
     ) -> None:
         super().__init__()
         decoder_memory = list(decoder_memory or [None] * level)
         self.config: dict[str, Any] = {
             key: value for key, value in locals().items() if key not in ("self", "__class__")
         } | {"ops": list(ops)}
+        if inpainting is None:
+            del self.config["inpainting"]  # what is left are the published arguments
         widths = [features_root * factor for factor in (1, 2, 4, 8, 16, 16)]
         self.num_in_ch, self.num_patch, self.level, self.dist = num_in_ch, num_patch, level, dist
         self.initial_combine = initial_combine
@@ -76,9 +82,19 @@ class SQUID(nn.Module):
 
         self.in_conv = InConv(num_in_ch, features_root)
         self.down_blocks = nn.ModuleList(Down(widths[i], widths[i + 1]) for i in range(level))
-        self.inpaint_block = InpaintBlock(
-            widths[level], num_slots, num_patch**2, memory_channel, shrink_thres, ratio, drop
-        )
+        check_variant(inpainting or {})
+        self.inpaint_block: nn.Module = nn.Identity()
+        if inpainting is not False:
+            self.inpaint_block = InpaintBlock(
+                widths[level],
+                num_slots,
+                num_patch**2,
+                memory_channel,
+                shrink_thres,
+                ratio,
+                drop,
+                **(inpainting or {}),
+            )
         self.up_blocks = _decoder(widths, level, ops)
         self.memory_blocks = nn.ModuleList(
             nn.Identity()
