@@ -23,6 +23,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from .ablation import SHOWN, cell, summarised
 from .evaluation import Evaluation
 from .scores import PAPER_SCORE
 from .training import Progress as TrainingProgress
@@ -82,6 +83,24 @@ def demo_table(aurocs: dict[str, dict[str, float]], score: str) -> Table:
         label = f"{name} (the paper's)" if name == PAPER_SCORE else name
         style = "bold" if name == score else ""
         table.add_row(label, *(f"{value:.3f}" for value in by_kind.values()), style=style)
+    return table
+
+
+def ablation_table(results: dict[str, Any]) -> Table:
+    """AUROC of every variant, and the difference to the full SQUID."""
+    table = Table(
+        title=f"{results['settings']['preset']} on {results['settings']['data']}",
+        caption="AUROC, mean over kinds of anomaly and seeds, ± deviation over seeds; in brackets "
+        "the difference to the full SQUID.",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    table.add_column("variant", no_wrap=True)
+    for score in SHOWN:
+        table.add_column(score, justify="right")
+    for row in summarised(results, SHOWN):
+        table.add_row(row["variant"], *(cell(row, score) for score in SHOWN))
     return table
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import models, scoring
+from . import ablation, models, scoring
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -43,6 +43,7 @@ for verb in (
     scoring.export,
     models.convert,
     models.synth,
+    ablation.ablate,
 ):
     app.command()(verb)
 

@@ -1,0 +1,81 @@
+"""The verb that takes SQUID apart: ablate."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..ablation import VARIANTS, AblationData, as_markdown, digit_data, run_ablation
+from ..console import ablation_table, print_json, print_table, say, stop_on_signals, training_report
+from ..data import find_records, load_images, select
+from ..presets import preset as find_preset
+from ..training import load_splits
+from .options import Device, Json, Layout, Mnist, TrainingPrecision
+
+
+def ablate(
+    out: Annotated[Path, typer.Option(help="Folder for the runs and the table.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Labelled images; DigitAnatomy is drawn unless given.")
+    ] = None,
+    preset: Annotated[str, typer.Option(help="The model that is taken apart.")] = "small",
+    variants: Annotated[
+        str, typer.Option(help=f"Of {', '.join(VARIANTS)}, separated by commas.")
+    ] = ",".join(VARIANTS),
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each variant.")] = 1,
+    epochs: Annotated[int, typer.Option(min=1)] = 10,
+    grids: Annotated[int, typer.Option(min=16, help="Drawn for an epoch, without --data.")] = 2000,
+    layout: Layout = "auto",
+    mnist: Mnist = None,
+    device: Device = None,
+    precision: TrainingPrecision = "auto",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with what is in --out.")] = False,
+    as_json: Json = False,
+) -> None:
+    """What each part of SQUID contributes: the same training without it, as a table."""
+    chosen = find_preset(preset)
+    recipe = dataclasses.replace(
+        chosen.recipe, epochs=epochs, t_max=epochs, validate_every=max(1, epochs // 2)
+    )
+    if data is None:
+        found = digit_data(chosen.image_size, grids, mnist)
+    else:
+        found = _labelled(data, layout, chosen.image_size)
+    with stop_on_signals() as should_stop, training_report() as report:
+        results = run_ablation(
+            found,
+            chosen,
+            out,
+            recipe=recipe,
+            variants=[name.strip() for name in variants.split(",")],
+            seeds=seeds,
+            device=device,
+            precision=precision,
+            resume=resume,
+            say=say,
+            report=report,
+            should_stop=should_stop,
+        )
+    if results is None:
+        say("stopped and saved; go on with --resume", "yellow")
+        raise typer.Exit(130)
+    (out / "ablation.md").write_text(as_markdown(results) + "\n", encoding="utf-8")
+    if as_json:
+        print_json(results)
+    else:
+        print_table(ablation_table(results))
+    say(f"written: {out / 'ablation.json'}, {out / 'ablation.md'}")
+
+
+def _labelled(data: Path, layout: str, side: int) -> AblationData:
+    records = find_records(data, layout)
+    train_set, validation_set = load_splits(records, side)
+    test = [record for record in select(records, "test") if record.label is not None]
+    if not test:
+        raise ValueError(f"{data} has no labelled images in the split 'test'.")
+    images = load_images(test, side)
+    everything = images.labels.new_ones(len(images)).nonzero()[:, 0]
+    return AblationData(train_set, validation_set, images, {"test": everything}, str(data))
