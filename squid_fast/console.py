@@ -27,8 +27,10 @@ from .ablation import SHOWN, cell, summarised
 from .evaluation import Evaluation
 from .scores import PAPER_SCORE
 from .training import Progress as TrainingProgress
+from .training.distributed import Processes
 
-console = Console(stderr=True)  # progress and remarks; stdout is for results
+_QUIET = not Processes.found().is_main  # of several processes only the first speaks
+console = Console(stderr=True, quiet=_QUIET)  # progress and remarks; stdout is for results
 
 
 def say(text: str, style: str = "") -> None:
@@ -38,13 +40,14 @@ def say(text: str, style: str = "") -> None:
 
 def print_table(table: Table) -> None:
     """To stdout, as a result."""
-    Console().print(table)
+    Console(quiet=_QUIET).print(table)
 
 
 def print_json(value: Any) -> None:
     """To stdout, as a result."""
-    json.dump(value, sys.stdout, indent=2)
-    print()
+    if not _QUIET:
+        json.dump(value, sys.stdout, indent=2)
+        print()
 
 
 def evaluation_table(evaluations: dict[str, Evaluation]) -> Table:

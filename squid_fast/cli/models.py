@@ -53,6 +53,9 @@ def train(
     seed: int = 0,
     device: Device = None,
     precision: TrainingPrecision = "auto",
+    sync_batch_norm: Annotated[
+        bool, typer.Option(help="Batch norm over the batches of all processes.")
+    ] = True,
     log: Annotated[LogKind, typer.Option(help="Where figures go.")] = "csv",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     as_json: Json = False,
@@ -105,6 +108,7 @@ def train(
             device=device,
             precision=precision,
             resume=resume,
+            sync_batch_norm=sync_batch_norm,
             log=log,
             report=report,
             should_stop=should_stop,

@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm  # SyncBatchNorm is none of BatchNorm2d
 
 WIDTHS = (16, 32, 64, 128, 128)
 
@@ -62,7 +63,7 @@ class Discriminator(nn.Module):
             return images.new_zeros(0)
         x = images
         for layer in self.conv_model:
-            if not isinstance(layer, nn.BatchNorm2d):
+            if not isinstance(layer, _BatchNorm):
                 x = layer(x)
             elif mode == "instance":
                 x = F.instance_norm(x, weight=layer.weight, bias=layer.bias, eps=layer.eps)

@@ -10,6 +10,7 @@ import warnings
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import ops
@@ -147,8 +148,10 @@ class MemoryQueue(_Memory):
 
     In training mode a lookup remembers its queries, and ``update()``, called after the
     optimiser's step, writes them over the oldest slots: a ring. A batch larger than M leaves its
-    newest M; a second ``update()`` does nothing. The ring's position ``ptr`` travels in the
-    state dict's metadata, where the published code does not trip over it.
+    newest M; a second ``update()`` does nothing. Where ``torch.distributed`` runs, ``update()``
+    gathers the features of all processes, in the order of ranks, so that every process holds the
+    queue that one with the whole batch would; all have to call it. The ring's position ``ptr``
+    travels in the state dict's metadata, where the published code does not trip over it.
     """
 
     ptr: Tensor
@@ -168,7 +171,7 @@ class MemoryQueue(_Memory):
         """Enqueue the features of the last training batch, [B, N, C]."""
         if self.pending is None:
             return
-        features = self.pending[:, None] if self.single else self.pending
+        features = _gathered(self.pending[:, None] if self.single else self.pending)
         self.pending = None
         M, B = self.slots.shape[1], features.shape[0]
         # All B features pass through the ring, of which the newest M stay.
@@ -197,6 +200,16 @@ class MemoryQueue(_Memory):
         with torch.no_grad():
             self.ptr.copy_(torch.as_tensor(ptr).reshape(()) % self.slots.shape[1])
         return [key]
+
+
+def _gathered(features: Tensor) -> Tensor:
+    """Features [B, N, C] of this process; those of all processes, one behind the other."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return features
+    features = features.contiguous()
+    parts = [torch.empty_like(features) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, features)
+    return torch.cat(parts)
 
 
 class SharedMemoryQueue(MemoryQueue):

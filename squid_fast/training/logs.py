@@ -18,6 +18,13 @@ class Logger(Protocol):
     def close(self) -> None: ...
 
 
+class NoLogger:
+    """Keeps nothing."""
+
+    def log(self, step: int, values: dict[str, float]) -> None: ...
+    def close(self) -> None: ...
+
+
 class CsvLogger:
     """Appends one row of ``step, name, value`` per figure, so that new names need no new file.
 

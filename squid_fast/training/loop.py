@@ -26,7 +26,8 @@ from ..presets import Recipe
 from ..scores import SCORES
 from .augment import augment
 from .checkpoint import CheckpointError, load_checkpoint
-from .logs import LogKind, make_logger
+from .distributed import Processes
+from .logs import LogKind, NoLogger, make_logger
 from .state import CHECKPOINT, Run, Settings
 
 _TIMED, _WARM_UP = 24, 8  # steps
@@ -75,11 +76,16 @@ def train(
     device: str | None = None,
     precision: Precision = "auto",
     resume: bool = False,
+    sync_batch_norm: bool = True,
     log: LogKind = "csv",
     report: Callable[[Progress], None] = lambda progress: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> TrainingResult:
     """Train ``model`` and a new discriminator on normal images (paper section 3.5).
+
+    Under torchrun all processes train together, see ``squid_fast.training.distributed``; each has
+    to call this with the same arguments. Images and augmentation are those of one process, masks
+    are drawn anew on every rank.
 
     Args:
         model: freshly built; its weights are what training starts from unless it resumes.
@@ -90,16 +96,20 @@ def train(
             ``recipe.validate_every`` epochs.
         seed: of the discriminator's weights and of everything drawn in training.
         device, precision: see ``squid_fast.devices``.
-        resume: go on from ``out/checkpoint.pt``.
+        resume: go on from ``out/checkpoint.pt``, on any number of processes.
+        sync_batch_norm: normalise over the batches of all processes.
         log: "csv" or "tensorboard".
         report: told about every step; reading ``losses()`` waits for the device.
         should_stop: asked after every step; when true the run saves and returns.
 
     Raises:
-        ValueError: the images do not fit the model or are fewer than a batch.
+        ValueError: the images do not fit the model or are fewer than a batch, or a batch cannot be
+            shared out over the processes.
         CheckpointError: nothing to resume, or from a run with other settings.
         NonFiniteLossError: a loss became NaN or infinite.
     """
+    processes = Processes.found()
+    processes.check_batch(recipe.batch_size)
     _check_images(model, train_set, recipe)
     where = choose_device(device)
     chosen = choose_precision(precision, where)
@@ -109,10 +119,10 @@ def train(
         raise CheckpointError(
             f"{out} already holds a run; add --resume to go on with it, or choose another folder."
         )
-    run = Run(model, settings, where)
+    run = Run(model, settings, where, processes, sync_batch_norm)
     if resume:
         run.load(load_checkpoint(out / CHECKPOINT), settings)
-    logger = make_logger(log, out, run.step)
+    logger = make_logger(log, out, run.step) if processes.is_main else NoLogger()
     try:
         with torch.random.fork_rng():  # the steps' seeds do not reach the caller
             return _loop(
@@ -120,6 +130,7 @@ def train(
             )
     finally:
         logger.close()
+        run.close()
 
 
 def learning_rate(recipe: Recipe, epoch: int) -> float:
@@ -179,6 +190,9 @@ def _loop(
             chosen = order[index * recipe.batch_size : (index + 1) * recipe.batch_size]
             torch.manual_seed(_step_seed(settings.seed, run.step))
             batch = augment(images.batch(chosen.to(device)), recipe.shift, recipe.scale)
+            if run.processes.count > 1:
+                batch = run.processes.share(batch)
+                torch.manual_seed(_step_seed(settings.seed - run.processes.rank - 1, run.step))
             run.add(run.trainer.step(batch.to(memory_format=run.layout), run.step))
             run.step += 1
             validation = None
@@ -187,7 +201,8 @@ def _loop(
             report(Progress(epoch, recipe.epochs, run.step, steps, run.means, validation))
             if device.type == "cpu":
                 run.means()  # waiting costs nothing there, and stops at the first NaN
-            if stopped := should_stop():
+            last = index == per_epoch - 1
+            if stopped := run.processes.agree(should_stop(), device, run.step, last):
                 break
     run.save(settings, out)
     for module in (run.model, run.judge):
@@ -206,13 +221,14 @@ def _end_epoch(
     log: Callable[[int, dict[str, float]], None],
 ) -> dict[str, float] | None:
     """Log the epoch's losses; every few epochs validate and save. Returns AUROCs, if made."""
-    losses = {f"loss/{name}": value for name, value in run.means().items()}
+    losses = {f"loss/{name}": value for name, value in run.means(everywhere=True).items()}
     log(run.step, losses | {"time/minutes": run.minutes})
     last = epoch == settings.recipe.epochs - 1
     if (epoch + 1) % settings.recipe.validate_every and not last:
         return None
     validation = None
-    if validation_set is not None and len(set(validation_set.labels.tolist())) == 2:
+    labels = set() if validation_set is None else set(validation_set.labels.tolist())
+    if validation_set is not None and len(labels) == 2 and run.processes.is_main:
         validation = validate(run.model, run.judge, validation_set, settings.precision)
         run.validation = validation
         log(run.step, {f"validation/{name}": value for name, value in validation.items()})

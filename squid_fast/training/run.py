@@ -16,6 +16,7 @@ from ..inference import calibrate
 from ..modules import SQUID
 from ..presets import Preset, Recipe
 from ..scores import PAPER_SCORE
+from .distributed import Processes
 from .logs import LogKind
 from .loop import Progress, TrainingResult, train
 
@@ -62,11 +63,14 @@ def train_bundle(
     device: str | None = None,
     precision: Precision = "auto",
     resume: bool = False,
+    sync_batch_norm: bool = True,
     log: LogKind = "csv",
     report: Callable[[Progress], None] = lambda progress: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> TrainingResult:
     """Train a preset and, once it is finished, calibrate it and write the bundle into ``out``.
+
+    Under torchrun the process of rank 0 calibrates and writes.
 
     See ``squid_fast.training.train`` for the arguments it shares; ``score`` is the one that the
     bundle screens by.
@@ -85,11 +89,12 @@ def train_bundle(
         device=device,
         precision=precision,
         resume=resume,
+        sync_batch_norm=sync_batch_norm,
         log=log,
         report=report,
         should_stop=should_stop,
     )
-    if not result.finished:
+    if not result.finished or not Processes.found().is_main:
         return result
     normal = None
     if validation_set is not None:

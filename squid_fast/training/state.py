@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .._extras import require
@@ -17,6 +18,7 @@ from ..modules import SQUID, Discriminator, discriminator_size
 from ..presets import Recipe
 from .averaging import Average
 from .checkpoint import CheckpointError, save_checkpoint
+from .distributed import Processes, synchronise_batch_norm
 from .step import Trainer, make_optimizers
 
 CHECKPOINT = "checkpoint.pt"
@@ -40,13 +42,24 @@ class Settings:
 class Run:
     """The modules on their device, their optimisers, and where in training they are."""
 
-    def __init__(self, model: SQUID, settings: Settings, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: SQUID,
+        settings: Settings,
+        device: torch.device,
+        processes: Processes | None = None,
+        sync_batch_norm: bool = True,
+    ) -> None:
+        self.processes = processes or Processes()
         fabric_module = require("lightning_fabric", "train")
         self.fabric = fabric_module.Fabric(
             accelerator=device.type,
-            devices=[device.index or 0] if device.type == "cuda" else 1,
             precision="bf16-mixed" if settings.precision == "bf16" else "32-true",
+            **self.processes.fabric_arguments(device),
         )
+        if self.processes.count > 1:
+            self.fabric.launch()
+            device = self.fabric.device
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             discriminator = Discriminator(discriminator_size(model.image_size))
@@ -54,6 +67,9 @@ class Run:
         self.model, self.discriminator = model.train(), discriminator.train()
         to_layout(model.to(device), self.layout)
         to_layout(discriminator.to(device), self.layout)
+        if self.processes.count > 1 and sync_batch_norm:
+            synchronise_batch_norm(model, device)
+            synchronise_batch_norm(discriminator, device)
         optimizers = make_optimizers(model, discriminator, settings.recipe)
         generator, generator_optimizer = self.fabric.setup(model, optimizers[0])
         judge, discriminator_optimizer = self.fabric.setup(discriminator, optimizers[1])
@@ -61,12 +77,22 @@ class Run:
         decay = settings.recipe.averaging
         self.average = Average(discriminator, decay) if decay else None
         self.trainer = Trainer(
-            generator, judge, self.optimizers, settings.recipe, self.fabric.backward, self.average
+            generator,
+            judge,
+            self.optimizers,
+            settings.recipe,
+            self.fabric.backward,
+            self.average,
+            self._judge_alone if self.processes.count > 1 else None,
         )
         self.step = 0
         self.sums: dict[str, Tensor] = {}  # losses of this epoch so far, on the device
         self.validation: dict[str, float] = {}
         self._started, self._before = time.perf_counter(), 0.0
+
+    def _judge_alone(self, images: Tensor) -> Tensor:
+        with self.fabric.autocast():
+            return self.discriminator(images)
 
     @property
     def minutes(self) -> float:
@@ -88,12 +114,19 @@ class Run:
             NonFiniteLossError: then the last good checkpoint stays.
         """
         self.means()
+        if not self.processes.is_main:
+            return
         if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
             raise NonFiniteLossError(
                 f"training stopped at step {self.step}: a weight is not finite. The last good "
                 "checkpoint is kept; a lower learning rate may help."
             )
         save_checkpoint(self.state(settings), out / CHECKPOINT)
+
+    def close(self) -> None:
+        """Part from the other processes."""
+        if self.processes.count > 1:
+            dist.destroy_process_group()
 
     def state(self, settings: Settings) -> dict[str, Any]:
         return {
@@ -136,13 +169,19 @@ class Run:
             pair = torch.stack([value.float(), torch.ones_like(value, dtype=torch.float32)])
             self.sums[name] = self.sums[name] + pair if name in self.sums else pair
 
-    def means(self) -> dict[str, float]:
+    def means(self, everywhere: bool = False) -> dict[str, float]:
         """Mean losses of this epoch; waits for the device.
+
+        Args:
+            everywhere: over all processes, which all have to ask, instead of this one.
 
         Raises:
             NonFiniteLossError: one of them is not finite.
         """
-        means = {name: (pair[0] / pair[1]).item() for name, pair in self.sums.items()}
+        sums = self.sums
+        if everywhere:
+            sums = {name: self.processes.total(pair) for name, pair in sums.items()}
+        means = {name: (pair[0] / pair[1]).item() for name, pair in sums.items()}
         bad = [f"{name} is {value}" for name, value in means.items() if not math.isfinite(value)]
         if bad:
             raise NonFiniteLossError(

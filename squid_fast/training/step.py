@@ -26,6 +26,8 @@ class Trainer:
         recipe: weights and rates.
         backward: called with a loss in place of ``loss.backward()``.
         average: of the discriminator, moved at every step, where one is kept.
+        judge: logits of reconstructions, for the generator to learn from; the ``discriminator``
+            unless given, which several processes cannot ask without training it.
     """
 
     def __init__(
@@ -36,10 +38,12 @@ class Trainer:
         recipe: Recipe,
         backward: Callable[[Tensor], None],
         average: Average | None = None,
+        judge: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.generator, self.discriminator = generator, discriminator
         self.generator_optimizer, self.discriminator_optimizer = optimizers
         self.recipe, self._backward, self._average = recipe, backward, average
+        self._judge = judge or discriminator
         self._queues = [m for m in generator.modules() if isinstance(m, MemoryQueue)]
 
     def step(self, images: Tensor, index: int) -> dict[str, Tensor]:
@@ -69,7 +73,8 @@ class Trainer:
         self, images: Tensor, outputs: dict[str, Tensor | None]
     ) -> dict[str, Tensor]:
         self.discriminator.requires_grad_(False)
-        judged = self.discriminator(outputs["recon"])
+        assert outputs["recon"] is not None
+        judged = self._judge(outputs["recon"])
         terms = generator_losses(images, outputs, judged, self.recipe)
         self.generator_optimizer.zero_grad()
         self._backward(torch.stack(list(terms.values())).sum())

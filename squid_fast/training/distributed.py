@@ -1,0 +1,136 @@
+"""Training on several processes, as torchrun starts them: who is who, and what they share.
+
+Every process takes its share of each batch, in the order of ranks, so that a run is the same run
+on any number of processes: gradients are means over all of them, batch norm is synchronised, and
+``MemoryQueue.update`` gathers the features of all ranks. Logs, checkpoints and bundles are written
+by the process of rank 0.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
+
+from .._extras import require
+
+_TIMEOUT = timedelta(hours=1)  # in which rank 0 must have validated
+_STOP_EVERY = 16  # steps between two questions whether to stop, where asking stalls a GPU
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of the run.
+
+    Attributes:
+        rank, count: over all machines.
+        local_count: processes on this machine.
+    """
+
+    rank: int = 0
+    count: int = 1
+    local_count: int = 1
+
+    @classmethod
+    def found(cls) -> Processes:
+        """As torchrun says it in the environment; a process by itself elsewhere."""
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            return cls()
+        rank, count, local = (
+            int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+        )
+        return cls(rank, count, local)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def share(self, batch: Tensor) -> Tensor:
+        """This rank's part of a whole batch [B, ...]: B / count, in the order of ranks."""
+        return batch.chunk(self.count)[self.rank] if self.count > 1 else batch
+
+    def check_batch(self, size: int) -> None:
+        """Raise unless a batch of that size can be shared out."""
+        if size % self.count:
+            below, above = size // self.count * self.count, -(-size // self.count) * self.count
+            fitting = " or ".join(str(n) for n in (below, above) if n)
+            raise ValueError(
+                f"the batch of {size} images cannot be shared out over {self.count} processes; a "
+                f"batch of {fitting} would fit."
+            )
+
+    def fabric_arguments(self, device: torch.device) -> dict[str, Any]:
+        """How Lightning Fabric is to be made for these processes."""
+        if self.count == 1:
+            return {"devices": [device.index or 0] if device.type == "cuda" else 1}
+        strategy = require("lightning_fabric.strategies", "train").DDPStrategy(
+            timeout=_TIMEOUT,
+            broadcast_buffers=False,  # they are the same by themselves, and the queues are large
+            gradient_as_bucket_view=True,
+        )
+        nodes = self.count // self.local_count
+        return {"devices": self.local_count, "num_nodes": nodes, "strategy": strategy}
+
+    def agree(self, flag: bool, device: torch.device, step: int, last: bool) -> bool:
+        """Whether any process raised the flag.
+
+        On GPUs asked of the others at every 16th step and where ``last`` of an epoch.
+        """
+        if self.count == 1:
+            return flag
+        if device.type == "cuda" and step % _STOP_EVERY and not last:
+            return False
+        flags = torch.tensor(int(flag), device=device)
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        return bool(flags)
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sum over all processes."""
+        if self.count > 1:
+            values = values.clone()
+            dist.all_reduce(values)
+        return values
+
+
+class SyncBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm over the batches of all processes, for CPUs, which PyTorch's own does not take.
+
+    All processes have to hold batches of the same size.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        x = input.to(torch.promote_types(input.dtype, torch.float32))
+        count = dist.get_world_size() * x.numel() // x.shape[1]
+        mean = all_reduce(x.sum(dim=(0, 2, 3))) / count
+        centred = x - mean[:, None, None]
+        variance = all_reduce(centred.square().sum(dim=(0, 2, 3))) / count
+        with torch.no_grad():
+            assert self.momentum is not None
+            assert self.running_mean is not None
+            assert self.running_var is not None
+            assert self.num_batches_tracked is not None
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / max(count - 1, 1), self.momentum)
+            self.num_batches_tracked += 1
+        scale = self.weight * (variance + self.eps).rsqrt()
+        normed = centred * scale[:, None, None] + self.bias[:, None, None]
+        return normed.to(input.dtype)
+
+
+def synchronise_batch_norm(module: nn.Module, device: torch.device) -> None:
+    """Exchange the batch norms of a module; the names in its state dict stay."""
+    for name, child in module.named_children():
+        if not isinstance(child, nn.BatchNorm2d):
+            synchronise_batch_norm(child, device)
+        elif device.type == "cuda":
+            setattr(module, name, nn.SyncBatchNorm.convert_sync_batchnorm(child))
+        else:
+            child.__class__ = SyncBatchNorm2d
