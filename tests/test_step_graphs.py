@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import csv
+import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
+from squid_fast import SQUID, Discriminator
+from squid_fast.data import ImageSet
+from squid_fast.presets import Recipe, preset
+from squid_fast.training import make_optimizers, train
 from squid_fast.training.graphs import WARM_UP, Losses, StepGraphs
+from squid_fast.training.step import load_optimizer, set_learning_rate
 
 
 def test_every_kind_is_captured_once_and_replayed_on_the_images_of_its_step() -> None:
@@ -36,3 +46,52 @@ def test_every_kind_is_captured_once_and_replayed_on_the_images_of_its_step() ->
     assert [name for name, _, _ in seen] == ["step"] * 2 * WARM_UP + ["replay"] * 5
     assert [kind for _, kind, _ in seen] == [number % 2 for number in range(steps)]
     assert [chosen for _, _, chosen in seen] == [[n, 2 * n] for n in range(steps)]
+
+
+def test_a_rate_in_a_tensor_is_written_where_it_is() -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    tensor = torch.optim.Adam([weight], torch.tensor(0.1), fused=True, capturable=False)
+    plain = torch.optim.Adam([weight], 0.1)
+    rate = tensor.param_groups[0]["lr"]
+    for optimizer in (tensor, plain):
+        set_learning_rate(optimizer, 0.25)
+        assert float(optimizer.param_groups[0]["lr"]) == 0.25
+    assert tensor.param_groups[0]["lr"] is rate
+
+
+def test_a_state_of_another_device_leaves_the_rates_where_they_are() -> None:
+    model, judge = SQUID(**preset("small").model), Discriminator(2)
+    optimizer, _ = make_optimizers(model, judge, Recipe(lr=0.5))
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict())
+    # As a run on a GPU leaves it.
+    state["param_groups"][0] |= {"capturable": True, "lr": torch.tensor(0.125)}
+    fresh, _ = make_optimizers(model, judge, Recipe(lr=0.5))
+    load_optimizer(fresh, state)
+    assert fresh.param_groups[0]["lr"] == 0.125
+    assert fresh.param_groups[0]["capturable"] is False
+    fresh.step()  # which it would refuse with the other's
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_a_run_of_graphs_is_a_run_of_steps(tmp_path: Path) -> None:
+    pixels = torch.randint(0, 256, (64, 1, 48, 48), generator=torch.manual_seed(1))
+    images = ImageSet(pixels.to(torch.uint8), torch.zeros(64).long(), [""] * 64)
+    recipe = Recipe(batch_size=8, epochs=3, t_max=3, n_critic=2, validate_every=3, averaging=0.9)
+    losses = []
+    for graphs in (True, False):
+        torch.manual_seed(0)
+        model = SQUID(**preset("small").model)
+        out = tmp_path / str(graphs)
+        train(model, images, out, recipe, device="cuda", precision="float32", graphs=graphs)
+        rows = csv.DictReader((out / "metrics.csv").read_text().splitlines())
+        losses.append([float(r["value"]) for r in rows if r["name"].startswith("loss/")])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+    # A stopped run goes on with graphs.
+    longer = dataclasses.replace(recipe, epochs=4)
+    torch.manual_seed(0)
+    again = SQUID(**preset("small").model)
+    assert train(again, images, tmp_path / "True", longer, device="cuda", precision="float32",
+                 resume=True).step == 32  # fmt: skip

@@ -56,6 +56,7 @@ def train(
     sync_batch_norm: Annotated[
         bool, typer.Option(help="Batch norm over the batches of all processes.")
     ] = True,
+    graphs: Annotated[bool, typer.Option(help="On one GPU: the step as a CUDA graph.")] = True,
     log: Annotated[LogKind, typer.Option(help="Where figures go.")] = "csv",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     as_json: Json = False,
@@ -109,6 +110,7 @@ def train(
             precision=precision,
             resume=resume,
             sync_batch_norm=sync_batch_norm,
+            graphs=graphs,
             log=log,
             report=report,
             should_stop=should_stop,

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..data import ImageSet
 from ..devices import Precision, choose_device, choose_precision, to_layout
@@ -27,8 +28,10 @@ from ..scores import SCORES
 from .augment import augment
 from .checkpoint import CheckpointError, load_checkpoint
 from .distributed import Processes
+from .graphs import Losses, Step, StepGraphs
 from .logs import LogKind, NoLogger, make_logger
 from .state import CHECKPOINT, Run, Settings
+from .step import set_learning_rate
 
 _TIMED, _WARM_UP = 24, 8  # steps
 
@@ -77,6 +80,7 @@ def train(
     precision: Precision = "auto",
     resume: bool = False,
     sync_batch_norm: bool = True,
+    graphs: bool = True,
     log: LogKind = "csv",
     report: Callable[[Progress], None] = lambda progress: None,
     should_stop: Callable[[], bool] = lambda: False,
@@ -98,6 +102,7 @@ def train(
         device, precision: see ``squid_fast.devices``.
         resume: go on from ``out/checkpoint.pt``, on any number of processes.
         sync_batch_norm: normalise over the batches of all processes.
+        graphs: replay the step as a CUDA graph, on one GPU; elsewhere of no effect.
         log: "csv" or "tensorboard".
         report: told about every step; reading ``losses()`` waits for the device.
         should_stop: asked after every step; when true the run saves and returns.
@@ -119,7 +124,7 @@ def train(
         raise CheckpointError(
             f"{out} already holds a run; add --resume to go on with it, or choose another folder."
         )
-    run = Run(model, settings, where, processes, sync_batch_norm)
+    run = Run(model, settings, where, processes, sync_batch_norm, graphs)
     if resume:
         run.load(load_checkpoint(out / CHECKPOINT), settings)
     logger = make_logger(log, out, run.step) if processes.is_main else NoLogger()
@@ -178,22 +183,18 @@ def _loop(
     images = train_set.to(device)
     per_epoch = len(images) // recipe.batch_size
     steps = recipe.epochs * per_epoch
+    step = _step_of(run, images, settings)
     stopped = False
     while run.step < steps and not stopped:
         epoch, first = divmod(run.step, per_epoch)
-        for group in run.optimizers[0].param_groups:
-            group["lr"] = learning_rate(recipe, epoch)
+        set_learning_rate(run.optimizers[0], learning_rate(recipe, epoch))
         if first == 0:
             run.sums = {}
         order = torch.randperm(len(images), generator=_generator(settings.seed, epoch))
         for index in range(first, per_epoch):
             chosen = order[index * recipe.batch_size : (index + 1) * recipe.batch_size]
             torch.manual_seed(_step_seed(settings.seed, run.step))
-            batch = augment(images.batch(chosen.to(device)), recipe.shift, recipe.scale)
-            if run.processes.count > 1:
-                batch = run.processes.share(batch)
-                torch.manual_seed(_step_seed(settings.seed - run.processes.rank - 1, run.step))
-            run.add(run.trainer.step(batch.to(memory_format=run.layout), run.step))
+            run.add(step(chosen.to(device), run.step))
             run.step += 1
             validation = None
             if index == per_epoch - 1:
@@ -210,6 +211,20 @@ def _loop(
     finished = run.step >= steps
     validation = dict(run.validation)
     return TrainingResult(run.model, run.judge, run.step, finished, run.minutes, validation)
+
+
+def _step_of(run: Run, images: ImageSet, settings: Settings) -> Step:
+    """A step on the images of these numbers [B], of which each process takes its share."""
+    recipe, processes = settings.recipe, run.processes
+
+    def step(chosen: Tensor, number: int) -> Losses:
+        batch = augment(images.batch(chosen), recipe.shift, recipe.scale)
+        if processes.count > 1:
+            batch = processes.share(batch)
+            torch.manual_seed(_step_seed(settings.seed - processes.rank - 1, number))  # of masks
+        return run.trainer.step(batch.to(memory_format=run.layout), number)
+
+    return StepGraphs(step, lambda number: number % recipe.n_critic == 0) if run.graphs else step
 
 
 def _end_epoch(

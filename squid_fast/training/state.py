@@ -19,7 +19,7 @@ from ..presets import Recipe
 from .averaging import Average
 from .checkpoint import CheckpointError, save_checkpoint
 from .distributed import Processes, synchronise_batch_norm
-from .step import Trainer, make_optimizers
+from .step import Trainer, load_optimizer, make_optimizers
 
 CHECKPOINT = "checkpoint.pt"
 
@@ -49,6 +49,7 @@ class Run:
         device: torch.device,
         processes: Processes | None = None,
         sync_batch_norm: bool = True,
+        graphs: bool = True,
     ) -> None:
         self.processes = processes or Processes()
         fabric_module = require("lightning_fabric", "train")
@@ -70,7 +71,8 @@ class Run:
         if self.processes.count > 1 and sync_batch_norm:
             synchronise_batch_norm(model, device)
             synchronise_batch_norm(discriminator, device)
-        optimizers = make_optimizers(model, discriminator, settings.recipe)
+        self.graphs = graphs and device.type == "cuda" and self.processes.count == 1
+        optimizers = make_optimizers(model, discriminator, settings.recipe, self.graphs)
         generator, generator_optimizer = self.fabric.setup(model, optimizers[0])
         judge, discriminator_optimizer = self.fabric.setup(discriminator, optimizers[1])
         self.optimizers = generator_optimizer, discriminator_optimizer
@@ -156,7 +158,7 @@ class Run:
         self.model.load_state_dict(state["generator"])
         self.discriminator.load_state_dict(state["discriminator"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+            load_optimizer(optimizer, saved)
         if self.average is not None:
             self.average.module.load_state_dict(state["average"])
         self.step = state["step"]

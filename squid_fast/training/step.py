@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,19 +87,53 @@ class Trainer:
 
 
 def make_optimizers(
-    generator: nn.Module, discriminator: Discriminator, recipe: Recipe
+    generator: nn.Module, discriminator: Discriminator, recipe: Recipe, capturable: bool = False
 ) -> tuple[torch.optim.Adam, torch.optim.Adam]:
-    """The published Adams, fused: one pass over all parameters."""
+    """The published Adams, fused: one pass over all parameters.
+
+    Args:
+        capturable: in a CUDA graph; then learning rates are tensors, see ``set_learning_rate``.
+    """
+
+    def rate(value: float) -> float | Tensor:
+        if not capturable:
+            return value
+        return torch.tensor(value, device=next(generator.parameters()).device)
+
     return (
         torch.optim.Adam(
             generator.parameters(),
-            recipe.lr,
+            rate(recipe.lr),
             recipe.betas,
             eps=recipe.generator_eps,
             weight_decay=recipe.weight_decay,
             fused=True,
+            capturable=capturable,
         ),
         torch.optim.Adam(
-            discriminator.parameters(), recipe.discriminator_lr, recipe.betas, fused=True
+            discriminator.parameters(),
+            rate(recipe.discriminator_lr),
+            recipe.betas,
+            fused=True,
+            capturable=capturable,
         ),
     )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """For all parameters; a rate in a tensor is written there, where a CUDA graph reads it."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load a state dict, of another device perhaps: how the rate is kept stays the optimiser's."""
+    own = [{key: group[key] for key in ("lr", "capturable")} for group in optimizer.param_groups]
+    rate = float(state["param_groups"][0]["lr"])  # all parameters have the same
+    optimizer.load_state_dict(state)
+    for group, before in zip(optimizer.param_groups, own, strict=True):
+        group.update(before)
+    set_learning_rate(optimizer, rate)
