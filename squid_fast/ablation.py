@@ -95,11 +95,7 @@ def digit_data(
     anomalous = test.anomalous(held_out * len(KINDS), seed + 3)
     kinds = np.array(list(normal.kinds) + list(anomalous.kinds))
     one, other = normal.as_image_set(), anomalous.as_image_set()
-    both = ImageSet(
-        torch.cat([one.images, other.images]),
-        torch.cat([one.labels, other.labels]),
-        one.paths + other.paths,
-    )
+    both = ImageSet.concatenate(one, other)
     groups = {
         kind: torch.from_numpy(np.flatnonzero((kinds == kind) | (both.labels.numpy() == 0)))
         for kind in KINDS

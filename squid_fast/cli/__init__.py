@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import ablation, models, scoring
+from . import ablation, models, scoring, training
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -35,7 +35,7 @@ def _root(
 
 for verb in (
     models.demo,
-    models.train,
+    training.train,
     models.evaluate,
     scoring.screen,
     scoring.pack,
@@ -44,6 +44,7 @@ for verb in (
     models.convert,
     models.synth,
     ablation.ablate,
+    training.diagnose,
 ):
     app.command()(verb)
 

@@ -1,16 +1,15 @@
-"""The verbs around models and their data: train, evaluate, convert, synth, demo."""
+"""The verbs around models and their data: evaluate, convert, synth, demo."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from ..bundle import Bundle, load_bundle, load_published, save_bundle
-from ..comparison import METHODS, RECIPE, load_scorer, train_method
+from ..comparison import load_scorer
 from ..console import (
     demo_table,
     evaluation_table,
@@ -27,110 +26,8 @@ from ..evaluation import plot_roc
 from ..inference import Scorer, calibrate
 from ..inference.other_scores import evaluate_others
 from ..presets import preset as find_preset
-from ..training import load_splits, train_bundle
-from ..training.logs import LogKind
-from .options import Data, Device, Json, Layout, Mnist, PrecisionName, Rate, TrainingPrecision
-
-
-def train(
-    data: Data,
-    out: Annotated[Path, typer.Option(help="Run folder; becomes the trained bundle.")],
-    preset: Annotated[
-        str, typer.Option(help="zhanglab, zhanglab_cpu, chexpert, digit_anatomy, small.")
-    ] = ("zhanglab"),
-    method: Annotated[
-        str, typer.Option(help=f"squid, or what it is compared with: {', '.join(METHODS)}.")
-    ] = "squid",
-    layout: Layout = "auto",
-    epochs: Annotated[int | None, typer.Option(min=1)] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1)] = None,
-    lr: Annotated[float | None, typer.Option(help="Of the generator.")] = None,
-    validate_every: Annotated[int | None, typer.Option(min=1, help="Epochs.")] = None,
-    score: Annotated[str, typer.Option(help="What the bundle screens by.")] = (
-        "discriminator_instance"
-    ),
-    false_positive_rate: Rate = 0.05,
-    seed: int = 0,
-    device: Device = None,
-    precision: TrainingPrecision = "auto",
-    sync_batch_norm: Annotated[
-        bool, typer.Option(help="Batch norm over the batches of all processes.")
-    ] = True,
-    graphs: Annotated[bool, typer.Option(help="On one GPU: the step as a CUDA graph.")] = True,
-    log: Annotated[LogKind, typer.Option(help="Where figures go.")] = "csv",
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Train on normal images; Ctrl-C saves, --resume goes on."""
-    chosen = find_preset(preset)
-    recipe = dataclasses.replace(
-        chosen.recipe if method == "squid" else RECIPE,
-        **_given(epochs=epochs, batch_size=batch_size, lr=lr, validate_every=validate_every),
-    )
-    with progress_bar("reading images") as advance:
-        train_set, validation_set = load_splits(
-            find_records(data, layout), chosen.image_size, advance
-        )
-    say(
-        f"{len(train_set)} normal training images, "
-        f"{0 if validation_set is None else len(validation_set)} for validation"
-    )
-    if method != "squid":
-        with stop_on_signals() as should_stop, training_report() as report:
-            finished = train_method(
-                method,
-                train_set,
-                out,
-                recipe=recipe,
-                validation_set=validation_set,
-                false_positive_rate=false_positive_rate,
-                seed=seed,
-                device=device,
-                precision=precision,
-                resume=resume,
-                report=report,
-                should_stop=should_stop,
-            )
-        if not finished:
-            say("stopped and saved; go on with --resume", "yellow")
-            raise typer.Exit(130)
-        say(f"trained: {out}")
-        return
-    with stop_on_signals() as should_stop, training_report() as report:
-        result = train_bundle(
-            chosen,
-            train_set,
-            out,
-            recipe=recipe,
-            validation_set=validation_set,
-            score=score,
-            false_positive_rate=false_positive_rate,
-            seed=seed,
-            device=device,
-            precision=precision,
-            resume=resume,
-            sync_batch_norm=sync_batch_norm,
-            graphs=graphs,
-            log=log,
-            report=report,
-            should_stop=should_stop,
-        )
-    if as_json:
-        print_json(
-            {
-                "finished": result.finished,
-                "step": result.step,
-                "validation": result.validation,
-                "out": str(out),
-            }
-        )
-    if not result.finished:
-        say(f"stopped after step {result.step} and saved; go on with --resume", "yellow")
-        raise typer.Exit(130)
-    say(
-        f"trained: {out}\nnext: squid-fast evaluate {out} --data {data}\n"
-        f"      squid-fast screen {out} FILES... --out results.csv --report report.html"
-    )
+from ..training import load_splits
+from .options import Data, Device, Json, Layout, Mnist, PrecisionName, Rate
 
 
 def evaluate(
@@ -257,7 +154,3 @@ def demo(
     else:
         print_table(demo_table(result.aurocs, result.score))
         print(result.summary())
-
-
-def _given(**values: Any) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value is not None}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,15 @@ RECIPE = Recipe(epochs=30, lr=1e-3, t_max=30, lr_floor=0.05)
 CHECKPOINT = "checkpoint.pt"
 
 
+@dataclass
+class MethodResult:
+    """How a training went: the part of ``TrainingResult`` that every method has."""
+
+    finished: bool
+    step: int
+    validation: dict[str, float] = field(default_factory=dict)
+
+
 def train_method(
     name: str,
     train_set: ImageSet,
@@ -40,8 +49,9 @@ def train_method(
     resume: bool = False,
     report: Callable[[Progress], None] = lambda progress: None,
     should_stop: Callable[[], bool] = lambda: False,
-) -> bool:
-    """Train a method of ``METHODS`` and write its bundle into ``out``; whether it was finished.
+    about: Mapping[str, Any] | None = None,
+) -> MethodResult:
+    """Train a method of ``METHODS`` and, once it is finished, write its bundle into ``out``.
 
     Args:
         train_set: normal images.
@@ -49,6 +59,7 @@ def train_method(
         validation_set: its normal images give the threshold, both kinds the AUROC that is kept.
         resume: go on from the checkpoint of a run that was stopped.
         report, should_stop: as of ``squid_fast.training.train``.
+        about: what else the bundle is to say of itself.
 
     Raises:
         ValueError: no such method, or fewer images than a batch.
@@ -60,35 +71,44 @@ def train_method(
     if (out / CHECKPOINT).exists() and not resume:
         raise CheckpointError(f"{out} already holds a run; add --resume to go on with it.")
     where, kind = choose_device(device), METHODS[name][0]
-    started, side = time.perf_counter(), train_set.images.shape[-1]
+    started, side, step = time.perf_counter(), train_set.images.shape[-1], 0
     if issubclass(kind, PixelMethod):
         method: PixelMethod | AutoEncoder = kind.fit(train_set)
     else:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             method = kind(image_size=side)
-            settings = {"method": name, "recipe": asdict(recipe), "images": len(train_set)}
+            settings: dict[str, Any] = {
+                "method": name,
+                "recipe": asdict(recipe),
+                "images": train_set.fingerprint,
+            }
             settings |= {"seed": seed, "precision": choose_precision(precision, where)}
             run = _Run(method.to(where), recipe, settings, out)
             if resume:
                 run.load()
             if not run.train(train_set, report, should_stop):
-                return False
+                return MethodResult(False, run.step)
+            step = run.step
     scorer = ComparisonScorer(name, method, side, device=where)
     normal = None if validation_set is None else validation_set.subset(validation_set.labels == 0)
     scorer.calibration = calibrated(scorer, train_set, normal, false_positive_rate)
-    about: dict[str, Any] = {
+    validation = {}
+    if validation_set is not None and len(set(validation_set.labels.tolist())) == 2:
+        raw = scorer.raw_scores(validation_set).numpy()
+        area = image_auroc(validation_set.labels.numpy(), raw)
+        validation = {f"auroc_{scorer.score_name}": area}
+    facts = {
         "method": name,
         "recipe": None if isinstance(method, PixelMethod) else asdict(recipe),
         "seed": seed,
         "training_images": len(train_set),
         "training_minutes": round((time.perf_counter() - started) / 60, 2),
+        "validation": validation,
+        **(about or {}),
     }
-    if validation_set is not None and len(set(validation_set.labels.tolist())) == 2:
-        raw = scorer.raw_scores(validation_set).numpy()
-        about["validation_auroc"] = image_auroc(validation_set.labels.numpy(), raw)
-    save_comparison(scorer, out, about)
-    return True
+    save_comparison(scorer, out, facts)
+    return MethodResult(True, step, validation)
 
 
 class _Run:

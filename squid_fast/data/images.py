@@ -6,6 +6,7 @@ so, on the device if it fits there, and augments batches as it draws them.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -81,6 +82,21 @@ class ImageSet:
         paths = [self.paths[i] for i in index.tolist()]
         index = index.to(self.images.device)
         return ImageSet(self.images[index], self.labels[index.to(self.labels.device)], paths)
+
+    @classmethod
+    def concatenate(cls, *sets: ImageSet) -> ImageSet:
+        """All images of the sets, one set behind the other."""
+        return cls(
+            torch.cat([each.images for each in sets]),
+            torch.cat([each.labels for each in sets]),
+            [path for each in sets for path in each.paths],
+            [problem for each in sets for problem in each.broken],
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the pixels: the same for the same images in the same order."""
+        return hashlib.sha256(self.images.cpu().contiguous().numpy().data).hexdigest()
 
     def to(self, device: torch.device | str) -> ImageSet:
         """The same set with its images on ``device``; labels stay where they are."""

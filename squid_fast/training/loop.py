@@ -36,6 +36,9 @@ from .step import set_learning_rate
 _TIMED, _WARM_UP = 24, 8  # steps
 
 
+Observe = Callable[[SQUID, int], dict[str, float]]
+
+
 @dataclass(frozen=True)
 class Progress:
     """What a reporter is told after every step, and after every validation.
@@ -84,6 +87,7 @@ def train(
     log: LogKind = "csv",
     report: Callable[[Progress], None] = lambda progress: None,
     should_stop: Callable[[], bool] = lambda: False,
+    observe: Observe = lambda model, epoch: {},
 ) -> TrainingResult:
     """Train ``model`` and a new discriminator on normal images (paper section 3.5).
 
@@ -106,6 +110,8 @@ def train(
         log: "csv" or "tensorboard".
         report: told about every step; reading ``losses()`` waits for the device.
         should_stop: asked after every step; when true the run saves and returns.
+        observe: shown the model after every validation, with the epoch counted from 0; the figures
+            it returns go into the log. It must leave the model as it is.
 
     Raises:
         ValueError: the images do not fit the model or are fewer than a batch, or a batch cannot be
@@ -118,7 +124,7 @@ def train(
     _check_images(model, train_set, recipe)
     where = choose_device(device)
     chosen = choose_precision(precision, where)
-    settings = Settings(model.config, recipe, seed, chosen, len(train_set))
+    settings = Settings(model.config, recipe, seed, chosen, len(train_set), train_set.fingerprint)
     out.mkdir(parents=True, exist_ok=True)
     if not resume and (out / CHECKPOINT).exists():
         raise CheckpointError(
@@ -131,8 +137,9 @@ def train(
     try:
         with torch.random.fork_rng():  # the steps' seeds do not reach the caller
             return _loop(
-                run, train_set, validation_set, out, settings, logger.log, report, should_stop
-            )
+                run, train_set, validation_set, out, settings, logger.log, report, should_stop,
+                observe,
+            )  # fmt: skip
     finally:
         logger.close()
         run.close()
@@ -157,7 +164,7 @@ def seconds_per_step(
     """Time of a training step here, median of a few; trains ``model``, which is then spent."""
     where = choose_device(device)
     chosen = choose_precision(precision, where)
-    run = Run(model, Settings(model.config, recipe, 0, chosen, len(images)), where)
+    run = Run(model, Settings(model.config, recipe, 0, chosen, len(images), ""), where)
     batch = images.batch(slice(0, recipe.batch_size), where).to(memory_format=run.layout)
     seconds = []
     for _ in range(_TIMED):
@@ -178,6 +185,7 @@ def _loop(
     log: Callable[[int, dict[str, float]], None],
     report: Callable[[Progress], None],
     should_stop: Callable[[], bool],
+    observe: Observe,
 ) -> TrainingResult:
     recipe, device = settings.recipe, run.fabric.device
     images = train_set.to(device)
@@ -198,7 +206,7 @@ def _loop(
             run.step += 1
             validation = None
             if index == per_epoch - 1:
-                validation = _end_epoch(run, epoch, validation_set, out, settings, log)
+                validation = _end_epoch(run, epoch, validation_set, out, settings, log, observe)
             report(Progress(epoch, recipe.epochs, run.step, steps, run.means, validation))
             if device.type == "cpu":
                 run.means()  # waiting costs nothing there, and stops at the first NaN
@@ -234,6 +242,7 @@ def _end_epoch(
     out: Path,
     settings: Settings,
     log: Callable[[int, dict[str, float]], None],
+    observe: Observe,
 ) -> dict[str, float] | None:
     """Log the epoch's losses; every few epochs validate and save. Returns AUROCs, if made."""
     losses = {f"loss/{name}": value for name, value in run.means(everywhere=True).items()}
@@ -250,6 +259,8 @@ def _end_epoch(
         if run.average is not None:  # to be seen beside it
             live = validate(run.model, run.discriminator, validation_set, settings.precision)
             log(run.step, {f"unaveraged/{name}": value for name, value in live.items()})
+    if run.processes.is_main:
+        log(run.step, observe(run.model, epoch))
     run.save(settings, out)
     return validation
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ from ..presets import Preset, Recipe
 from ..scores import PAPER_SCORE
 from .distributed import Processes
 from .logs import LogKind
-from .loop import Progress, TrainingResult, train
+from .loop import Observe, Progress, TrainingResult, train
 
 NORMAL = 0
 
@@ -68,13 +69,15 @@ def train_bundle(
     log: LogKind = "csv",
     report: Callable[[Progress], None] = lambda progress: None,
     should_stop: Callable[[], bool] = lambda: False,
+    observe: Observe = lambda model, epoch: {},
+    about: Mapping[str, Any] | None = None,
 ) -> TrainingResult:
     """Train a preset and, once it is finished, calibrate it and write the bundle into ``out``.
 
     Under torchrun the process of rank 0 calibrates and writes.
 
     See ``squid_fast.training.train`` for the arguments it shares; ``score`` is the one that the
-    bundle screens by.
+    bundle screens by, ``about`` what else the bundle is to say of itself.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -95,6 +98,7 @@ def train_bundle(
         log=log,
         report=report,
         should_stop=should_stop,
+        observe=observe,
     )
     if not result.finished or not Processes.found().is_main:
         return result
@@ -110,7 +114,7 @@ def train_bundle(
         precision,
         device,
     )
-    about = {
+    facts = {
         "preset": preset.name,
         "recipe": asdict(recipe),
         "seed": seed,
@@ -119,7 +123,8 @@ def train_bundle(
         "validation": result.validation,
         "torch": torch.__version__,
         "python": platform.python_version(),
+        **(about or {}),
     }
-    bundle = Bundle(result.model, result.discriminator, calibration, score, about)
+    bundle = Bundle(result.model, result.discriminator, calibration, score, facts)
     save_bundle(bundle, out)
     return result

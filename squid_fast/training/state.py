@@ -37,6 +37,7 @@ class Settings:
     seed: int
     precision: Precision
     images: int
+    images_sha256: str
 
 
 class Run:
