@@ -16,9 +16,10 @@ from torch import Tensor
 from .atomic import write_json
 from .bundle import load_bundle
 from .data import KINDS, DigitAnatomy, ImageSet
-from .devices import Precision
+from .devices import Precision, choose_device
 from .evaluation import image_auroc
 from .inference import Scorer
+from .machine import describe
 from .presets import Preset, Recipe
 from .scores import PAPER_SCORE, SCORES
 from .training import CheckpointError, Progress, train_bundle
@@ -141,7 +142,7 @@ def run_ablation(
     within a run from its checkpoint.
 
     Returns:
-        ``settings`` and ``runs``, a list of variant, seed, parameters, seconds (of training) and
+        ``settings``, ``machine`` and ``runs``, a list of variant, seed, parameters, seconds (of training) and
         ``auroc`` by score and group.
 
     Raises:
@@ -155,7 +156,8 @@ def run_ablation(
         "preset": preset.name, "data": data.about, "recipe": asdict(recipe), "precision": precision
     }  # fmt: skip
     settings = json.loads(json.dumps(settings))
-    results: dict[str, Any] = {"settings": settings, "runs": []}
+    machine = describe(choose_device(device))
+    results: dict[str, Any] = {"settings": settings, "machine": machine, "runs": []}
     if path.exists():
         results = json.loads(path.read_text(encoding="utf-8"))
         if not resume:

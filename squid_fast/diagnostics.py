@@ -127,7 +127,7 @@ def draw_memory(uses: dict[str, MemoryUse], path: Path) -> None:
     for (name, use), (left, right) in zip(uses.items(), axes, strict=True):
         ranked = -np.sort(-use.hits, axis=1)
         shown = left.imshow(ranked, aspect="auto", interpolation="nearest", cmap="viridis", vmin=0)
-        figure.colorbar(shown, ax=left, label="images")
+        figure.colorbar(shown, ax=left, label="answers it is in")
         left.set(xlabel="slots, most hit first", ylabel="patch")
         left.set_yticks(range(len(ranked)))
         left.set_title(
