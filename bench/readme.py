@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from . import costs
+from . import accuracy_tables, costs
 from .cases import cases
 from .roofline import Ceilings, work_of
 
@@ -269,6 +269,7 @@ TABLES = {
     "micro_cpu": partial(micro, "cpu"),
     "micro_cuda": partial(micro, "cuda"),
     **{name: partial(costs.table, name) for name in costs.TABLES},
+    **accuracy_tables.TABLES,
 }
 
 

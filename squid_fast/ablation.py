@@ -142,8 +142,8 @@ def run_ablation(
     within a run from its checkpoint.
 
     Returns:
-        ``settings``, ``machine`` and ``runs``, a list of variant, seed, parameters, seconds (of training) and
-        ``auroc`` by score and group.
+        ``settings``, ``machine`` and ``runs``, a list of variant, seed, parameters, seconds (of
+        training) and ``auroc`` by score and group.
 
     Raises:
         ValueError: no such variant.

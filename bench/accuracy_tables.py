@@ -1,0 +1,167 @@
+"""Tables of what was reached on labelled images, from the files in ``results/accuracy``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from squid_fast.ablation import as_markdown
+from squid_fast.comparison import METHODS
+from squid_fast.scores import PAPER_SCORE
+
+RESULTS = Path(__file__).parent / "results" / "accuracy"
+_SHOWN_TRIAL = ("validation", "unaveraged")
+
+
+def _read(name: str) -> dict[str, Any] | None:
+    path = RESULTS / name
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _missing(name: str) -> str:
+    return f"Not measured yet: there is no `bench/results/accuracy/{name}`."
+
+
+def _area(figures: dict[str, Any]) -> str:
+    low, high = figures["auroc_interval"]
+    return f"{figures['auroc']:.3f} ({low:.2f}-{high:.2f})"
+
+
+def accuracy() -> str:
+    """All scores of the runs on ZhangLab, on validation and test images."""
+    runs = {
+        path.stem: json.loads(path.read_text()) for path in RESULTS.glob("zhanglab*-seed*.json")
+    }
+    if not runs:
+        return _missing("zhanglab_cpu-seed0.json")
+    names = sorted(runs)
+    lines = [
+        "| score | " + " | ".join(f"seed {runs[n]['about']['seed']}: val | test" for n in names)
+    ]
+    lines[0] += " |"
+    lines.append("|---|" + "--:|--:|" * len(names))
+    for score in runs[names[0]]["evaluation"]["test"]:
+        label = f"`{score}`" + (" (the paper's)" if score == PAPER_SCORE else "")
+        cells = [
+            _area(runs[name]["evaluation"][split][score])
+            for name in names
+            for split in ("val", "test")
+        ]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    paper = [runs[n]["evaluation"]["test"][PAPER_SCORE]["paper_best_test_accuracy"] for n in names]
+    about = runs[names[0]]["about"]
+    minutes = " and ".join(f"{runs[n]['about']['training_minutes']:.0f}" for n in names)
+    lines += [
+        "",
+        f"AUROC and its 95 % interval; {about['training_images']} normal training images, "
+        f"{about['recipe']['epochs']} epochs, {minutes} minutes on one core each of an "
+        f"{runs[names[0]]['device']}, which had other work to do. Accuracy and F1 of the paper's "
+        "score by the paper's protocol, at the threshold that is best on the test labels: "
+        + ", ".join(f"{p['accuracy']:.3f} / {p['f1']:.3f}" for p in paper)
+        + ".",
+    ]
+    return "\n".join(lines)
+
+
+def averaging() -> str:
+    """The paper's score at every validation, with and without the averaged discriminator."""
+    lines = []
+    for path in sorted(RESULTS.glob("zhanglab*-seed*.json")):
+        run = json.loads(path.read_text())
+        minutes = dict(run["curves"]["time/minutes"])
+        columns = {
+            name: dict(run["curves"][f"{name}/auroc_{PAPER_SCORE}"]) for name in _SHOWN_TRIAL
+        }
+        if not lines:
+            lines = ["| | " + " | ".join(f"{minutes[s]:.0f} min" for s in columns["validation"])]
+            lines[0] += " |"
+            lines.append("|---|" + "--:|" * len(columns["validation"]))
+        for name, label in zip(_SHOWN_TRIAL, ("averaged", "as it is"), strict=True):
+            cells = " | ".join(f"{area:.2f}" for area in columns[name].values())
+            lines.append(f"| seed {run['about']['seed']}, discriminator {label} | {cells} |")
+    return "\n".join(lines) if lines else _missing("zhanglab_cpu-seed0.json")
+
+
+def comparison() -> str:
+    """What SQUID is compared with."""
+    found = _read("comparison.json")
+    if found is None:
+        return _missing("comparison.json")
+    lines = ["| method | val | test | minutes |", "|---|--:|--:|--:|"]
+    for name, (_, meaning) in METHODS.items():
+        if name in found:
+            row = found[name]
+            areas = [_area(row["evaluation"][split]) for split in ("val", "test")]
+            minutes = row["about"]["training_minutes"]
+            lines.append(f"| `{name}`: {meaning} | {' | '.join(areas)} | {minutes:.1f} |")
+    lines += ["", "ZhangLab, AUROC and its 95 % interval; one seed each."]
+    return "\n".join(lines)
+
+
+def ablation() -> str:
+    """What each part of SQUID contributes."""
+    found = _read("ablation.json")
+    if found is None:
+        return _missing("ablation.json")
+    settings = found["settings"]
+    seeds = len({run["seed"] for run in found["runs"]})
+    minutes = sum(run["seconds"] for run in found["runs"]) / 60
+    return (
+        f"{as_markdown(found)}\n\nPreset `{settings['preset']}` on {settings['data']}, "
+        f"{settings['recipe']['epochs']} epochs, {seeds} seed{'s' * (seeds > 1)}, "
+        f"{minutes:.0f} minutes in all on one core; AUROC, mean over the kinds of anomaly, and in "
+        "brackets the difference to the full SQUID."
+    )
+
+
+def contamination() -> str:
+    """AUROC over the share of abnormal training images."""
+    found = _read("contamination.json")
+    if found is None:
+        return _missing("contamination.json")
+    scores = (PAPER_SCORE, "discriminator_image")
+    lines = ["| abnormal | " + " | ".join(f"`{s}`: val | test" for s in scores) + " |"]
+    lines.append("|--:|" + "--:|--:|" * len(scores))
+    for rate, row in sorted(found["runs"].items(), key=lambda pair: float(pair[0])):
+        cells = [_area(row["evaluation"][sp][s]) for s in scores for sp in ("val", "test")]
+        lines.append(f"| {float(rate):.0%} | " + " | ".join(cells) + " |")
+    settings = found["settings"]
+    lines += [
+        "",
+        f"Preset `{settings['preset']}`, {settings['epochs']} epochs only, one seed, "
+        f"{settings['normal']} normal images.",
+    ]
+    return "\n".join(lines)
+
+
+def settings() -> str:
+    """What the trials of settings found on validation images."""
+    found = _read("trials.json")
+    if found is None:
+        return _missing("trials.json")
+    lines = ["| settings | averaged | as it is | `discriminator_image` | minutes |"]
+    lines.append("|---|--:|--:|--:|--:|")
+    for name, trial in found.items():
+        history = trial["history"]
+        cells = []
+        for key in (
+            f"validation/auroc_{PAPER_SCORE}",
+            f"unaveraged/auroc_{PAPER_SCORE}",
+            "validation/auroc_discriminator_image",
+        ):
+            cells.append(" ".join(f"{area:.2f}" for _, area in history[key]))
+        lines.append(
+            f"| {name}: {trial['about']} | {' | '.join(cells)} | {trial['seconds'] / 60:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+TABLES = {
+    "accuracy": accuracy,
+    "averaging": averaging,
+    "comparison": comparison,
+    "ablation": ablation,
+    "contamination": contamination,
+    "settings": settings,
+}
