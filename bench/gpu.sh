@@ -139,7 +139,7 @@ fi
 kernel_tests() {
   local file job logs code=0
   set -m  # or jobs would ignore an interrupt, after which pytest says what failed
-  if [[ $device == cpu ]]; then set -- tests/kernels/test_gumbel_shrinkage.py; else set -- tests/kernels/test_*.py tests/test_inference.py; fi
+  if [[ $device == cpu ]]; then set -- tests/kernels/test_gumbel_shrinkage.py; else set -- tests/kernels/test_*.py tests/test_inference.py tests/test_step_graphs.py; fi
   if [[ -n "${BENCH_TESTS:-}" ]]; then set -- "$BENCH_TESTS"; fi
   logs=$(mktemp -d)
   for file; do
