@@ -102,8 +102,8 @@ _SMALL: dict[str, Any] = _CHEST_XRAY | {
     "decoder_memory": [None, None, None],
 }
 
-# The network of ``zhanglab`` in the epochs that a CPU has time for, with a rate that falls to the end
-# of the run. What other settings do is in bench/results/README.md.
+# The network of ``zhanglab`` in the epochs that a CPU has time for, with a rate that falls to the
+# end of the run. What other settings do is in bench/results/README.md.
 _SHORT = Recipe(epochs=25, t_max=25, lr_floor=0.05, averaging=0.99, validate_every=5)
 
 PRESETS: dict[str, Preset] = {
