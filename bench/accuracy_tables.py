@@ -11,7 +11,6 @@ from squid_fast.comparison import METHODS
 from squid_fast.scores import PAPER_SCORE
 
 RESULTS = Path(__file__).parent / "results" / "accuracy"
-_SHOWN_TRIAL = ("validation", "unaveraged")
 
 
 def _read(name: str) -> dict[str, Any] | None:
@@ -31,7 +30,7 @@ def _area(figures: dict[str, Any]) -> str:
 def accuracy() -> str:
     """All scores of the runs on ZhangLab, on validation and test images."""
     runs = {
-        path.stem: json.loads(path.read_text()) for path in RESULTS.glob("zhanglab*-seed*.json")
+        path.stem: json.loads(path.read_text()) for path in RESULTS.glob("zhanglab_cpu-seed*.json")
     }
     if not runs:
         return _missing("zhanglab_cpu-seed0.json")
@@ -55,8 +54,8 @@ def accuracy() -> str:
     lines += [
         "",
         f"AUROC and its 95 % interval; {about['training_images']} normal training images, "
-        f"{about['recipe']['epochs']} epochs, {minutes} minutes on one core each of an "
-        f"{runs[names[0]]['device']}, which had other work to do. Accuracy and F1 of the paper's "
+        f"{about['recipe']['epochs']} epochs, {minutes} minutes on {runs[names[0]]['threads']} "
+        f"cores of an {runs[names[0]]['device']}. Accuracy and F1 of the paper's "
         "score by the paper's protocol, at the threshold that is best on the test labels: "
         + ", ".join(f"{p['accuracy']:.3f} / {p['f1']:.3f}" for p in paper)
         + ".",
@@ -64,23 +63,21 @@ def accuracy() -> str:
     return "\n".join(lines)
 
 
-def averaging() -> str:
-    """The paper's score at every validation, with and without the averaged discriminator."""
-    lines = []
-    for path in sorted(RESULTS.glob("zhanglab*-seed*.json")):
+def runs() -> str:
+    """The paper's score at every validation of every run, with and without the average."""
+    lines = ["| run | rate | minutes | averaged | as it is |", "|---|--:|--:|---|---|"]
+    for path in sorted(RESULTS.glob("*-seed*.json")):
         run = json.loads(path.read_text())
-        minutes = dict(run["curves"]["time/minutes"])
-        columns = {
-            name: dict(run["curves"][f"{name}/auroc_{PAPER_SCORE}"]) for name in _SHOWN_TRIAL
-        }
-        if not lines:
-            lines = ["| | " + " | ".join(f"{minutes[s]:.0f} min" for s in columns["validation"])]
-            lines[0] += " |"
-            lines.append("|---|" + "--:|" * len(columns["validation"]))
-        for name, label in zip(_SHOWN_TRIAL, ("averaged", "as it is"), strict=True):
-            cells = " | ".join(f"{area:.2f}" for area in columns[name].values())
-            lines.append(f"| seed {run['about']['seed']}, discriminator {label} | {cells} |")
-    return "\n".join(lines) if lines else _missing("zhanglab_cpu-seed0.json")
+        recipe = run["about"]["recipe"]
+        cells = [
+            " ".join(f"{area:.2f}" for _, area in run["curves"][f"{name}/auroc_{PAPER_SCORE}"])
+            for name in ("validation", "unaveraged")
+        ]
+        lines.append(
+            f"| `{path.stem}`, every {recipe['validate_every']} epochs | {recipe['lr']:g} "
+            f"| {run['about']['training_minutes']:.0f} | {' | '.join(cells)} |"
+        )
+    return "\n".join(lines) if len(lines) > 2 else _missing("zhanglab_cpu-seed0.json")
 
 
 def comparison() -> str:
@@ -135,33 +132,10 @@ def contamination() -> str:
     return "\n".join(lines)
 
 
-def settings() -> str:
-    """What the trials of settings found on validation images."""
-    found = _read("trials.json")
-    if found is None:
-        return _missing("trials.json")
-    lines = ["| settings | averaged | as it is | `discriminator_image` | minutes |"]
-    lines.append("|---|--:|--:|--:|--:|")
-    for name, trial in found.items():
-        history = trial["history"]
-        cells = []
-        for key in (
-            f"validation/auroc_{PAPER_SCORE}",
-            f"unaveraged/auroc_{PAPER_SCORE}",
-            "validation/auroc_discriminator_image",
-        ):
-            cells.append(" ".join(f"{area:.2f}" for _, area in history[key]))
-        lines.append(
-            f"| {name}: {trial['about']} | {' | '.join(cells)} | {trial['seconds'] / 60:.0f} |"
-        )
-    return "\n".join(lines)
-
-
 TABLES = {
     "accuracy": accuracy,
-    "averaging": averaging,
+    "runs": runs,
     "comparison": comparison,
     "ablation": ablation,
     "contamination": contamination,
-    "settings": settings,
 }
