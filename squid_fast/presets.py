@@ -104,7 +104,7 @@ _SMALL: dict[str, Any] = _CHEST_XRAY | {
 
 # The network of ``zhanglab`` in the epochs that a CPU has time for, with a rate that falls to the
 # end of the run. What other settings do is in bench/results/README.md.
-_SHORT = Recipe(epochs=25, t_max=25, lr_floor=0.05, averaging=0.99, validate_every=5)
+_SHORT = Recipe(epochs=40, t_max=40, lr_floor=0.05, averaging=0.99, validate_every=2)
 
 PRESETS: dict[str, Preset] = {
     preset.name: preset
