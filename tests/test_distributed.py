@@ -35,7 +35,7 @@ import squid_fast.training.state as state
 
 out, stop, resume = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "resume"
 torch.set_num_threads(1)
-state.make_optimizers = lambda generator, discriminator, recipe: (
+state.make_optimizers = lambda generator, discriminator, recipe, capturable: (
     torch.optim.SGD(generator.parameters(), 0.01), torch.optim.SGD(discriminator.parameters(), 0.5)
 )
 recipe = Recipe(batch_size=8, epochs=5, t_max=5, lr=0.01, n_critic=1, averaging=0.9,

@@ -529,7 +529,7 @@ def test_preset_with_an_override() -> None:
 
 
 def test_unknown_preset() -> None:
-    with pytest.raises(ValueError, match=r"preset is 'zhang'; known are zhanglab, chexpert"):
+    with pytest.raises(ValueError, match=r"preset is 'zhang'; known are zhanglab, zhanglab_cpu, "):
         SQUID.from_preset("zhang")
 
 

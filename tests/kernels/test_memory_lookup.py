@@ -68,6 +68,11 @@ def memories(B: int, N: int, M: int, C: int, seed: int = 0) -> list[Tensor]:
     return [normal(B, N, C, seed=seed), 2 * normal(N, M, C, seed=seed + 1) / C**0.5]
 
 
+def coarse(x: Tensor) -> Tensor:
+    """To sixteenths: products and their sums are exact in every order, equal slots score alike."""
+    return (16 * x).round() / 16
+
+
 def assert_right(
     query: Tensor, memory: Tensor, mode: dict[str, Any], grad: Tensor | None = None
 ) -> list[Tensor]:
@@ -166,7 +171,7 @@ def test_the_smallest_and_largest_k(k: int, device: torch.device) -> None:
 @pytest.mark.usefixtures("parts")
 def test_equal_slots_are_ties(device: torch.device) -> None:
     # Every slot four times: the k-th is tied with others, which all go.
-    query, memory = memories(4, 2, 5, 8)
+    query, memory = map(coarse, memories(4, 2, 5, 8))
     memory = memory.repeat(1, 4, 1)
     for k in (1, 3, 4, 5, 9, 20):
         assert_right(
@@ -230,7 +235,7 @@ def test_one_pass(B: int, M: int, C: int, dtype: torch.dtype, device: torch.devi
 
 @pytest.mark.usefixtures("tiny_card")
 def test_one_pass_of_any_strides_and_ties(device: torch.device) -> None:
-    query, memory = (x.to(device, torch.float16) for x in memories(10, 8, 14, 6))
+    query, memory = (coarse(x).to(device, torch.float16) for x in memories(10, 8, 14, 6))
     query = query.permute(1, 2, 0).contiguous().permute(2, 0, 1)[::3, ::2]
     memory = memory.mT.contiguous().mT[::2, 1::2].repeat(1, 3, 1)
     wide = query.cpu().double(), memory.cpu().double()
