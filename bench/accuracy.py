@@ -43,8 +43,9 @@ def evaluated(run: Path, records: list[Record], split: str) -> dict[str, Any]:
     scorer = Scorer.load(run)
     labelled = [record for record in select(records, split) if record.label is not None]
     images = load_images(labelled, scorer.image_size)
-    found = scorer.evaluate(images)[0] | evaluate_others(load_bundle(run).model, images)[0]
-    return {name: figures.to_json() for name, figures in found.items()}
+    own, z_scores = scorer.evaluate(images)
+    others, _ = evaluate_others(load_bundle(run).model, images, z_scores)
+    return {name: figures.to_json() for name, figures in (own | others).items()}
 
 
 def draw(figures: dict[str, Any], path: Path) -> None:

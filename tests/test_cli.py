@@ -122,6 +122,8 @@ def test_evaluate_prints_and_writes_every_score(grids: Path, run: Path, tmp_path
         "patch_error",
         "memory_distance",
         "teacher_difference",
+        "combined_discriminator",
+        "combined_errors",
     }
     for figure in figures.values():
         assert figure["n_normal"] == figure["n_anomalous"] == 8

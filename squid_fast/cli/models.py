@@ -54,7 +54,7 @@ def evaluate(
         images = load_images(records, scorer.image_size, on_progress=advance)
     evaluations, z = scorer.evaluate(images)
     if all_scores and isinstance(scorer, Scorer):
-        others, other_z = evaluate_others(load_bundle(bundle).model, images, device=device)
+        others, other_z = evaluate_others(load_bundle(bundle).model, images, z, device=device)
         evaluations, z = evaluations | others, z | other_z
     out = out or bundle / f"evaluation-{split}"
     out.mkdir(parents=True, exist_ok=True)

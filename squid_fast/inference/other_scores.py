@@ -1,12 +1,12 @@
-"""Scores that need more of a trained model than scoring keeps: teacher and memories.
+"""Scores for research, beside those of a ``Scorer``: of teacher and memories, and combinations.
 
-They are for research: a ``Scorer`` drops the teacher, and none of these has been better than the
-discriminator's scores so far. All are greater for what is less normal.
+A ``Scorer`` drops what the first need. All are greater for what is less normal.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -18,12 +18,19 @@ from ..data import ImageSet
 from ..devices import Precision, choose_device, choose_layout, choose_precision, to_layout
 from ..evaluation import Evaluation, evaluate
 from ..modules import SQUID, MemoryQueue
+from ..scores import PAPER_SCORE
 
 OTHER_SCORES = {
     "memory_distance": "how far a patch's features lie from the nearest slot of their queue: "
     "1 - cosine similarity, mean over the patches",
     "teacher_difference": "mean squared difference of the student's and the teacher's painting",
 }
+
+COMBINATIONS = {
+    "combined_discriminator": (PAPER_SCORE, "discriminator_image"),
+    "combined_errors": (PAPER_SCORE, "discriminator_image", "patch_error"),
+}
+"""Means of the z-scores of several scores, all of them measured on normal training images alone."""
 
 _BATCH = 16
 
@@ -70,19 +77,26 @@ def other_scores(
 def evaluate_others(
     model: SQUID,
     images: ImageSet,
+    z_scores: Mapping[str, NDArray[np.float32]],
     precision: Precision = "auto",
     device: str | torch.device | None = None,
 ) -> tuple[dict[str, Evaluation], dict[str, NDArray[np.float32]]]:
-    """Figures of ``other_scores`` on labelled images, and the scores [n] they are made of.
+    """Figures of ``other_scores`` and ``COMBINATIONS`` on labelled images, and their values [n].
 
     There are no thresholds, since these scores are not calibrated.
+
+    Args:
+        z_scores: of the images, [n] each, as from ``Scorer.evaluate``.
 
     Raises:
         ValueError: images of unknown label or of one class only.
     """
     values = {k: v.numpy() for k, v in other_scores(model, images, precision, device).items()}
+    for name, parts in COMBINATIONS.items():
+        if z_scores.keys() >= set(parts):
+            values[name] = np.mean([z_scores[part] for part in parts], axis=0)
     labels = images.labels.numpy()
-    return {k: evaluate(labels, z, score_name=k) for k, z in values.items()}, values
+    return {k: evaluate(labels, v, score_name=k) for k, v in values.items()}, values
 
 
 def _distance(features: Tensor, queue: MemoryQueue) -> Tensor:

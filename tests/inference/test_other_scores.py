@@ -6,7 +6,7 @@ import torch
 import squid_fast
 from squid_fast import reference
 from squid_fast.data import ImageSet
-from squid_fast.inference.other_scores import other_scores
+from squid_fast.inference.other_scores import evaluate_others, other_scores
 
 ARGUMENTS = {
     "num_in_ch": 1,
@@ -57,3 +57,17 @@ def test_a_model_without_a_teacher_has_no_difference_to_it() -> None:
     model = squid_fast.SQUID(**ARGUMENTS, dist=False)
     images = ImageSet(torch.zeros(1, 1, 48, 48, dtype=torch.uint8), torch.zeros(1).long(), [""])
     assert other_scores(model, images, device="cpu").keys() == {"memory_distance"}
+
+
+def test_combinations_are_means_of_z_scores() -> None:
+    model = squid_fast.SQUID(**ARGUMENTS, dist=False)
+    labels = torch.tensor([0, 1])
+    images = ImageSet(torch.zeros(2, 1, 48, 48, dtype=torch.uint8), labels, [""] * 2)
+    z = {
+        "discriminator_instance": np.array([1, 2], np.float32),
+        "discriminator_image": np.array([3, -4], np.float32),
+    }
+    figures, values = evaluate_others(model, images, z, device="cpu")
+    assert figures.keys() == {"memory_distance", "combined_discriminator"}  # no patch_error given
+    assert values["combined_discriminator"].tolist() == [2, -1]
+    assert figures["combined_discriminator"].auroc == 0
