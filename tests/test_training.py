@@ -25,6 +25,7 @@ from squid_fast.training import (
     train,
 )
 from squid_fast.training.augment import augment
+from squid_fast.training import loop
 from squid_fast.training.averaging import Average
 from squid_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from squid_fast.training.losses import discriminator_loss, generator_losses
@@ -283,6 +284,39 @@ def test_a_resumed_run_with_an_average_ends_as_the_uninterrupted_one(tmp_path: P
     name = "auroc_discriminator_instance"
     assert rows[f"validation/{name}"] == whole.validation[name]
     assert f"unaveraged/{name}" in rows
+
+
+def test_the_best_validated_pair_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    areas = iter([0.6, 0.8, 0.7, 0.6, 0.8, 0.7])
+    name = "auroc_discriminator_instance"
+    monkeypatch.setattr(loop, "validate", lambda *_: {name: next(areas)})
+    recipe = dataclasses.replace(RECIPE, validate_every=1, keep="best")
+    images, data = image_set(8), {"validation_set": image_set(4, anomalous=2)}
+    best = train(tiny_model(), images, tmp_path / "best", recipe, **data)
+    assert (best.epoch, best.step, best.validation) == (2, 6, {name: 0.8})
+    after_two = load_checkpoint(tmp_path / "best/checkpoint.pt")["best"]
+    second = train(tiny_model(), images, tmp_path / "two", recipe, should_stop=after_steps(4))
+    assert not second.finished
+    assert_same_state(second.model.state_dict(), best.model.state_dict())
+    assert_same_state(second.discriminator.state_dict(), best.discriminator.state_dict())
+    assert second.model.inpaint_block.memory.ptr == best.model.inpaint_block.memory.ptr
+    assert_same_state(after_two["generator"], best.model.state_dict())
+
+    part = tmp_path / "part"
+    stopped = train(tiny_model(), images, part, recipe, should_stop=after_steps(5), **data)
+    assert (stopped.epoch, stopped.validation) == (3, {name: 0.8})
+    resumed = train(tiny_model(), images, part, recipe, resume=True, **data)
+    assert (resumed.epoch, resumed.validation) == (2, {name: 0.8})
+    assert_same_state(resumed.model.state_dict(), best.model.state_dict())
+
+
+def test_without_validation_the_last_pair_is_kept(tmp_path: Path) -> None:
+    images = image_set(8)
+    last = train(tiny_model(), images, tmp_path / "last", RECIPE)
+    recipe = dataclasses.replace(RECIPE, keep="best")
+    best = train(tiny_model(), images, tmp_path / "best", recipe)
+    assert best.epoch == last.epoch == 3
+    assert_same_state(best.model.state_dict(), last.model.state_dict())
 
 
 def test_averaging_leaves_training_itself_alone(tmp_path: Path) -> None:

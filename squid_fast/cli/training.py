@@ -14,6 +14,7 @@ from ..comparison import METHODS, RECIPE, MethodResult, train_method
 from ..console import print_json, progress_bar, say, stop_on_signals, training_report
 from ..data import ImageSet, find_records, load_images
 from ..diagnostics import Diary, draw_memory, memory_use
+from ..presets import Keep
 from ..presets import preset as find_preset
 from ..training import TrainingResult, check_apart, contaminated, load_splits, train_bundle
 from ..training.logs import LogKind
@@ -44,6 +45,9 @@ def train(
     averaging: Annotated[
         float | None, typer.Option(help="Share that the averaged discriminator keeps; 0: none.")
     ] = None,
+    keep: Annotated[
+        Keep | None, typer.Option(help="Which epoch's pair is the trained model: by validation.")
+    ] = None,
     validate_every: Annotated[int | None, typer.Option(min=1, help="Epochs.")] = None,
     score: Annotated[str, typer.Option(help="What the bundle screens by.")] = (
         "discriminator_instance"
@@ -65,7 +69,7 @@ def train(
     chosen = find_preset(preset)
     given: dict[str, Any] = {
         "epochs": epochs, "batch_size": batch_size, "lr": lr, "averaging": averaging,
-        "validate_every": validate_every,
+        "validate_every": validate_every, "keep": keep,
     }  # fmt: skip
     recipe = dataclasses.replace(
         chosen.recipe if method == "squid" else RECIPE,

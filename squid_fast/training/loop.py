@@ -59,14 +59,17 @@ class Progress:
 class TrainingResult:
     """The trained pair, on the CPU in evaluation mode, and how the run went.
 
-    With ``recipe.averaging`` the discriminator is the averaged one; ``minutes`` are all that the
-    run took, before a resumption too.
+    With ``recipe.averaging`` the discriminator is the averaged one. A finished run whose recipe
+    keeps the best gives that pair and its validation, on rank 0; elsewhere and before the end it is
+    the last. ``epoch`` is the pair's, counted from 1; ``minutes`` are all that the run took, before
+    a resumption too.
     """
 
     model: SQUID
     discriminator: Discriminator
     step: int
     finished: bool
+    epoch: int
     minutes: float
     validation: dict[str, float] = field(default_factory=dict)
 
@@ -214,11 +217,17 @@ def _loop(
             if stopped := run.processes.agree(should_stop(), device, run.step, last):
                 break
     run.save(settings, out)
+    finished = run.step >= steps
+    epoch, validation = math.ceil(run.step / per_epoch), dict(run.validation)
+    if finished and run.best is not None:
+        run.model.load_state_dict(run.best.generator)
+        run.judge.load_state_dict(run.best.discriminator)
+        epoch, validation = run.best.epoch, run.best.validation
     for module in (run.model, run.judge):
         to_layout(module.eval().cpu(), torch.contiguous_format)
-    finished = run.step >= steps
-    validation = dict(run.validation)
-    return TrainingResult(run.model, run.judge, run.step, finished, run.minutes, validation)
+    return TrainingResult(
+        run.model, run.judge, run.step, finished, epoch, run.minutes, validation
+    )
 
 
 def _step_of(run: Run, images: ImageSet, settings: Settings) -> Step:
@@ -255,6 +264,8 @@ def _end_epoch(
     if validation_set is not None and len(labels) == 2 and run.processes.is_main:
         validation = validate(run.model, run.judge, validation_set, settings.precision)
         run.validation = validation
+        if settings.recipe.keep == "best":
+            run.keep_if_best(epoch + 1)
         log(run.step, {f"validation/{name}": value for name, value in validation.items()})
         if run.average is not None:  # to be seen beside it
             live = validate(run.model, run.discriminator, validation_set, settings.precision)

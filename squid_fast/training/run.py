@@ -118,6 +118,7 @@ def train_bundle(
         "preset": preset.name,
         "recipe": asdict(recipe),
         "seed": seed,
+        "epoch": result.epoch,
         "training_images": len(train_set),
         "training_minutes": round(result.minutes, 2),
         "validation": result.validation,

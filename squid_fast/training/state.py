@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -16,6 +17,7 @@ from .._extras import require
 from ..devices import Precision, choose_layout, to_layout
 from ..modules import SQUID, Discriminator, discriminator_size
 from ..presets import Recipe
+from ..scores import PAPER_SCORE
 from .averaging import Average
 from .checkpoint import CheckpointError, save_checkpoint
 from .distributed import Processes, synchronise_batch_norm
@@ -38,6 +40,22 @@ class Settings:
     precision: Precision
     images: int
     images_sha256: str
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The pair of a validated epoch, on the CPU.
+
+    Attributes:
+        epoch: counted from 1.
+        validation: AUROCs by name.
+        generator, discriminator: their state dicts.
+    """
+
+    epoch: int
+    validation: dict[str, float]
+    generator: dict[str, Any]
+    discriminator: dict[str, Any]
 
 
 class Run:
@@ -91,6 +109,7 @@ class Run:
         self.step = 0
         self.sums: dict[str, Tensor] = {}  # losses of this epoch so far, on the device
         self.validation: dict[str, float] = {}
+        self.best: Kept | None = None  # where the recipe keeps it; on rank 0
         self._started, self._before = time.perf_counter(), 0.0
 
     def _judge_alone(self, images: Tensor) -> Tensor:
@@ -109,6 +128,14 @@ class Run:
             return self.discriminator
         assert isinstance(self.average.module, Discriminator)
         return self.average.module
+
+    def keep_if_best(self, epoch: int) -> None:
+        """Remember the pair if no validated epoch before had a better AUROC of the paper's score."""
+        area = f"auroc_{PAPER_SCORE}"
+        if self.best is not None and self.best.validation[area] > self.validation[area]:
+            return
+        states = (_on_cpu(module.state_dict()) for module in (self.model, self.judge))
+        self.best = Kept(epoch, dict(self.validation), *states)
 
     def save(self, settings: Settings, out: Path) -> None:
         """Write the checkpoint, unless a loss or a weight is not finite.
@@ -142,6 +169,7 @@ class Run:
             "average": None if self.average is None else self.average.module.state_dict(),
             "sums": dict(self.sums),
             "validation": dict(self.validation),
+            "best": None if self.best is None else vars(self.best),
             "minutes": self.minutes,
         }
 
@@ -165,6 +193,7 @@ class Run:
         self.step = state["step"]
         self.sums = {k: v.to(self.fabric.device) for k, v in state["sums"].items()}
         self.validation = state["validation"]
+        self.best = None if state["best"] is None else Kept(**state["best"])
         self._before = state["minutes"]
 
     def add(self, losses: dict[str, Tensor]) -> None:
@@ -192,6 +221,14 @@ class Run:
                 "is kept; a lower learning rate or float32 in place of bf16 may help."
             )
         return means
+
+
+def _on_cpu(state: dict[str, Any]) -> dict[str, Any]:
+    """A copy, with the metadata that says how far a queue is filled."""
+    kept = copy.copy(state)
+    for name, value in state.items():
+        kept[name] = value.detach().cpu().clone()
+    return kept
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
