@@ -18,9 +18,9 @@ class Recipe:
     ``lr_floor`` (a fraction of ``lr``) shape the generator's cosine schedule. ``shift`` and
     ``scale`` bound the random augmentation, as fractions of the image side. ``averaging`` is the
     share of the averaged discriminator that a step keeps, see ``squid_fast.training.averaging``; 0,
-    as published, keeps the last step's discriminator instead. ``keep`` is which epoch's pair becomes
-    the trained model: the last one's, or that with the best AUROC of the paper's score among those
-    that were validated (the last one's where there are no validation images of both kinds).
+    as published, keeps the last step's discriminator instead. ``keep`` is which epoch's pair
+    becomes the trained model: the last one's, or that with the best AUROC of the paper's score
+    among those that were validated (the last where no validation images of both kinds are given).
     """
 
     batch_size: int = 16

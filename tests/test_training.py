@@ -21,11 +21,11 @@ from squid_fast.training import (
     NonFiniteLossError,
     Trainer,
     learning_rate,
+    loop,
     make_optimizers,
     train,
 )
 from squid_fast.training.augment import augment
-from squid_fast.training import loop
 from squid_fast.training.averaging import Average
 from squid_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from squid_fast.training.losses import discriminator_loss, generator_losses

@@ -130,7 +130,7 @@ class Run:
         return self.average.module
 
     def keep_if_best(self, epoch: int) -> None:
-        """Remember the pair if no validated epoch before had a better AUROC of the paper's score."""
+        """Remember the pair if no AUROC of the paper's score was better before."""
         area = f"auroc_{PAPER_SCORE}"
         if self.best is not None and self.best.validation[area] > self.validation[area]:
             return
