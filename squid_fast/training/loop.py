@@ -225,9 +225,7 @@ def _loop(
         epoch, validation = run.best.epoch, run.best.validation
     for module in (run.model, run.judge):
         to_layout(module.eval().cpu(), torch.contiguous_format)
-    return TrainingResult(
-        run.model, run.judge, run.step, finished, epoch, run.minutes, validation
-    )
+    return TrainingResult(run.model, run.judge, run.step, finished, epoch, run.minutes, validation)
 
 
 def _step_of(run: Run, images: ImageSet, settings: Settings) -> Step:
