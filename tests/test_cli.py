@@ -289,6 +289,9 @@ def test_convert_turns_published_checkpoints_into_a_bundle(grids: Path, tmp_path
 def test_mistakes_end_in_one_sentence(grids: Path, run: Path, tmp_path: Path) -> None:
     cases = {
         ("train", "--data", grids, "--out", tmp_path, "--preset", "large"): "preset is 'large'",
+        ("train", "--data", grids, "--out", tmp_path, "--method", "knn", "--keep", "best"): (
+            "--keep best is of no effect on --method knn"
+        ),
         ("train", "--data", tmp_path / "no", "--out", tmp_path): "no",
         ("screen", tmp_path, grids, "--out", "x.csv"): "config.json is missing",
         ("screen", run, grids, "--out", tmp_path / "x.xls"): ".parquet",

@@ -71,6 +71,12 @@ def train(
         "epochs": epochs, "batch_size": batch_size, "lr": lr, "averaging": averaging,
         "validate_every": validate_every, "keep": keep,
     }  # fmt: skip
+    for name in ("averaging", "validate_every", "keep"):
+        if method != "squid" and given[name] is not None:
+            raise ValueError(
+                f"--{name.replace('_', '-')} {given[name]} is of no effect on --method {method}; "
+                "leave it out, or train squid."
+            )
     recipe = dataclasses.replace(
         chosen.recipe if method == "squid" else RECIPE,
         **{name: value for name, value in given.items() if value is not None},
