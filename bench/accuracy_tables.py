@@ -8,7 +8,9 @@ from typing import Any
 
 from squid_fast.ablation import as_markdown
 from squid_fast.comparison import METHODS
+from squid_fast.presets import Recipe
 from squid_fast.scores import PAPER_SCORE
+from squid_fast.training import learning_rate
 
 RESULTS = Path(__file__).parent / "results" / "accuracy"
 
@@ -65,18 +67,25 @@ def accuracy() -> str:
 
 def runs() -> str:
     """The paper's score at every validation of every run, with and without the average."""
-    lines = ["| run | rate | minutes | averaged | as it is |", "|---|--:|--:|---|---|"]
+    lines = ["| run | averaging | rate | minutes | kept | test | averaged | as it is |"]
+    lines.append("|---|--:|--:|--:|--:|--:|---|---|")
     for path in sorted(RESULTS.glob("*-seed*.json")):
         run = json.loads(path.read_text())
-        recipe = run["about"]["recipe"]
+        about, recipe = run["about"], Recipe(**run["about"]["recipe"])
+        last = learning_rate(recipe, recipe.epochs - 1)
         cells = [
+            f"`{path.stem}`",
+            f"{recipe.averaging}",
+            f"{recipe.lr:.1e} to {last:.1e}",
+            f"{about['training_minutes']:.0f}",
+            f"epoch {about['epoch']}",
+            f"{run['evaluation']['test'][PAPER_SCORE]['auroc']:.3f}",
+        ]
+        cells += [
             " ".join(f"{area:.2f}" for _, area in run["curves"][f"{name}/auroc_{PAPER_SCORE}"])
             for name in ("validation", "unaveraged")
         ]
-        lines.append(
-            f"| `{path.stem}`, every {recipe['validate_every']} epochs | {recipe['lr']:g} "
-            f"| {run['about']['training_minutes']:.0f} | {' | '.join(cells)} |"
-        )
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) if len(lines) > 2 else _missing("zhanglab_cpu-seed0.json")
 
 

@@ -67,7 +67,7 @@ def training(device: torch.device, count: int) -> Contenders:
     discriminator = to_layout(Discriminator(size).to(device), layout)
     on_gpu = device.type == "cuda"
     pair = make_optimizers(model, discriminator, recipe, capturable=on_gpu)
-    average = Average(discriminator, 0.99)
+    average = Average(discriminator, 0.998)
     trainer = Trainer(model, discriminator, pair, recipe, lambda loss: loss.backward(), average)
     bf16 = choose_precision("auto", device) == "bf16"
     everything = torch.arange(count, device=device)

@@ -152,18 +152,18 @@ def test_a_step_moves_what_the_published_loop_moves() -> None:
     assert_same_state(trainer.discriminator.state_dict(), other.discriminator.state_dict())
 
 
-def test_the_average_is_the_exponential_moving_average_of_every_step() -> None:
+def test_the_average_is_a_mean_at_first_and_an_exponential_one_later() -> None:
     torch.manual_seed(1)
     judge, model = squid_fast.Discriminator(2).train(), tiny_model().train()
     average = Average(judge, 0.75)
     optimizers = make_optimizers(model, judge, RECIPE)
     trainer = Trainer(model, judge, optimizers, RECIPE, Tensor.backward, average)
     images = image_set(4).batch(slice(0, 4))
-    expected = {name: value.double() for name, value in judge.state_dict().items()}
-    for index in range(4):
+    expected = dict.fromkeys(judge.state_dict(), torch.zeros((), dtype=torch.float64))
+    for index, share in enumerate((1, 1 / 2, 1 / 3, 1 / 4, 1 / 4, 1 / 4)):
         trainer.step(images, index)
         for name, value in judge.state_dict().items():
-            expected[name] = 0.75 * expected[name] + 0.25 * value.double()
+            expected[name] = (1 - share) * expected[name] + share * value.double()
     for name, value in average.module.state_dict().items():
         if value.is_floating_point():
             torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-7)

@@ -1,11 +1,10 @@
 """The averaged discriminator: what validation asks and a run keeps, in place of the last step's.
 
 Adversarial training circles round what it converges to, so the published score's AUROC swings by a
-tenth and more from one epoch to the next. An exponential moving average of the discriminator's
-weights sits in the middle of that circle (as Yazici et al., ICLR 2019, do for generators), and
-judges what all the discriminators of the last epochs would. The generator is not averaged: the
-average of its weights paints smoother than it does, which the discriminator never saw. Training
-itself does not change.
+tenth and more from one epoch to the next. A moving average of the discriminator's weights sits in
+the middle of that circle (as Yazici et al., ICLR 2019, do for generators), and judges what all the
+discriminators of the last epochs would. The generator is not averaged: the average of its weights
+paints smoother than it does, which the discriminator never saw. Training itself does not change.
 """
 
 from __future__ import annotations
@@ -14,33 +13,41 @@ import copy
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class Average:
-    """Exponential moving average of a module's parameters and of its running statistics.
+    """Moving average of a module's parameters and of its running statistics.
 
-    PyTorch's ``AveragedModel`` is the same, but asks the device for its count at every step.
+    A plain mean at first, in which weights from before training soon count for little; from the
+    step on in which the mean would keep more than ``decay`` of itself, exponential.
+    PyTorch's ``AveragedModel`` asks the device for its count at every step and keeps ``decay`` of
+    the first weights; this one works in a CUDA graph.
 
     Args:
-        module: in training; the average starts from what it is now.
-        decay: share of the average that ``update`` keeps, in (0, 1).
+        module: in training.
+        decay: largest share of the average that ``update`` keeps, in (0, 1).
 
     Attributes:
         module: the average, in evaluation mode.
+        count: of updates so far; int64 [], on the module's device.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         if not 0 < decay < 1:
             raise ValueError(f"averaging is {decay}; it must lie in (0, 1), or be 0 for none.")
         self.module = copy.deepcopy(module).eval().requires_grad_(False)
-        self._live = module
-        self._move = get_ema_multi_avg_fn(decay)
+        self.count = torch.zeros((), dtype=torch.int64, device=next(module.parameters()).device)
+        self._live, self._smallest = module, 1 - decay
 
+    @torch.no_grad()
     def update(self) -> None:
         """Move the average towards the module as it is now."""
-        average, live = _floats(self.module), _floats(self._live)
-        self._move(average, live, torch.empty(0))  # the count of updates is not used
+        self.count += 1
+        share = (1 / self.count).clamp_min(self._smallest)  # of the module as it is now
+        average = _floats(self.module)
+        change = torch._foreach_sub(_floats(self._live), average)
+        torch._foreach_mul_(change, share)
+        torch._foreach_add_(average, change)
 
 
 def _floats(module: nn.Module) -> list[Tensor]:

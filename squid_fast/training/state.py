@@ -190,6 +190,7 @@ class Run:
             load_optimizer(optimizer, saved)
         if self.average is not None:
             self.average.module.load_state_dict(state["average"])
+            self.average.count.fill_(state["step"])
         self.step = state["step"]
         self.sums = {k: v.to(self.fabric.device) for k, v in state["sums"].items()}
         self.validation = state["validation"]

@@ -131,7 +131,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Load a state dict, of another device perhaps: how the rate is kept stays the optimiser's."""
-    own = [{key: group[key] for key in ("lr", "capturable")} for group in optimizer.param_groups]
+    kept = ("lr", "capturable")  # the second is Adam's
+    own = [{key: group[key] for key in kept if key in group} for group in optimizer.param_groups]
     rate = float(state["param_groups"][0]["lr"])  # all parameters have the same
     optimizer.load_state_dict(state)
     for group, before in zip(optimizer.param_groups, own, strict=True):
