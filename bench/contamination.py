@@ -76,14 +76,14 @@ def main() -> None:
     parser.add_argument("--contaminants", type=Path, required=True)
     parser.add_argument("--rates", type=float, nargs="+", default=[0.0, 0.1, 0.2])
     parser.add_argument("--preset", default="zhanglab_cpu", choices=list(PRESETS))
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     base, epochs = PRESETS[options.preset], options.epochs
-    recipe = dataclasses.replace(base.recipe, epochs=epochs, t_max=epochs, validate_every=epochs)
+    recipe = dataclasses.replace(base.recipe, epochs=epochs, validate_every=epochs)
     preset = dataclasses.replace(base, recipe=recipe)
     records, others = find_records(options.data), find_records(options.contaminants)
     held_out_records = {split: select(records, split) for split in ("val", "test")}
