@@ -52,12 +52,14 @@ def accuracy() -> str:
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     paper = [runs[n]["evaluation"]["test"][PAPER_SCORE]["paper_best_test_accuracy"] for n in names]
     about = runs[names[0]]["about"]
+    threads = runs[names[0]]["threads"]
+    cores = "one core" if threads == 1 else f"{threads} cores"
     minutes = " and ".join(f"{runs[n]['about']['training_minutes']:.0f}" for n in names)
     lines += [
         "",
         f"AUROC and its 95 % interval; {about['training_images']} normal training images, "
-        f"{about['recipe']['epochs']} epochs, {minutes} minutes on {runs[names[0]]['threads']} "
-        f"cores of an {runs[names[0]]['device']}. Accuracy and F1 of the paper's "
+        f"{about['recipe']['epochs']} epochs, {minutes} minutes on {cores} of an "
+        f"{runs[names[0]]['device']}. Accuracy and F1 of the paper's "
         "score by the paper's protocol, at the threshold that is best on the test labels: "
         + ", ".join(f"{p['accuracy']:.3f} / {p['f1']:.3f}" for p in paper)
         + ".",
