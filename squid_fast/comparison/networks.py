@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from ..devices import choose_layout, to_layout
 from ..modules import MemoryMatrix
 from ..modules.unet import Down, InConv, OutConv, Up
 
@@ -56,6 +57,7 @@ class AutoEncoder(nn.Module):
             for a, b in reversed(list(itertools.pairwise(widths)))
         )
         self.out_conv = OutConv(width, 1)
+        to_layout(self, choose_layout(width))
 
     def paint(self, x: Tensor) -> Tensor:
         """[B, channels, S, S] to [B, 1, S, S]."""
