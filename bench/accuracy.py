@@ -2,7 +2,8 @@
 
 For every run folder that ``squid-fast train`` left, all scores are evaluated on the splits ``val``
 and ``test`` and written to ``bench/results/accuracy/<name>.json``, with the run's configuration and
-its curves, and ``<name>.svg`` shows the curves. The name is the folder's.
+its curves, and ``<name>.svg`` shows the curves. The name is the folder's. Of several runs, the mean
+of their z-scores is evaluated too, into ``together.json``.
 """
 
 from __future__ import annotations
@@ -10,17 +11,21 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from squid_fast.atomic import write_json
 from squid_fast.bundle import load_bundle
-from squid_fast.data import Record, find_records, load_images, select
+from squid_fast.data import ImageSet, find_records, load_images, select
+from squid_fast.evaluation import evaluate
 from squid_fast.inference import Scorer
-from squid_fast.inference.other_scores import evaluate_others
+from squid_fast.inference.other_scores import COMBINATIONS, evaluate_others
 from squid_fast.scores import PAPER_SCORE
 
 from .machine import describe
@@ -38,14 +43,21 @@ def curves(run: Path) -> dict[str, list[list[float]]]:
     return found
 
 
-def evaluated(run: Path, records: list[Record], split: str) -> dict[str, Any]:
-    """Figures by score, on the labelled images of one split."""
-    scorer = Scorer.load(run)
-    labelled = [record for record in select(records, split) if record.label is not None]
-    images = load_images(labelled, scorer.image_size)
-    own, z_scores = scorer.evaluate(images)
-    others, _ = evaluate_others(load_bundle(run).model, images, z_scores)
-    return {name: figures.to_json() for name, figures in (own | others).items()}
+def evaluated(run: Path, images: ImageSet) -> tuple[dict[str, Any], dict[str, NDArray[np.float32]]]:
+    """Figures of every score, and the z-scores [n] of those that have them."""
+    own, z_scores = Scorer.load(run).evaluate(images)
+    others, values = evaluate_others(load_bundle(run).model, images, z_scores)
+    figures = {name: found.to_json() for name, found in (own | others).items()}
+    return figures, z_scores | {name: values[name] for name in COMBINATIONS if name in values}
+
+
+def together(
+    images: ImageSet, z_scores: Sequence[Mapping[str, NDArray[np.float32]]]
+) -> dict[str, Any]:
+    """Figures of the mean over runs of every z-score."""
+    labels = images.labels.numpy()
+    means = {name: np.mean([z[name] for z in z_scores], axis=0) for name in z_scores[0]}
+    return {name: evaluate(labels, z, score_name=name).to_json() for name, z in means.items()}
 
 
 def draw(figures: dict[str, Any], path: Path) -> None:
@@ -68,6 +80,12 @@ def draw(figures: dict[str, Any], path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
+def show(name: str, figures: dict[str, Any]) -> None:
+    """Print the areas on test images."""
+    test = figures["evaluation"]["test"]
+    print(name, json.dumps({key: round(test[key]["auroc"], 4) for key in test}), flush=True)
+
+
 def main() -> None:
     """Evaluate the runs and write a file for each."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -76,18 +94,32 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
-    records = find_records(options.data)
+    side, z_scores = Scorer.load(options.runs[0]).image_size, []
+    labelled = [record for record in find_records(options.data) if record.label is not None]
+    held_out = {split: load_images(select(labelled, split), side) for split in SPLITS}
     for run in options.runs:
+        found = {split: evaluated(run, images) for split, images in held_out.items()}
+        z_scores.append({split: z for split, (_, z) in found.items()})
         figures = {
             **describe(torch.device("cpu")),
             "about": load_bundle(run).about,
-            "evaluation": {split: evaluated(run, records, split) for split in SPLITS},
+            "evaluation": {split: own for split, (own, _) in found.items()},
             "curves": curves(run),
         }
         write_json(figures, options.output / f"{run.name}.json")
         draw(figures, options.output / f"{run.name}.svg")
-        test = figures["evaluation"]["test"]
-        print(run, json.dumps({name: round(test[name]["auroc"], 4) for name in test}), flush=True)
+        show(run.name, figures)
+    if len(options.runs) > 1:
+        figures = {
+            **describe(torch.device("cpu")),
+            "runs": [run.name for run in options.runs],
+            "evaluation": {
+                split: together(images, [z[split] for z in z_scores])
+                for split, images in held_out.items()
+            },
+        }
+        write_json(figures, options.output / "together.json")
+        show("together", figures)
 
 
 if __name__ == "__main__":

@@ -30,36 +30,35 @@ def _area(figures: dict[str, Any]) -> str:
 
 
 def accuracy() -> str:
-    """All scores of the runs on ZhangLab, on validation and test images."""
-    runs = {
-        path.stem: json.loads(path.read_text()) for path in RESULTS.glob("zhanglab_cpu-seed*.json")
-    }
+    """All scores of the preset's runs on ZhangLab, one by one and together."""
+    paths = sorted(RESULTS.glob("zhanglab_cpu-seed*.json"))
+    runs = [json.loads(path.read_text()) for path in paths]
     if not runs:
         return _missing("zhanglab_cpu-seed0.json")
-    names = sorted(runs)
+    several = _read("together.json")
+    heads = [f"seed {run['about']['seed']}" for run in runs] + ["together"] * bool(several)
     lines = [
-        "| score | " + " | ".join(f"seed {runs[n]['about']['seed']}: val | test" for n in names)
+        f"| score | val, mean | test: {' | '.join(heads)} |",
+        "|---|--:|" + "--:|" * len(heads),
     ]
-    lines[0] += " |"
-    lines.append("|---|" + "--:|--:|" * len(names))
-    for score in runs[names[0]]["evaluation"]["test"]:
+    for score in runs[0]["evaluation"]["test"]:
         label = f"`{score}`" + (" (the paper's)" if score == PAPER_SCORE else "")
-        cells = [
-            _area(runs[name]["evaluation"][split][score])
-            for name in names
-            for split in ("val", "test")
-        ]
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    paper = [runs[n]["evaluation"]["test"][PAPER_SCORE]["paper_best_test_accuracy"] for n in names]
-    about = runs[names[0]]["about"]
-    threads = runs[names[0]]["threads"]
-    cores = "one core" if threads == 1 else f"{threads} cores"
-    minutes = " and ".join(f"{runs[n]['about']['training_minutes']:.0f}" for n in names)
+        mean = sum(run["evaluation"]["val"][score]["auroc"] for run in runs) / len(runs)
+        cells = [f"{mean:.3f}"] + [_area(run["evaluation"]["test"][score]) for run in runs]
+        if several:
+            both = several["evaluation"]["test"].get(score)
+            cells.append(_area(both) if both else "")
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    tests = [run["evaluation"]["test"] for run in [*runs, *([several] if several else [])]]
+    paper = [test[PAPER_SCORE]["paper_best_test_accuracy"] for test in tests]
+    about, threads = runs[0]["about"], runs[0]["threads"]
+    minutes = ", ".join(f"{run['about']['training_minutes']:.0f}" for run in runs)
     lines += [
         "",
         f"AUROC and its 95 % interval; {about['training_images']} normal training images, "
-        f"{about['recipe']['epochs']} epochs, {minutes} minutes on {cores} of an "
-        f"{runs[names[0]]['device']}. Accuracy and F1 of the paper's "
+        f"{about['recipe']['epochs']} epochs, {minutes} minutes on "
+        f"{'one core' if threads == 1 else f'{threads} cores'} of an {runs[0]['device']}. "
+        "*Together* is the mean of the runs' z-scores. Accuracy and F1 of the paper's "
         "score by the paper's protocol, at the threshold that is best on the test labels: "
         + ", ".join(f"{p['accuracy']:.3f} / {p['f1']:.3f}" for p in paper)
         + ".",
