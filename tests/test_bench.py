@@ -8,10 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from bench import micro, readme, roofline, speed, timing
+from bench.accuracy import together
 from bench.cases import OPERATIONS, Case, cases
 from bench.machine import commit
 from bench.micro import Results, Runner
@@ -20,6 +22,7 @@ from bench.problems import call_of, function_of, problem
 from bench.roofline import Ceilings, Work
 from bench.verify import verify
 from squid_fast import PRESETS
+from squid_fast.data import ImageSet
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -237,6 +240,15 @@ def test_the_runner_without_pytest_does_the_same(
     assert micro.run(CPU, "tiny", results, ("gumbel_shrinkage",)) == 4
     assert results.rows == {}
     assert "FAILED, WrongResultError: no" in capsys.readouterr().out
+
+
+def test_runs_together_are_ranked_by_the_mean_of_their_z_scores() -> None:
+    images = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
+    labelled = ImageSet(images, torch.tensor([0, 0, 1, 1]), ["a", "b", "c", "d"])
+    one, other = np.float32([0, 3, 2, 4]), np.float32([2, 0, 3, 1])
+    areas = [together(labelled, [{"z": z}])["z"]["auroc"] for z in (one, other)]
+    assert areas == [0.75, 0.75]
+    assert together(labelled, [{"z": one}, {"z": other}])["z"]["auroc"] == 1.0
 
 
 def gpu_script(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
