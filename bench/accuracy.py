@@ -73,7 +73,10 @@ def draw(figures: dict[str, Any], path: Path) -> None:
                 [minutes[step] for step, _ in points], [auroc for _, auroc in points],
                 style, color=colour, label=label,
             )  # fmt: skip
-    axes.axhline(PAPER_AUROC, color="0.6", linewidth=1, linestyle=(0, (4, 3)))
+    axes.axhline(
+        PAPER_AUROC, color="0.6", linewidth=1, linestyle=(0, (4, 3)),
+        label="SQUID in the paper, on test images",
+    )  # fmt: skip
     axes.set(xlabel="minutes of training", ylabel="AUROC on validation images", ylim=(0.3, 1))
     axes.legend(frameon=False, loc="lower right")
     axes.spines[["top", "right"]].set_visible(False)
