@@ -102,7 +102,10 @@ def comparison() -> str:
             areas = [_area(row["evaluation"][split]) for split in ("val", "test")]
             minutes = row["about"]["training_minutes"]
             lines.append(f"| `{name}`: {meaning} | {' | '.join(areas)} | {minutes:.1f} |")
-    lines += ["", "ZhangLab, AUROC and its 95 % interval; one seed each."]
+    recipes = [row["about"]["recipe"] for row in found.values()]
+    epochs = sorted({recipe["epochs"] for recipe in recipes if recipe})
+    networks = f", networks trained for {' or '.join(map(str, epochs))} epochs" * bool(epochs)
+    lines += ["", f"ZhangLab, AUROC and its 95 % interval; one seed each{networks}."]
     return "\n".join(lines)
 
 
