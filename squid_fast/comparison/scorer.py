@@ -23,12 +23,13 @@ from ..evaluation import Evaluation, evaluate, threshold_at_false_positive_rate
 from ..inference import Scorer, Scores
 from ..scores import ScoreCalibration
 from .networks import AutoEncoder, MemAE, PixelInpainting
-from .shallow import Mahalanobis, NearestNeighbours, PcaResidual, PixelMethod
+from .shallow import Mahalanobis, NearestNeighbours, PcaResidual, PixelMethod, Smoothness
 
 METHODS: dict[str, tuple[type[PixelMethod] | type[AutoEncoder], str]] = {
     "pca": (PcaResidual, "residual of a principal component analysis of 32 x 32 pixels"),
     "mahalanobis": (Mahalanobis, "Mahalanobis distance on 32 x 32 pixels"),
     "knn": (NearestNeighbours, "distance to the nearest normal images on 32 x 32 pixels"),
+    "smoothness": (Smoothness, "how little neighbouring pixels differ, of 32 x 32"),
     "autoencoder": (AutoEncoder, "reconstruction error of a plain auto-encoder"),
     "memae": (MemAE, "reconstruction error of an auto-encoder with a memory (MemAE)"),
     "pixel_inpainting": (PixelInpainting, "error of painting squares that are cut out"),

@@ -105,6 +105,32 @@ class NearestNeighbours(PixelMethod):
         return found, self.examples[torch.from_numpy(nearest[:, 0]).to(vectors.device)]
 
 
+class Smoothness(PixelMethod):
+    """How little neighbouring pixels differ: what an image's blur alone gives away.
+
+    Shadows of pneumonia are smooth. The score's sign is that knowledge, so that this is no method
+    without labels, but a check of how much a data set asks for. It has no counterpart to show but
+    the image.
+    """
+
+    score_name = "smoothness"
+    contrast: Tensor  # [1], mean over normal images
+
+    @staticmethod
+    def estimate(vectors: np.ndarray) -> dict[str, np.ndarray]:
+        return {"contrast": contrast(torch.from_numpy(vectors)).mean(dim=0, keepdim=True).numpy()}
+
+    def judge(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        return self.contrast - contrast(vectors), vectors
+
+
+def contrast(vectors: Tensor) -> Tensor:
+    """[n], log of the mean squared difference of neighbouring pixels, of vectors [n, D]."""
+    images = vectors.view(-1, SIDE, SIDE)
+    down, across = (images.diff(dim=axis).square().mean(dim=(1, 2)) for axis in (1, 2))
+    return (down + across).clamp_min(1e-12).log()
+
+
 def pixels(images: Tensor) -> Tensor:
     """Images [B, 1, S, S] as vectors [B, D], float64."""
     small = F.interpolate(images, size=(SIDE, SIDE), mode="bilinear", antialias=True)
