@@ -49,15 +49,23 @@ def speed(device: str) -> str:
             lines.append(
                 f"| {part}: {name} | {row['images_per_second']:.1f} | {row['ratio']:.1f} × |"
             )
-    where = figures["device"]
-    if device == "cpu":
-        where = f"{figures['threads']} cores ({where})"
-    lines += [
-        "",
-        f"{where}, {figures['precision']}, torch "
-        f"{figures['torch']}, medians of {figures['rounds']} interleaved rounds.",
-    ]
+    settings = figures.get("settings", {})
+    told: dict[str, list[str]] = {}  # what was measured alike is told once
+    for part in (part for part in ("evaluation", "screening", "training") if part in figures):
+        told.setdefault(_measured(settings.get(part, figures), device), []).append(part)
+    for how, parts in told.items():
+        lines += ["", how if len(told) == 1 else f"{', '.join(parts).capitalize()}: {how}"]
     return "\n".join(lines)
+
+
+def _measured(settings: dict[str, Any], device: str) -> str:
+    where = settings["device"]
+    if device == "cpu":
+        where = f"{settings['threads']} cores ({where})"
+    return (
+        f"{where}, {settings['precision']}, torch {settings['torch']}, "
+        f"medians of {settings['rounds']} interleaved rounds."
+    )
 
 
 def demo() -> str:

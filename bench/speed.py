@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -92,6 +93,10 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
+def _head(results: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in results.items() if name not in (*PARTS, "settings")}
+
+
 def main() -> None:
     """Measure and write the results file."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -124,7 +129,10 @@ def main() -> None:
     if "training" in parts:
         contenders = training(device, options.batch)
         results["training"] = figures(contenders, compare(contenders, options.rounds))
-    results = {"commit": commit(), **kept, **results}
+    head = {"commit": commit(), **_head(results)}
+    # A part that stays may have been measured otherwise, and says so itself.
+    heads = {part: found.get("settings", {}).get(part, _head(found)) for part in kept}
+    results = {**head, "settings": heads | dict.fromkeys(parts, head), **kept, **results}
     path.write_text(json.dumps(results, indent=2) + "\n")
     print(json.dumps(results, indent=2))
 

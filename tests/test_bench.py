@@ -196,6 +196,8 @@ def test_a_part_measured_anew_leaves_the_others(
     speed.main()
     written = json.loads(path.read_text())
     assert written["screening"] == {"kept": 1}
+    assert written["settings"]["screening"] == {"commit": "x"}
+    assert written["settings"]["training"]["rounds"] == 1
     assert written["commit"] == commit()
     assert (written["batch"], written["threads"], written["torch"]) == (2, 1, torch.__version__)
     first, second = written["training"].values()
