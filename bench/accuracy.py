@@ -20,6 +20,7 @@ import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from squid_fast import SQUID
 from squid_fast.atomic import write_json
 from squid_fast.bundle import load_bundle
 from squid_fast.data import ImageSet, find_records, load_images, select
@@ -43,10 +44,12 @@ def curves(run: Path) -> dict[str, list[list[float]]]:
     return found
 
 
-def evaluated(run: Path, images: ImageSet) -> tuple[dict[str, Any], dict[str, NDArray[np.float32]]]:
+def evaluated(
+    scorer: Scorer, model: SQUID, images: ImageSet
+) -> tuple[dict[str, Any], dict[str, NDArray[np.float32]]]:
     """Figures of every score, and the z-scores [n] of those that have them."""
-    own, z_scores = Scorer.load(run).evaluate(images)
-    others, values = evaluate_others(load_bundle(run).model, images, z_scores)
+    own, z_scores = scorer.evaluate(images)
+    others, values = evaluate_others(model, images, z_scores)
     figures = {name: found.to_json() for name, found in (own | others).items()}
     return figures, z_scores | {name: values[name] for name in COMBINATIONS if name in values}
 
@@ -97,15 +100,16 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
-    side, z_scores = Scorer.load(options.runs[0]).image_size, []
+    side, z_scores = load_bundle(options.runs[0]).model.image_size, []
     labelled = [record for record in find_records(options.data) if record.label is not None]
     held_out = {split: load_images(select(labelled, split), side) for split in SPLITS}
     for run in options.runs:
-        found = {split: evaluated(run, images) for split, images in held_out.items()}
+        bundle, scorer = load_bundle(run), Scorer.load(run)
+        found = {s: evaluated(scorer, bundle.model, images) for s, images in held_out.items()}
         z_scores.append({split: z for split, (_, z) in found.items()})
         figures = {
             **describe(torch.device("cpu")),
-            "about": load_bundle(run).about,
+            "about": bundle.about,
             "evaluation": {split: own for split, (own, _) in found.items()},
             "curves": curves(run),
         }

@@ -36,6 +36,11 @@ def accuracy() -> str:
     if not runs:
         return _missing("zhanglab_cpu-seed0.json")
     several = _read("together.json")
+    if several and sorted(several["runs"]) != [path.stem for path in paths]:
+        raise ValueError(
+            f"together.json is of the runs {', '.join(several['runs'])}, but there are results of "
+            f"{', '.join(path.stem for path in paths)}: run bench.accuracy on all of these at once."
+        )
     heads = [f"seed {run['about']['seed']}" for run in runs] + ["together"] * bool(several)
     lines = [
         f"| score | val, mean | test: {' | '.join(heads)} |",
@@ -58,7 +63,9 @@ def accuracy() -> str:
         f"AUROC and its 95 % interval; {about['training_images']} normal training images, "
         f"{about['recipe']['epochs']} epochs, {minutes} minutes on "
         f"{'one core' if threads == 1 else f'{threads} cores'} of an {runs[0]['device']}. "
-        "*Together* is the mean of the runs' z-scores. Accuracy and F1 of the paper's "
+        + "*Together* is the mean of the runs' z-scores. "
+        * bool(several)
+        + "Accuracy and F1 of the paper's "
         "score by the paper's protocol, at the threshold that is best on the test labels: "
         + ", ".join(f"{p['accuracy']:.3f} / {p['f1']:.3f}" for p in paper)
         + ".",
