@@ -56,6 +56,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / name for name in METHODS}
 
 
+# A square adds edges, which are the contrary of what smoothness looks for.
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "smoothness"])
 def test_every_method_finds_a_bright_square(name: str, trained: dict[str, Path]) -> None:
     scorer = load_scorer(trained[name], device="cpu")
