@@ -366,8 +366,8 @@ from squid_fast.screening.reading import read_ahead
 
 readings = read_ahead(sys.argv[1:], 16, workers=2, timeout=1)
 next(readings)
-print("ready", flush=True)
 try:
+    print("ready", flush=True)  # from here on an interrupt may come
     time.sleep(100)
 except KeyboardInterrupt:
     readings.close()
