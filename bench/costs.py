@@ -73,14 +73,14 @@ def read_rates(folder: Path = RESULTS) -> Rates:
     }
     side = decoding["side"]
     formats[f"packed {side} × {side}"] = Format(side**2, 0.0)
-    cpu = json.loads((folder / "speed_cpu.json").read_text())
+    cpu = json.loads((folder / "speed_cpu.json").read_text())["evaluation"]
     cuda = folder / "speed_cuda.json"
-    gpu = _best(json.loads(cuda.read_text())) if cuda.is_file() else None
+    gpu = _best(json.loads(cuda.read_text())["evaluation"]) if cuda.is_file() else None
     return Rates(formats, cpu["threads"], _best(cpu), gpu, cpu["device"], decoding["device"])
 
 
-def _best(speed: dict[str, Any]) -> float:
-    rows = speed["evaluation"].items()
+def _best(evaluation: dict[str, Any]) -> float:
+    rows = evaluation["rows"].items()
     return max(row["images_per_second"] for name, row in rows if name.startswith("squid_fast"))
 
 

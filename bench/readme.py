@@ -44,27 +44,25 @@ def speed(device: str) -> str:
         return _not_measured(path)
     figures = json.loads(path.read_text())
     lines = ["| | images/s | ratio |", "|---|--:|--:|"]
-    for part in ("evaluation", "screening", "training"):
-        for name, row in figures.get(part, {}).items():
+    told: dict[str, list[str]] = {}  # what was measured alike is told once
+    for part, found in figures.items():
+        told.setdefault(_measured(found, device), []).append(part)
+        for name, row in found["rows"].items():
             lines.append(
                 f"| {part}: {name} | {row['images_per_second']:.1f} | {row['ratio']:.1f} × |"
             )
-    settings = figures.get("settings", {})
-    told: dict[str, list[str]] = {}  # what was measured alike is told once
-    for part in (part for part in ("evaluation", "screening", "training") if part in figures):
-        told.setdefault(_measured(settings.get(part, figures), device), []).append(part)
     for how, parts in told.items():
         lines += ["", how if len(told) == 1 else f"{', '.join(parts).capitalize()}: {how}"]
     return "\n".join(lines)
 
 
-def _measured(settings: dict[str, Any], device: str) -> str:
-    where = settings["device"]
+def _measured(part: dict[str, Any], device: str) -> str:
+    where = part["device"]
     if device == "cpu":
-        where = f"{settings['threads']} cores ({where})"
+        where = f"{part['threads']} cores ({where})"
     return (
-        f"{where}, {settings['precision']}, torch {settings['torch']}, "
-        f"medians of {settings['rounds']} interleaved rounds."
+        f"{where}, {part['precision']}, torch {part['torch']}, "
+        f"medians of {part['rounds']} interleaved rounds."
     )
 
 

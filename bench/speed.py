@@ -1,8 +1,8 @@
 """The published way beside squid_fast: evaluation, screening and training of the zhanglab preset.
 
 ``python -m bench.speed`` alternates the contenders round by round on the same images and writes
-medians and ratios to ``bench/results/speed_cpu.json`` (``speed_cuda.json`` on a GPU). Evaluation
-and screening are what ``squid-fast bench`` measures.
+medians and ratios to ``bench/results/speed_cpu.json`` (``speed_cuda.json`` on a GPU): of every part
+machine, settings and ``rows``. Evaluation and screening are what ``squid-fast bench`` measures.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import argparse
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from squid_fast import PRESETS, SQUID, Discriminator, benchmark, reference
+from squid_fast.atomic import write_json
 from squid_fast.benchmark import Benchmark, Contenders, compare, figures, random_bundle
 from squid_fast.bundle import load_bundle
 from squid_fast.devices import choose_device, choose_layout, choose_precision, to_layout
@@ -93,10 +93,6 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def _head(results: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in results.items() if name not in (*PARTS, "settings")}
-
-
 def main() -> None:
     """Measure and write the results file."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -115,8 +111,6 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / f"speed_{device.type}.json"
     parts = [options.part] if options.part else PARTS
-    found = json.loads(path.read_text()) if path.is_file() else {}
-    kept = {part: found[part] for part in PARTS if part in found and part not in parts}
     scoring = Benchmark(
         load_bundle(options.bundle) if options.bundle else random_bundle(PRESET),
         device,
@@ -129,12 +123,12 @@ def main() -> None:
     if "training" in parts:
         contenders = training(device, options.batch)
         results["training"] = figures(contenders, compare(contenders, options.rounds))
-    head = {"commit": commit(), **_head(results)}
-    # A part that stays may have been measured otherwise, and says so itself.
-    heads = {part: found.get("settings", {}).get(part, _head(found)) for part in kept}
-    results = {**head, "settings": heads | dict.fromkeys(parts, head), **kept, **results}
-    path.write_text(json.dumps(results, indent=2) + "\n")
-    print(json.dumps(results, indent=2))
+    rows = {part: results.pop(part) for part in parts}
+    measured = {part: {"commit": commit(), **results, "rows": rows[part]} for part in parts}
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    everything = known | measured
+    write_json({part: everything[part] for part in PARTS if part in everything}, path)
+    print(json.dumps(measured, indent=2))
 
 
 if __name__ == "__main__":

@@ -185,23 +185,41 @@ def test_the_table_of_microbenchmarks(tmp_path: Path, monkeypatch: pytest.Monkey
     assert line in readme.TABLES["micro_cpu"]().splitlines()
 
 
+def test_the_table_of_speed_says_of_every_part_how_it_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    how = {"device": "That", "threads": 2, "precision": "int8", "torch": "3", "rounds": 4}
+    part = how | {"rows": {"ours": {"images_per_second": 8.0, "ratio": 2.0}}}
+    path = tmp_path / "speed_cpu.json"
+    path.write_text(json.dumps({"evaluation": part, "training": part}))
+    alike = readme.TABLES["speed"]().splitlines()
+    assert "| training: ours | 8.0 | 2.0 × |" in alike
+    said = "2 cores (That), int8, torch 3, medians of 4 interleaved rounds."
+    assert alike[-2:] == ["", said]
+    path.write_text(json.dumps({"evaluation": part, "training": part | {"rounds": 9}}))
+    apart = readme.TABLES["speed"]().splitlines()
+    assert apart[-3:] == [f"Evaluation: {said}", "", f"Training: {said.replace('4', '9')}"]
+
+
 def test_a_part_measured_anew_leaves_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(speed, "PRESET", PRESETS["small"])
     path = tmp_path / "speed_cpu.json"
-    path.write_text(json.dumps({"screening": {"kept": 1}, "training": {"old": 1}, "commit": "x"}))
+    kept = {"commit": "x", "rows": {"a": 1}}
+    path.write_text(json.dumps({"training": {"rows": {"old": 1}}, "screening": kept}))
     options = ["--rounds=1", "--batch=2", "--threads=1", "--device=cpu", "--part=training"]
     monkeypatch.setattr(sys, "argv", ["speed", *options, f"--output={tmp_path}"])
     speed.main()
     written = json.loads(path.read_text())
-    assert written["screening"] == {"kept": 1}
-    assert written["settings"]["screening"] == {"commit": "x"}
-    assert written["settings"]["training"]["rounds"] == 1
-    assert written["commit"] == commit()
-    assert (written["batch"], written["threads"], written["torch"]) == (2, 1, torch.__version__)
-    first, second = written["training"].values()
-    assert list(written["training"]) == ["published loop", "squid_fast.Trainer"]
+    assert list(written) == ["screening", "training"]
+    assert written["screening"] == kept
+    training = written["training"]
+    assert (training["commit"], training["rounds"]) == (commit(), 1)
+    assert (training["batch"], training["threads"], training["torch"]) == (2, 1, torch.__version__)
+    assert list(training["rows"]) == ["published loop", "squid_fast.Trainer"]
+    first, second = training["rows"].values()
     assert first["images"] == second["images"] == 4
     assert second["ratio"] == pytest.approx(
         first["milliseconds"] / second["milliseconds"], rel=0.01

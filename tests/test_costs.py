@@ -74,7 +74,8 @@ def test_rates_come_from_the_results(tmp_path: Path) -> None:
     (tmp_path / "decoding_cpu.json").write_text(json.dumps(found))
     contenders = {"published way": 90.0, "squid_fast, 1": 3.0, "squid_fast, 16": 7.0}
     rows = {name: {"images_per_second": speed} for name, speed in contenders.items()}
-    speed = {"device": "this", "threads": 2, "evaluation": rows}
+    other = {"device": "other", "threads": 1, "rows": {}}
+    speed = {"evaluation": {"device": "this", "threads": 2, "rows": rows}, "training": other}
     (tmp_path / "speed_cpu.json").write_text(json.dumps(speed))
     formats = {"JPEG": costs.Format(1000, 0.02), "packed 8 × 8": costs.Format(64, 0.0)}
     assert costs.read_rates(tmp_path) == costs.Rates(formats, 2, 7.0, None, "this", "that")
