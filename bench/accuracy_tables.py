@@ -29,6 +29,17 @@ def _area(figures: dict[str, Any]) -> str:
     return f"{figures['auroc']:.3f} ({low:.2f}-{high:.2f})"
 
 
+def _on(machine: dict[str, Any]) -> str:
+    threads = machine["threads"]
+    return f"on {'one core' if threads == 1 else f'{threads} cores'} ({machine['device']})"
+
+
+def _training_time(about: dict[str, Any]) -> str:
+    """Minutes, and the machine's cores where the run has kept them."""
+    where = f" {_on(about['machine'])}" if "machine" in about else ""
+    return f"{about['training_minutes']:.0f} minutes{where}"
+
+
 def accuracy() -> str:
     """All scores of the preset's runs on ZhangLab, one by one and together."""
     paths = sorted(RESULTS.glob("zhanglab_cpu-seed*.json"))
@@ -56,19 +67,16 @@ def accuracy() -> str:
         lines.append(f"| {label} | {' | '.join(cells)} |")
     tests = [run["evaluation"]["test"] for run in [*runs, *([several] if several else [])]]
     paper = [test[PAPER_SCORE]["paper_best_test_accuracy"] for test in tests]
-    about, threads = runs[0]["about"], runs[0]["threads"]
-    minutes = ", ".join(f"{run['about']['training_minutes']:.0f}" for run in runs)
+    about = runs[0]["about"]
+    times = ", ".join(_training_time(run["about"]) for run in runs)
+    together = "*Together* is the mean of the runs' z-scores. " if several else ""
+    accuracies = ", ".join(f"{p['accuracy']:.3f} / {p['f1']:.3f}" for p in paper)
     lines += [
         "",
         f"AUROC and its 95 % interval; {about['training_images']} normal training images, "
-        f"{about['recipe']['epochs']} epochs, {minutes} minutes on "
-        f"{'one core' if threads == 1 else f'{threads} cores'} of an {runs[0]['device']}. "
-        + "*Together* is the mean of the runs' z-scores. "
-        * bool(several)
-        + "Accuracy and F1 of the paper's "
+        f"{about['recipe']['epochs']} epochs, {times}. {together}Accuracy and F1 of the paper's "
         "score by the paper's protocol, at the threshold that is best on the test labels: "
-        + ", ".join(f"{p['accuracy']:.3f} / {p['f1']:.3f}" for p in paper)
-        + ".",
+        f"{accuracies}.",
     ]
     return "\n".join(lines)
 
@@ -111,7 +119,7 @@ def comparison() -> str:
             lines.append(f"| `{name}`: {meaning} | {' | '.join(areas)} | {minutes:.1f} |")
     recipes = [row["about"]["recipe"] for row in found.values()]
     epochs = sorted({recipe["epochs"] for recipe in recipes if recipe})
-    networks = f", networks trained for {' or '.join(map(str, epochs))} epochs" * bool(epochs)
+    networks = f", networks trained for {' or '.join(map(str, epochs))} epochs" if epochs else ""
     lines += ["", f"ZhangLab, AUROC and its 95 % interval; one seed each{networks}."]
     return "\n".join(lines)
 
@@ -127,8 +135,8 @@ def ablation() -> str:
     return (
         f"{as_markdown(found)}\n\nPreset `{settings['preset']}` on {settings['data']}, "
         f"{settings['recipe']['epochs']} epochs, {seeds} seed{'s' * (seeds > 1)}, "
-        f"{minutes:.0f} minutes in all on one core; AUROC, mean over the kinds of anomaly, and in "
-        "brackets the difference to the full SQUID."
+        f"{minutes:.0f} minutes in all {_on(found['machine'])}; AUROC, mean over the kinds of "
+        "anomaly, and in brackets the difference to the full SQUID."
     )
 
 

@@ -35,7 +35,7 @@ class Bundle:
 
     Attributes:
         score: name of the score that screening uses, see ``squid_fast.scores.SCORES``.
-        about: free facts for people: preset, data, versions.
+        about: free facts for people: preset, recipe, machine.
     """
 
     model: SQUID

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import micro, readme, roofline, speed, timing
+from bench import accuracy_tables, micro, readme, roofline, speed, timing
 from bench.accuracy import together
 from bench.cases import OPERATIONS, Case, cases
 from bench.machine import commit
@@ -23,6 +23,8 @@ from bench.roofline import Ceilings, Work
 from bench.verify import verify
 from squid_fast import PRESETS
 from squid_fast.data import ImageSet
+from squid_fast.evaluation import evaluate
+from squid_fast.scores import PAPER_SCORE
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -269,6 +271,29 @@ def test_runs_together_are_ranked_by_the_mean_of_their_z_scores() -> None:
     areas = [together(labelled, [{"z": z}])["z"]["auroc"] for z in (one, other)]
     assert areas == [0.75, 0.75]
     assert together(labelled, [{"z": one}, {"z": other}])["z"]["auroc"] == 1.0
+
+
+def test_the_table_of_accuracy_is_of_the_runs_that_it_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accuracy_tables, "RESULTS", tmp_path)
+    labels, z = np.repeat([0, 1], 20), np.arange(40.0)
+    split = {PAPER_SCORE: evaluate(labels, z, score_name=PAPER_SCORE).to_json()}
+    about = {"seed": 0, "training_images": 9, "recipe": {"epochs": 2}, "training_minutes": 3.0}
+    run = {"evaluation": {"val": split, "test": split}, "about": about, "threads": 7}
+    (tmp_path / "zhanglab_cpu-seed0.json").write_text(json.dumps(run))
+    assert "2 epochs, 3 minutes. Accuracy" in accuracy_tables.accuracy()
+    about["machine"] = {"device": "That", "threads": 2}
+    (tmp_path / "zhanglab_cpu-seed1.json").write_text(json.dumps(run))
+    said = accuracy_tables.accuracy()
+    assert "2 epochs, 3 minutes, 3 minutes on 2 cores (That). Accuracy" in said
+    both = {"runs": ["zhanglab_cpu-seed0", "zhanglab_cpu-seed1"], **run}
+    (tmp_path / "together.json").write_text(json.dumps(both))
+    assert "| together |" in accuracy_tables.accuracy()
+    both["runs"].append("zhanglab_cpu-seed2")
+    (tmp_path / "together.json").write_text(json.dumps(both))
+    with pytest.raises(ValueError, match=r"seed2, but there are .*seed1: run bench.accuracy"):
+        accuracy_tables.accuracy()
 
 
 def gpu_script(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -71,6 +71,8 @@ def test_training_leaves_a_bundle_and_its_curves(run: Path) -> None:
     config = json.loads((run / "config.json").read_text())
     assert config["about"]["preset"] == "small"
     assert config["about"]["training_images"] == 12
+    machine = config["about"]["machine"]
+    assert (machine["processes"], machine["threads"] >= 1) == (1, True)
     figures = {row["name"] for row in rows_of(run / "metrics.csv")}
     assert "loss/reconstruction" in figures
     assert "validation/auroc_discriminator_instance" in figures

@@ -237,4 +237,5 @@ def test_the_verb_leaves_one_bundle(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "run").iterdir()} >= {
         "calibration.json", "checkpoint.pt", "config.json", "metrics.csv", "model.safetensors"
     }  # fmt: skip
-    assert json.loads((tmp_path / "run/config.json").read_text())["about"]["training_images"] == 24
+    about = json.loads((tmp_path / "run/config.json").read_text())["about"]
+    assert (about["training_images"], about["machine"]["processes"]) == (24, 2)

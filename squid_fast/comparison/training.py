@@ -14,6 +14,7 @@ import torch
 from ..data import ImageSet
 from ..devices import Precision, choose_device, choose_precision
 from ..evaluation import image_auroc
+from ..machine import describe
 from ..presets import Recipe
 from ..training import CheckpointError, NonFiniteLossError, Progress, learning_rate
 from ..training.augment import augment
@@ -105,6 +106,7 @@ def train_method(
         "training_images": len(train_set),
         "training_minutes": round((time.perf_counter() - started) / 60, 2),
         "validation": validation,
+        "machine": describe(where),
         **(about or {}),
     }
     save_comparison(scorer, out, facts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -12,8 +11,9 @@ import torch
 
 from ..bundle import Bundle, save_bundle
 from ..data import ImageSet, Record, load_images, select
-from ..devices import Precision
+from ..devices import Precision, choose_device
 from ..inference import calibrate
+from ..machine import describe
 from ..modules import SQUID
 from ..presets import Preset, Recipe
 from ..scores import PAPER_SCORE
@@ -100,7 +100,8 @@ def train_bundle(
         should_stop=should_stop,
         observe=observe,
     )
-    if not result.finished or not Processes.found().is_main:
+    processes = Processes.found()
+    if not result.finished or not processes.is_main:
         return result
     normal = None
     if validation_set is not None:
@@ -122,8 +123,7 @@ def train_bundle(
         "training_images": len(train_set),
         "training_minutes": round(result.minutes, 2),
         "validation": result.validation,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
+        "machine": describe(choose_device(device)) | {"processes": processes.count},
         **(about or {}),
     }
     bundle = Bundle(result.model, result.discriminator, calibration, score, facts)

@@ -68,6 +68,7 @@ def test_every_method_finds_a_bright_square(name: str, trained: dict[str, Path])
     assert figures.calibrated is not None
     assert figures.calibrated.specificity > 0.6
     about = json.loads((trained[name] / "config.json").read_text())["about"]
+    assert about["machine"]["threads"] == torch.get_num_threads()
     (area,) = about["validation"].values()
     assert area > 0.95
     whole = scorer.score(test.images, reconstruction=True)
