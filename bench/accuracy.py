@@ -100,11 +100,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
-    side, z_scores = load_bundle(options.runs[0]).model.image_size, []
+    bundles = [load_bundle(run) for run in options.runs]
+    side = bundles[0].model.image_size
     labelled = [record for record in find_records(options.data) if record.label is not None]
     held_out = {split: load_images(select(labelled, split), side) for split in SPLITS}
-    for run in options.runs:
-        bundle, scorer = load_bundle(run), Scorer.load(run)
+    z_scores = []
+    for run, bundle in zip(options.runs, bundles, strict=True):
+        pair = bundle.model, bundle.discriminator
+        scorer = Scorer(*pair, bundle.calibration, bundle.score)
         found = {s: evaluated(scorer, bundle.model, images) for s, images in held_out.items()}
         z_scores.append({split: z for split, (_, z) in found.items()})
         figures = {
