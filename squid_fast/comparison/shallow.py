@@ -114,17 +114,17 @@ class Smoothness(PixelMethod):
     """
 
     score_name = "smoothness"
-    contrast: Tensor  # [1], mean over normal images
+    mean: Tensor  # [1], of normal images' roughness
 
     @staticmethod
     def estimate(vectors: np.ndarray) -> dict[str, np.ndarray]:
-        return {"contrast": contrast(torch.from_numpy(vectors)).mean(dim=0, keepdim=True).numpy()}
+        return {"mean": roughness(torch.from_numpy(vectors)).mean(dim=0, keepdim=True).numpy()}
 
     def judge(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
-        return self.contrast - contrast(vectors), vectors
+        return self.mean - roughness(vectors), vectors
 
 
-def contrast(vectors: Tensor) -> Tensor:
+def roughness(vectors: Tensor) -> Tensor:
     """[n], log of the mean squared difference of neighbouring pixels, of vectors [n, D]."""
     images = vectors.view(-1, SIDE, SIDE)
     down, across = (images.diff(dim=axis).square().mean(dim=(1, 2)) for axis in (1, 2))
