@@ -89,7 +89,9 @@ def main() -> None:
     """Measure and write the results file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=Path, default=SHARED / "data" / "zhanglab" / "test")
-    files = measure(parser.parse_args().images)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    files = measure(options.images)
     results = describe(torch.device("cpu")) | {"rounds": _ROUNDS, "side": SIDE, "files": files}
     text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
     RESULTS.write_text(text, encoding="utf-8")
