@@ -55,7 +55,8 @@ def _(
     pad_value: Tensor,
     num_heads: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return tuple(x.new_empty(x.shape) for x in (query, key, value, pad_key, pad_value))  # type: ignore[return-value]
+    q, k, v, pad_k, pad_v = (x.new_empty(x.shape) for x in (query, key, value, pad_key, pad_value))
+    return q, k, v, pad_k, pad_v
 
 
 def _save_attention(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
