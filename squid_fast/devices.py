@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Literal, TypeVar
 
 import torch
@@ -10,6 +11,21 @@ from torch import nn
 Module = TypeVar("Module", bound=nn.Module)
 Precision = Literal["auto", "bf16", "float32"]
 ScoringPrecision = Literal["auto", "int8", "bf16", "float32"]
+
+BF16_UNITS = ("avx512_bf16", "amx_bf16", "bf16")
+INT8_UNITS = ("avx512_vnni", "avx_vnni", "amx_int8")
+_UNITS_LEFT = {
+    "SSE41": (),
+    "AVX": (),
+    "AVX2": (),
+    "AVX2_VNNI": ("avx_vnni",),
+    "AVX2_VNNI_2": ("avx_vnni",),
+    "AVX512_CORE": (),
+    "AVX512_CORE_VNNI": ("avx512_vnni",),
+    "AVX512_CORE_BF16": ("avx512_vnni", "avx512_bf16"),
+    "AVX512_CORE_FP16": ("avx512_vnni", "avx512_bf16"),
+}
+"""What is left of these units where ``ONEDNN_MAX_CPU_ISA`` limits oneDNN; all for other values."""
 
 
 def choose_device(device: str | torch.device | None = None) -> torch.device:
@@ -26,25 +42,42 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
     return chosen
 
 
-def has_fast_bf16(device: torch.device) -> bool:
-    """Whether the hardware itself computes in bfloat16; elsewhere it is emulated, and slower."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+def cpu_has(units: tuple[str, ...]) -> bool:
+    """Whether the processor has one of ``BF16_UNITS`` or ``INT8_UNITS``, and oneDNN may use it.
+
+    oneDNN computes the convolutions, and ``ONEDNN_MAX_CPU_ISA`` keeps it from what it names, as on
+    an older processor.
+    """
     # Older releases of PyTorch cannot tell; there the answer is no.
     capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA", "")
+    left = _UNITS_LEFT.get(limit.upper(), units)
+    return any(capabilities.get(unit) and unit in left for unit in units)
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether the hardware itself computes in bfloat16; elsewhere it is emulated, if it works."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return cpu_has(BF16_UNITS)
 
 
 def choose_precision(precision: Precision, device: torch.device) -> Literal["bf16", "float32"]:
     """``"auto"`` is bfloat16 where the hardware has it, else float32.
 
     Raises:
-        ValueError: another name.
+        ValueError: another name, or bfloat16 where the hardware does not compute in it.
     """
     if precision not in ("auto", "bf16", "float32"):
         raise ValueError(f"precision is {precision!r}; it must be 'auto', 'bf16' or 'float32'.")
     if precision == "auto":
         return "bf16" if has_fast_bf16(device) else "float32"
+    if precision == "bf16" and not has_fast_bf16(device):
+        raise ValueError(
+            "precision is 'bf16', which needs hardware that computes in bfloat16 (a processor with "
+            "AVX512-BF16, AMX or ARM's BF16, or a GPU from the Ampere generation on); this "
+            f"{device.type} does not, so 'float32' or 'auto' would fit."
+        )
     return precision
 
 

@@ -20,6 +20,7 @@ from squid_fast.inference import calibrate, export
 from squid_fast.inference.export import METADATA_FILE, OUTPUTS, write_export
 from squid_fast.modules import discriminator_size
 from tests.inference.test_network import trained
+from tests.processor import needs_bf16
 
 BATCHES = (1, 3, 16)
 
@@ -269,11 +270,15 @@ def test_slots_are_projected_once(program: torch.export.ExportedProgram) -> None
 # --- errors ---------------------------------------------------------------------------------------
 
 
+@needs_bf16
+def test_a_scorer_in_bf16_cannot_be_exported(chest: squid_fast.Bundle) -> None:
+    with pytest.raises(ValueError, match=r"computes in bf16 on cpu.*precision='float32'"):
+        scorer_of(chest, precision="bf16").to_torch_export()
+
+
 def test_what_cannot_be_exported_is_refused_at_once(
     chest: squid_fast.Bundle, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match=r"computes in bf16 on cpu.*precision='float32'"):
-        scorer_of(chest, precision="bf16").to_torch_export()
     plain = Scorer(chest.model, chest.discriminator, precision="float32", device="cpu")
     with pytest.raises(ValueError, match="has no calibration"):
         write_export(plain, tmp_path / "model.pt2")

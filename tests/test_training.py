@@ -29,6 +29,7 @@ from squid_fast.training.augment import augment
 from squid_fast.training.averaging import Average
 from squid_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from squid_fast.training.losses import discriminator_loss, generator_losses
+from tests.processor import needs_bf16
 
 pytest.importorskip("lightning_fabric")
 
@@ -426,6 +427,7 @@ def test_a_pickle_with_code_is_refused(tmp_path: Path) -> None:
         load_checkpoint(path)
 
 
+@needs_bf16
 def test_training_in_bf16_keeps_weights_in_float32(tmp_path: Path) -> None:
     images = image_set(8)
     whole, exact = (

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..devices import INT8_UNITS, cpu_has
 from .convolution import FoldedConv, has_onednn
 
 Range = tuple[float, float]
@@ -20,10 +21,8 @@ _SAMPLES = 4096  # values kept of a tensor that is seen
 
 def has_int8() -> bool:
     """Whether the processor multiplies bytes (VNNI), without which 8 bits bring nothing."""
-    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    units = ("avx512_vnni", "avx_vnni", "amx_int8")
     known = hasattr(torch.ops.onednn, "qconv2d_pointwise")
-    return has_onednn() and known and any(capabilities.get(name) for name in units)
+    return has_onednn() and known and cpu_has(INT8_UNITS)
 
 
 class Grid(NamedTuple):

@@ -18,9 +18,9 @@ from squid_fast.inference.convolution import (
     cast,
     fold,
     fold_discriminator,
-    has_onednn,
 )
 from squid_fast.inference.network import FrozenGenerator
+from tests.processor import needs_bf16, needs_onednn
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "published shape": {
@@ -72,10 +72,8 @@ def images_for(model: squid_fast.SQUID, n: int = 3) -> Tensor:
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("onednn", [False, True])
+@pytest.mark.parametrize("onednn", [False, pytest.param(True, marks=needs_onednn)])
 def test_float32_is_the_model(name: str, layout: torch.memory_format, onednn: bool) -> None:
-    if onednn and not has_onednn():
-        pytest.skip("oneDNN's fused convolutions cannot be called on this machine")
     model = trained(**CONFIGS[name])
     images = images_for(model)
     frozen = FrozenGenerator(model, torch.float32, layout, onednn)
@@ -85,10 +83,10 @@ def test_float32_is_the_model(name: str, layout: torch.memory_format, onednn: bo
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("onednn", [False, True])
+@pytest.mark.parametrize(
+    "onednn", [False, pytest.param(True, marks=[needs_onednn, needs_bf16])]
+)
 def test_bf16_stays_close_to_the_model(onednn: bool) -> None:
-    if onednn and not has_onednn():
-        pytest.skip("oneDNN's fused convolutions cannot be called on this machine")
     model = trained(**CONFIGS["published shape"])
     images = images_for(model, 8)
     frozen = FrozenGenerator(model, torch.bfloat16, torch.channels_last, onednn)
@@ -142,7 +140,8 @@ def test_folding_is_the_norm_behind_the_convolution() -> None:
     )
 
 
-@pytest.mark.skipif(not has_onednn(), reason="oneDNN's fused convolutions cannot be called here")
+@needs_onednn
+@needs_bf16
 def test_images_in_two_numbers_lose_less_than_in_one() -> None:
     torch.manual_seed(3)
     conv = FoldedConv(torch.randn(16, 1, 3, 3) / 3, torch.rand(16), [1, 1], [1, 1])
@@ -161,7 +160,8 @@ def test_images_in_two_numbers_lose_less_than_in_one() -> None:
     torch.testing.assert_close(split(images).double(), as_double, rtol=2**-8, atol=1e-4)
 
 
-@pytest.mark.skipif(not has_onednn(), reason="oneDNN's fused convolutions cannot be called here")
+@needs_onednn
+@needs_bf16
 @pytest.mark.parametrize("side", [1, 2, 3, 8])
 @pytest.mark.parametrize("skip", [0, 16])
 def test_a_convolution_before_the_resize_is_the_convolution_behind_it(side: int, skip: int) -> None:

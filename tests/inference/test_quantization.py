@@ -14,10 +14,9 @@ from squid_fast.inference.convolution import FoldedConv
 from squid_fast.inference.network import FrozenGenerator, QuantizedStage
 from squid_fast.inference.quantization import Grid, QuantizedConv, RangeRecorder, has_int8
 from squid_fast.scores import PAPER_SCORE, Calibration, Quantization
+from tests.processor import needs_int8
 
 from .test_network import CONFIGS, trained
-
-needs_int8 = pytest.mark.skipif(not has_int8(), reason="this processor does not multiply bytes")
 
 
 def photographs(n: int, side: int, seed: int = 0) -> ImageSet:
