@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from squid_fast.threads import limit_spinning
+
+limit_spinning()  # as the verbs do, before anything imports torch
+
 BENCH = Path(__file__).parent / "bench"
 
 

@@ -20,12 +20,10 @@ from typing import Any
 import torch
 
 from squid_fast.data import KINDS, DigitAnatomy
-from squid_fast.demo import EPOCHS, HELD_OUT_GRIDS, auroc_by_kind
+from squid_fast.demo import HELD_OUT_GRIDS, TRAINING_GRIDS, auroc_by_kind
 from squid_fast.inference import Scorer
-from squid_fast.modules import SQUID
 from squid_fast.presets import Preset, preset
 from squid_fast.training import train_bundle
-from squid_fast.training.loop import seconds_per_step
 
 RESULTS = Path(__file__).parent / "results" / "demo_trials.json"
 
@@ -58,24 +56,22 @@ TRIALS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 
 def run_trial(name: str, seconds: float, seed: int = 0) -> dict[str, Any]:
-    """Train one variant for about ``seconds`` and return its figures."""
+    """Train one variant for ``seconds`` and return its figures."""
     about, model, changes = TRIALS[name]
     base = preset("small")
-    recipe = replace(base.recipe, epochs=EPOCHS, t_max=EPOCHS, validate_every=EPOCHS, **changes)
+    recipe = replace(base.recipe, **changes)
     variant = Preset(name, base.image_size, {**base.model, **model}, recipe)
     cell = base.image_size // 3
     drawer = DigitAnatomy(None, cell, "train", seed)
-    sample = drawer.normal(recipe.batch_size, seed).as_image_set()
-    per_step = seconds_per_step(SQUID(**variant.model), sample, recipe)
-    grids = recipe.batch_size * max(1, int(seconds / per_step / EPOCHS))
     validation = DigitAnatomy(None, cell, "val", seed).normal(HELD_OUT_GRIDS, seed + 1)
     unseen = DigitAnatomy(None, cell, "test", seed)
     with tempfile.TemporaryDirectory() as out:
-        train_bundle(
+        result = train_bundle(
             variant,
-            drawer.normal(grids, seed).as_image_set(),
+            drawer.normal(TRAINING_GRIDS, seed).as_image_set(),
             Path(out),
             validation_set=validation.as_image_set(),
+            seconds=seconds,
             seed=seed,
         )
         aurocs = auroc_by_kind(
@@ -83,7 +79,7 @@ def run_trial(name: str, seconds: float, seed: int = 0) -> dict[str, Any]:
             unseen.normal(HELD_OUT_GRIDS, seed + 2),
             unseen.anomalous(HELD_OUT_GRIDS * len(KINDS), seed + 3),
         )
-    return {"about": about, "grids": grids * EPOCHS, "auroc": aurocs}
+    return {"about": about, "grids": result.step * recipe.batch_size, "auroc": aurocs}
 
 
 def main() -> None:

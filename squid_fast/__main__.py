@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 
 from ._extras import require
+from .threads import limit_spinning
 
 
 def main() -> None:
     """Run the command line; errors that a user can mend end in one sentence and exit code 1."""
+    limit_spinning()  # before anything imports torch
     try:
         require("typer", "screen")
         require("rich", "screen")

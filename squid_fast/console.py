@@ -31,6 +31,7 @@ from .training.distributed import Processes
 
 _QUIET = not Processes.found().is_main  # of several processes only the first speaks
 console = Console(stderr=True, quiet=_QUIET)  # progress and remarks; stdout is for results
+_LINE_EVERY = 15.0  # seconds, where progress is told in lines
 
 
 def say(text: str, style: str = "") -> None:
@@ -140,11 +141,49 @@ def bench_table(figures: dict[str, Any]) -> Table:
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar that is moved by calls with (done, total) and vanishes at the end."""
+    """A bar that is moved by calls with (done, total) and vanishes at the end.
+
+    Without a terminal, a line now and then.
+    """
+    if not console.is_terminal:
+        lines = _Lines()
+        yield lambda done, total: lines.say(f"{title}: {done} of {total}", done / max(total, 1))
+        return
     columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(title, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+class _Lines:
+    """Progress where there is no terminal to draw a bar on: a line every few seconds."""
+
+    def __init__(self) -> None:
+        self._said = self._started = time.monotonic()
+        self._first = self._last = 0.0
+
+    def say(self, text: str, share: float, more: Callable[[], str] = str) -> None:
+        """The text, with the time gone and left by the share that is done, if it is time to.
+
+        Args:
+            more: makes what stands behind it, where that takes time to make.
+        """
+        now = time.monotonic()
+        if share < self._last or not self._last:  # other work, or the first that is known of this
+            self._started, self._first = now, share
+        self._last = share
+        if now - self._said < _LINE_EVERY:
+            return
+        self._said, gone = now, now - self._started
+        done = share - self._first
+        left = f", {_minutes(gone * (1 - share) / done)} left" if done > 0 else ""
+        say(f"{text}, {_minutes(gone)} gone{left}{more()}")
+
+
+def _minutes(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 class _TrainingBar(Progress):
@@ -160,9 +199,22 @@ class _TrainingBar(Progress):
 
 @contextmanager
 def training_report() -> Iterator[Callable[[TrainingProgress], None]]:
-    """A progress bar with losses and time left; validation AUROCs become lines above it."""
+    """A progress bar with losses and time left; validation AUROCs become lines above it.
+
+    Without a terminal, a line now and then.
+    """
+    if not console.is_terminal:
+        lines = _Lines()
+
+        def report_in_lines(state: TrainingProgress) -> None:
+            _say_validation(state)
+            text = f"{_epoch(state)}, {state.share:.0%}"
+            lines.say(text, state.share, lambda: f"; {_losses(state)}")
+
+        yield report_in_lines
+        return
     columns = (
-        TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
+        TextColumn("{task.fields[epoch]}"),
         BarColumn(bar_width=24),
         TextColumn("{task.percentage:>3.0f} %"),
         TimeElapsedColumn(),
@@ -170,29 +222,34 @@ def training_report() -> Iterator[Callable[[TrainingProgress], None]]:
         TimeRemainingColumn(),
     )
     with _TrainingBar(*columns, console=console) as progress:
-        task = progress.add_task("", total=None, epoch=0, epochs=0, visible=False)
+        task = progress.add_task("", total=1, epoch="", visible=False)
         shown = 0.0
 
         def report(state: TrainingProgress) -> None:
             nonlocal shown
-            if state.validation is not None:
-                figures = "  ".join(f"{k} {v:.3f}" for k, v in state.validation.items())
-                say(f"epoch {state.epoch + 1}: {figures}")
+            _say_validation(state)
             now = time.monotonic()
-            if now - shown < 0.5 and state.step < state.steps:
+            if now - shown < 0.5 and state.share < 1:
                 return
             shown = now
-            progress.losses = "  ".join(f"{k} {v:.4f}" for k, v in state.losses().items())
-            progress.update(
-                task,
-                completed=state.step,
-                total=state.steps,
-                epoch=state.epoch + 1,
-                epochs=state.epochs,
-                visible=True,
-            )
+            progress.losses = _losses(state)
+            progress.update(task, completed=state.share, epoch=_epoch(state), visible=True)
 
         yield report
+
+
+def _epoch(state: TrainingProgress) -> str:
+    return f"epoch {state.epoch + 1}" + (f"/{state.epochs}" if state.epochs else "")
+
+
+def _losses(state: TrainingProgress) -> str:
+    return "  ".join(f"{name} {value:.4f}" for name, value in state.losses().items())
+
+
+def _say_validation(state: TrainingProgress) -> None:
+    if state.validation is not None:
+        figures = "  ".join(f"{name} {value:.3f}" for name, value in state.validation.items())
+        say(f"epoch {state.epoch + 1}: {figures}")
 
 
 @contextmanager

@@ -10,13 +10,15 @@ from pathlib import Path
 import torch
 
 from . import __version__
+from .threads import waiting
 
 
 def describe(device: torch.device) -> dict[str, str | int | None]:
-    """Device, threads, versions and date."""
+    """Device, threads and how they wait for one another, versions and date."""
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads(),
+        "waiting": waiting(),
         "squid_fast": __version__,
         "torch": torch.__version__,
         "triton": _version("triton"),

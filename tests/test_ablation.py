@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from squid_fast.ablation import (
 )
 from squid_fast.inference import Scorer
 from squid_fast.training import CheckpointError
+from tests.command_line import squid
 
 BASE = PRESETS["small"]
 TINY = dataclasses.replace(
@@ -123,14 +122,14 @@ def test_rows_are_means_with_spread_and_difference() -> None:
 
 
 def test_the_verb_writes_a_table(tmp_path: Path) -> None:
-    command = [
-        sys.executable, "-m", "squid_fast", "ablate", "--out", str(tmp_path / "out"),
-        "--variants", "full,no_teacher", "--epochs", "1", "--grids", "16", "--device", "cpu",
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    command = (
+        "ablate", "--out", tmp_path / "out", "--variants", "full,no_teacher", "--epochs", 1,
+        "--grids", 16, "--device", "cpu",
+    )  # fmt: skip
+    done = squid(*command)
     assert "no_teacher" in done.stdout
     table = (tmp_path / "out/ablation.md").read_text()
     assert "without the teacher" in table
-    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    again = squid(*command, check=False)
     assert again.returncode == 1
     assert "already holds an ablation" in again.stderr

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +15,7 @@ from squid_fast import PRESETS, benchmark, save_bundle
 from squid_fast.benchmark import Benchmark, compare, figures, random_bundle
 from squid_fast.bundle import Bundle
 from squid_fast.published import published_way
+from tests.command_line import squid
 from tests.processor import HAS_BF16
 
 pytest.importorskip("typer")
@@ -43,12 +41,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
     monkeypatch.setattr(benchmark.time, "perf_counter", lambda: now)
     return spend
-
-
-def bench(*arguments: str | int | float | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "squid_fast", "bench", *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
 
 def test_contenders_take_turns_and_the_first_call_does_not_count(
@@ -109,8 +101,8 @@ def check(rows: dict[str, dict[str, float]]) -> None:
 
 def test_the_figures_of_a_preset(tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
-    done = bench("--preset", "small", *QUICK, "--precision", "float32", "--json", "--out", out)
-    assert done.returncode == 0, done.stderr
+    precision = ("--precision", "float32")
+    done = squid("bench", "--preset", "small", *QUICK, *precision, "--json", "--out", out)
     found = json.loads(done.stdout)
     assert found == json.loads(out.read_text())
     assert {"device", "squid_fast", "torch", "triton", "python", "date"} <= found.keys()
@@ -152,8 +144,7 @@ def test_a_bundle_and_files_of_ones_own(bundle: Bundle, tmp_path: Path) -> None:
     (folder / "broken.png").write_bytes(b"not an image")
     (folder / "packed.arrow").write_bytes(b"")
     out = tmp_path / "b.json"
-    done = bench("--bundle", tmp_path / "run", "--data", folder, *QUICK, "--out", out)
-    assert done.returncode == 0, done.stderr
+    done = squid("bench", "--bundle", tmp_path / "run", "--data", folder, *QUICK, "--out", out)
     assert "times as fast as the published way" in " ".join(done.stdout.split())
     found = json.loads(out.read_text())
     assert (found["model"], found["data"]) == (str(tmp_path / "run"), str(folder))
@@ -170,7 +161,7 @@ def test_mistakes_end_in_one_sentence(tmp_path: Path) -> None:
         ("--preset", "small", "--out", tmp_path / "no" / "b.json"): "there is no folder",
     }
     for arguments, sentence in cases.items():
-        done = bench(*arguments, *QUICK)
+        done = squid("bench", *arguments, *QUICK, check=False)
         assert done.returncode == 1, arguments
         assert sentence in done.stderr, arguments
         assert "Traceback" not in done.stderr, arguments

@@ -15,19 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.command_line import squid, squid_apart
+
 pytest.importorskip("typer")
 pytest.importorskip("lightning_fabric")
 Image = pytest.importorskip("PIL.Image")
 
 TRAIN = ("--preset", "small", "--epochs", "2", "--batch-size", "4", "--device", "cpu")
-
-
-def squid(*arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "squid_fast", *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert not check or done.returncode == 0, done.stderr
-    return done
 
 
 def rows_of(table: Path) -> list[dict[str, str]]:
@@ -46,7 +40,7 @@ def grids(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(grids: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle, trained for a moment."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    done = squid("train", *TRAIN, "--data", grids, "--out", out, "--json")
+    done = squid_apart("train", *TRAIN, "--data", grids, "--out", out, "--json")
     assert json.loads(done.stdout)["finished"] is True
     return out
 
@@ -185,7 +179,7 @@ def test_every_file_has_its_row(run: Path, tmp_path: Path) -> None:
     folder.mkdir()
     expected = broken_files(folder)
     table, report = tmp_path / "out.csv", tmp_path / "report.html"
-    done = squid("screen", run, folder, "--out", table, "--report", report, "--json")
+    done = squid_apart("screen", run, folder, "--out", table, "--report", report, "--json")
     rows = {Path(row["path"]).name: row for row in rows_of(table)}
     assert rows.keys() == expected.keys()
     for name, part in expected.items():
@@ -308,16 +302,3 @@ def test_mistakes_end_in_one_sentence(grids: Path, run: Path, tmp_path: Path) ->
         assert done.returncode == 1, arguments
         assert sentence in done.stderr, arguments
         assert "Traceback" not in done.stderr, arguments
-
-
-def test_the_demo_runs_through(tmp_path: Path) -> None:
-    out = tmp_path / "demo"
-    done = squid("demo", "--out", out, "--minutes", "0.02", "--json", "--device", "cpu")
-    result = json.loads(done.stdout)
-    assert result["paper_score"] == "discriminator_instance"
-    for by_kind in result["aurocs"].values():
-        assert by_kind.keys() == {"missing", "swapped", "flipped", "foreign"}
-        assert all(0 <= value <= 1 for value in by_kind.values())
-    assert result["screened"]["errors"] == 0
-    assert result["screened"]["count"] == 5 * 400
-    assert Path(result["report"]).stat().st_size > 100_000

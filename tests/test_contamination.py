@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ from PIL import Image
 
 from squid_fast.data import ImageSet
 from squid_fast.training.contamination import check_apart, contaminated
+from tests.command_line import squid
 
 
 def images(n: int, value: int, label: int = 0) -> ImageSet:
@@ -54,11 +53,6 @@ def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
     check_apart([tmp_path / "b.png"], [tmp_path / "a.png"])
 
 
-def squid(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "squid_fast", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
 def test_the_verb_mixes_says_so_and_does_not_resume_with_another_mixture(tmp_path: Path) -> None:
     generator = torch.manual_seed(0)
     for folder, count in {"data/train/NORMAL": 27, "data/val/NORMAL": 20, "odd/B": 5}.items():
@@ -70,17 +64,16 @@ def test_the_verb_mixes_says_so_and_does_not_resume_with_another_mixture(tmp_pat
         "train", "--preset", "small", "--data", tmp_path / "data", "--out", tmp_path / "run",
         "--epochs", 1, "--batch-size", 10, "--device", "cpu", "--contaminate", tmp_path / "odd",
     ]  # fmt: skip
-    refused = squid(*command)
+    refused = squid(*command, check=False)
     assert refused.returncode == 1
     assert "give both" in refused.stderr
-    done = squid(*command, "--rate", 0.1)
-    assert done.returncode == 0, done.stderr
+    squid(*command, "--rate", 0.1)
     about = json.loads((tmp_path / "run/config.json").read_text())["about"]
     assert about["training_images"] == 30
     assert about["contamination"]["images"] == 3
     assert about["contamination"]["rate"] == 0.1
     for file in (tmp_path / "odd/B").iterdir():  # other images, as many
         Image.new("L", (48, 48), 9).save(file)
-    other = squid(*command, "--rate", 0.1, "--resume")
+    other = squid(*command, "--rate", 0.1, "--resume", check=False)
     assert other.returncode == 1
     assert "images_sha256 was" in other.stderr

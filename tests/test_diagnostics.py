@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from PIL import Image
 from squid_fast import SQUID
 from squid_fast.data import ImageSet
 from squid_fast.diagnostics import Diary, MemoryUse, draw_memory, memory_use
+from tests.command_line import squid
 
 ARGUMENTS: dict[str, Any] = {
     "num_in_ch": 1,
@@ -153,17 +152,12 @@ def test_training_and_the_verb_draw(tmp_path: Path) -> None:
         folder.mkdir(parents=True)
         for i, image in enumerate(images(20).images):
             Image.fromarray(image[0].numpy()).save(folder / f"{i}.png")
-    command = [sys.executable, "-m", "squid_fast"]
-    data = ["--data", str(tmp_path / "data")]
-    run = tmp_path / "run"
-    options = ["--preset", "small", "--epochs", "1", "--batch-size", "10", "--device", "cpu"]
-    subprocess.run([*command, "train", *data, "--out", str(run), *options], check=True)
+    data, run = ("--data", tmp_path / "data"), tmp_path / "run"
+    options = ("--preset", "small", "--epochs", 1, "--batch-size", 10, "--device", "cpu")
+    squid("train", *data, "--out", run, *options)
     assert (run / "pictures/reconstructions.png").exists()
     log = (run / "metrics.csv").read_text()
     assert "memory/similarity_queue" in log
-    done = subprocess.run(
-        [*command, "diagnose", str(run), *data, "--out", str(tmp_path / "look"), "--json"],
-        check=True, capture_output=True, text=True,
-    )  # fmt: skip
+    done = squid("diagnose", run, *data, "--out", tmp_path / "look", "--json")
     assert json.loads(done.stdout)["inpaint_block.memory"]["places"] == 9
     assert (tmp_path / "look/memory.png").exists()

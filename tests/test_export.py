@@ -19,6 +19,7 @@ from squid_fast.data import ImageSet
 from squid_fast.inference import calibrate, export
 from squid_fast.inference.export import METADATA_FILE, OUTPUTS, write_export
 from squid_fast.modules import discriminator_size
+from tests.command_line import squid
 from tests.inference.test_network import trained
 from tests.processor import needs_bf16
 
@@ -214,18 +215,18 @@ def test_the_verb_writes_a_program_that_runs_without_squid_fast(
     pytest.importorskip("typer")
     squid_fast.save_bundle(chest, tmp_path / "bundle")
     path, score = tmp_path / "model.pt2", "discriminator_running"
-    command = ["-m", "squid_fast", "export", tmp_path / "bundle", "--out", path, "--score", score]
     images = unseen(chest.model.image_size)
     torch.save(images, tmp_path / "images.pt")
     alone = ["-c", ALONE, path, tmp_path / "images.pt", tmp_path / "found.pt"]
-    for arguments in (command, alone):
-        done = subprocess.run(
-            [sys.executable, *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            timeout=300,
-        )
+    written = squid("export", tmp_path / "bundle", "--out", path, "--score", score)
+    ran = subprocess.run(
+        [sys.executable, *map(str, alone)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    for done in (written, ran):
         assert done.returncode == 0, done.stderr
         assert "Warning" not in done.stderr
     found, facts = torch.load(tmp_path / "found.pt")

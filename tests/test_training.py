@@ -29,6 +29,7 @@ from squid_fast.training.augment import augment
 from squid_fast.training.averaging import Average
 from squid_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from squid_fast.training.losses import discriminator_loss, generator_losses
+from squid_fast.training.state import Run
 from tests.processor import needs_bf16
 
 pytest.importorskip("lightning_fabric")
@@ -440,3 +441,74 @@ def test_training_in_bf16_keeps_weights_in_float32(tmp_path: Path) -> None:
     assert log != (tmp_path / "float32/metrics.csv").read_text()
     difference = whole.model.out_conv.conv.bias - exact.model.out_conv.conv.bias
     assert difference.abs().max() < 0.02
+
+
+# --- by the clock ---------------------------------------------------------------------------------
+
+
+def by_the_clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A step takes six seconds; the learning rates that are set."""
+    rates: list[float] = []
+    monkeypatch.setattr(Run, "minutes", property(lambda run: run._before + run.step / 10))
+    monkeypatch.setattr(loop, "set_learning_rate", lambda _, rate: rates.append(rate))
+    return rates
+
+
+def test_a_run_by_the_clock_ends_in_time_and_its_rate_falls_to_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates, seen = by_the_clock(monkeypatch), []
+    recipe = dataclasses.replace(RECIPE, epochs=100, t_max=100, lr_floor=0.1)
+    options = {"seconds": 60.0, "report": seen.append, "validation_set": image_set(6, 3)}
+    result = train(tiny_model(), image_set(17), tmp_path, recipe, **options)
+    assert (result.finished, result.step, result.epoch) == (True, 10, 3)
+    expected = [learning_rate(recipe, 100 * step / 10) for step in range(10)]
+    assert rates == pytest.approx(expected)
+    assert [state.share for state in seen] == pytest.approx([step / 10 for step in range(1, 11)])
+    assert {state.epochs for state in seen} == {None}
+    # The last step ends the run within an epoch, which is logged and validated as any other.
+    assert seen[-1].validation == result.validation
+    assert result.validation.keys() >= {"auroc_reconstruction_error"}
+    logged_at = {step for step, name, _ in logged(tmp_path) if name == "loss/reconstruction"}
+    assert logged_at == {"4", "8", "10"}
+
+
+def test_a_stop_is_the_end_of_a_run_by_the_clock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_the_clock(monkeypatch)
+    stop = after_steps(2)
+    result = train(tiny_model(), image_set(16), tmp_path, RECIPE, seconds=60.0, should_stop=stop)
+    assert (result.finished, result.step) == (True, 2)
+
+
+# --- a validation that fails ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fails", [1, 2])
+def test_a_run_whose_validation_fails_is_saved_before_and_goes_on_with_it(
+    fails: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = dataclasses.replace(RECIPE, averaging=0.9, keep="best", validate_every=1)
+    data = {"recipe": recipe, "validation_set": image_set(12, anomalous=6)}
+    images, part = image_set(14), tmp_path / "part"
+    whole = train(tiny_model(), images, tmp_path / "whole", **data)
+
+    asked, works = iter(range(1, 100)), loop.validate
+
+    def validate(*arguments: object) -> dict[str, float]:
+        if next(asked) == fails:
+            raise RuntimeError("could not create a primitive")
+        return works(*arguments)
+
+    monkeypatch.setattr(loop, "validate", validate)
+    with pytest.raises(RuntimeError, match="primitive"):
+        train(tiny_model(), images, part, **data)
+    saved = load_checkpoint(part / "checkpoint.pt")
+    assert (saved["step"], saved["to_validate"]) == (3, True)
+    resumed = train(tiny_model(), images, part, resume=True, **data)
+    assert resumed.finished
+    assert (resumed.epoch, resumed.validation) == (whole.epoch, whole.validation)
+    assert_same_state(whole.model.state_dict(), resumed.model.state_dict())
+    assert_same_state(whole.discriminator.state_dict(), resumed.discriminator.state_dict())
+    assert logged(part) == logged(tmp_path / "whole")

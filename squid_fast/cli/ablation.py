@@ -11,6 +11,7 @@ import typer
 from ..ablation import VARIANTS, AblationData, as_markdown, digit_data, run_ablation
 from ..console import ablation_table, print_json, print_table, say, stop_on_signals, training_report
 from ..data import find_records, load_images, select
+from ..devices import choose_device, choose_precision
 from ..presets import preset as find_preset
 from ..training import load_splits
 from .options import Device, Json, Layout, Mnist, TrainingPrecision
@@ -37,6 +38,7 @@ def ablate(
 ) -> None:
     """What each part of SQUID contributes: the same training without it, as a table."""
     chosen = find_preset(preset)
+    choose_precision(precision, choose_device(device))  # rather now than when grids are drawn
     recipe = dataclasses.replace(
         chosen.recipe, epochs=epochs, t_max=epochs, validate_every=max(1, epochs // 2)
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +22,7 @@ from ..console import (
     training_report,
 )
 from ..data import find_records, load_images, select, write_digit_anatomy
-from ..demo import new_folder, run_demo
+from ..demo import demo_folder, run_demo
 from ..evaluation import plot_roc
 from ..inference import Scorer, calibrate
 from ..inference.other_scores import evaluate_others
@@ -125,19 +126,23 @@ def synth(
 
 
 def demo(
-    out: Annotated[Path | None, typer.Option(help="Folder to write; else a new one in runs.")] = (
-        None
-    ),
-    minutes: Annotated[float, typer.Option(min=0.01, help="Of training, about.")] = 4.5,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write; else runs/demo, in place of the last.")
+    ] = None,
+    minutes: Annotated[float, typer.Option(min=0.01, help="After which training ends.")] = 4.5,
     mnist: Mnist = None,
     seed: int = 0,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
     """The whole method in minutes: draw DigitAnatomy, train, evaluate, screen, report."""
-    with stop_on_signals() as should_stop, training_report() as report:
+    with (
+        demo_folder(Path("runs/demo")) if out is None else nullcontext(out) as folder,
+        stop_on_signals() as should_stop,
+        training_report() as report,
+    ):
         result = run_demo(
-            out or new_folder(Path("runs/demo")),
+            folder,
             minutes,
             source=mnist,
             seed=seed,
@@ -146,11 +151,10 @@ def demo(
             report=report,
             should_stop=should_stop,
         )
-    if result is None:
-        say("stopped: the demo needs its training to end", "yellow")
-        raise typer.Exit(130)
     if as_json:
         print_json(result.to_json())
     else:
         print_table(demo_table(result.aurocs, result.score))
         print(result.summary())
+    if result.stopped:
+        raise typer.Exit(130)

@@ -16,6 +16,10 @@ TrainingPrecision = Annotated[Precision, typer.Option(help="auto: bf16 where com
 PrecisionName = Annotated[
     ScoringPrecision, typer.Option(help="auto: the fastest that ranks as float32 does.")
 ]
+Threads = Annotated[
+    int | None,
+    typer.Option(min=1, help="Of PyTorch on a CPU; unless given, the fastest by timing."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Inputs = Annotated[list[str] | None, typer.Argument(help="Files, folders and globs.")]
 FileList = Annotated[

@@ -16,7 +16,7 @@ from ..bundle import load_bundle
 from ..comparison import load_scorer
 from ..console import bench_table, print_json, print_table, progress_bar, say, stop_on_signals
 from ..devices import choose_device
-from ..inference import Scorer
+from ..inference import Scorer, check_hardware
 from ..inference.export import write_export
 from ..presets import preset as find_preset
 from ..screening import (
@@ -165,8 +165,10 @@ def bench(
         check_folder(out)
     if threads is not None:
         torch.set_num_threads(threads)
+    where = choose_device(device)
+    check_hardware(precision, where)
     measured = load_bundle(bundle) if bundle else random_bundle(find_preset(preset))
-    benchmark = Benchmark(measured, choose_device(device), precision, batch, rounds, seconds, data)
+    benchmark = Benchmark(measured, where, precision, batch, rounds, seconds, data)
     about = {"model": str(bundle or preset), "data": str(data) if data else None}
     figures = about | benchmark.run(progress=progress_bar)
     if out is not None:

@@ -13,12 +13,13 @@ from ..bundle import load_bundle
 from ..comparison import METHODS, RECIPE, MethodResult, train_method
 from ..console import print_json, progress_bar, say, stop_on_signals, training_report
 from ..data import ImageSet, find_records, load_images
+from ..devices import choose_device, choose_precision
 from ..diagnostics import Diary, draw_memory, memory_use
 from ..presets import Keep
 from ..presets import preset as find_preset
 from ..training import TrainingResult, check_apart, contaminated, load_splits, train_bundle
 from ..training.logs import LogKind
-from .options import Data, Device, Json, Layout, Rate, TrainingPrecision
+from .options import Data, Device, Json, Layout, Rate, Threads, TrainingPrecision
 
 
 def train(
@@ -56,6 +57,7 @@ def train(
     seed: int = 0,
     device: Device = None,
     precision: TrainingPrecision = "auto",
+    threads: Threads = None,
     sync_batch_norm: Annotated[
         bool, typer.Option(help="Batch norm over the batches of all processes.")
     ] = True,
@@ -67,6 +69,7 @@ def train(
 ) -> None:
     """Train on normal images; Ctrl-C saves, --resume goes on. torchrun starts it on many GPUs."""
     chosen = find_preset(preset)
+    choose_precision(precision, choose_device(device))  # rather now than when images are read
     given: dict[str, Any] = {
         "epochs": epochs, "batch_size": batch_size, "lr": lr, "averaging": averaging,
         "validate_every": validate_every, "keep": keep,
@@ -86,8 +89,8 @@ def train(
     )
     common: dict[str, Any] = {
         "recipe": recipe, "validation_set": validation_set, "seed": seed, "device": device,
-        "false_positive_rate": false_positive_rate, "precision": precision, "resume": resume,
-        "about": about,
+        "false_positive_rate": false_positive_rate, "precision": precision,
+        "thread_count": threads, "resume": resume, "about": about,
     }  # fmt: skip
     with stop_on_signals() as should_stop, training_report() as report:
         common |= {"report": report, "should_stop": should_stop}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -16,6 +17,7 @@ from ..devices import Precision, choose_device, choose_precision
 from ..evaluation import image_auroc
 from ..machine import describe
 from ..presets import Recipe
+from ..threads import WORTH_TIMING, fastest_threads, threads
 from ..training import CheckpointError, NonFiniteLossError, Progress, learning_rate
 from ..training.augment import augment
 from ..training.checkpoint import load_checkpoint, save_checkpoint
@@ -47,6 +49,7 @@ def train_method(
     seed: int = 0,
     device: str | None = None,
     precision: Precision = "auto",
+    thread_count: int | None = None,
     resume: bool = False,
     report: Callable[[Progress], None] = lambda progress: None,
     should_stop: Callable[[], bool] = lambda: False,
@@ -58,12 +61,14 @@ def train_method(
         train_set: normal images.
         recipe: epochs, batch size, rate, schedule and augmentation; shallow methods need none.
         validation_set: its normal images give the threshold, both kinds the AUROC that is kept.
+        thread_count: of PyTorch, as of ``squid_fast.training.train``.
         resume: go on from the checkpoint of a run that was stopped.
         report, should_stop: as of ``squid_fast.training.train``.
         about: what else the bundle is to say of itself.
 
     Raises:
-        ValueError: no such method, or fewer images than a batch.
+        ValueError: no such method, fewer images than a batch, or the hardware does not compute in
+            bf16.
         CheckpointError: nothing to resume, or ``out`` already holds a run.
         NonFiniteLossError: the loss became NaN or infinite.
     """
@@ -72,6 +77,8 @@ def train_method(
     if (out / CHECKPOINT).exists() and not resume:
         raise CheckpointError(f"{out} already holds a run; add --resume to go on with it.")
     where, kind = choose_device(device), METHODS[name][0]
+    chosen = choose_precision(precision, where)
+    count = thread_count or torch.get_num_threads()
     started, side, step = time.perf_counter(), train_set.images.shape[-1], 0
     if issubclass(kind, PixelMethod):
         method: PixelMethod | AutoEncoder = kind.fit(train_set)
@@ -84,11 +91,14 @@ def train_method(
                 "recipe": asdict(recipe),
                 "images": train_set.fingerprint,
             }
-            settings |= {"seed": seed, "precision": choose_precision(precision, where)}
+            settings |= {"seed": seed, "precision": chosen}
             run = _Run(method.to(where), recipe, settings, out)
             if resume:
                 run.load()
-            if not run.train(train_set, report, should_stop):
+            count = thread_count or run.threads or run.fastest_threads(train_set)
+            with threads(count):
+                finished = run.train(train_set, report, should_stop)
+            if not finished:
                 return MethodResult(False, run.step)
             step = run.step
     scorer = ComparisonScorer(name, method, side, device=where)
@@ -106,7 +116,7 @@ def train_method(
         "training_images": len(train_set),
         "training_minutes": round((time.perf_counter() - started) / 60, 2),
         "validation": validation,
-        "machine": describe(where),
+        "machine": describe(where) | {"threads": count},
         **(about or {}),
     }
     save_comparison(scorer, out, facts)
@@ -122,6 +132,17 @@ class _Run:
         self.network, self.recipe, self.settings, self.out = network, recipe, settings, out
         self.optimizer = torch.optim.Adam(network.parameters(), recipe.lr, fused=True)
         self.step, self.loss = 0, torch.zeros(())
+        self.threads: int | None = None  # that the run which is resumed computed with
+
+    def fastest_threads(self, images: ImageSet) -> int:
+        """How many a step is fastest with, where there is a choice and steps to gain by it."""
+        most, size = torch.get_num_threads(), self.recipe.batch_size
+        on_cpu = next(self.network.parameters()).device.type == "cpu"
+        steps = self.recipe.epochs * (len(images) // size)
+        if most == 1 or not on_cpu or steps < WORTH_TIMING:
+            return most
+        spare, batch = copy.deepcopy(self), images.batch(slice(0, size))
+        return fastest_threads(lambda: spare._advance(batch, 0), most)
 
     def train(
         self,
@@ -144,7 +165,13 @@ class _Run:
             torch.manual_seed(self._seed(self.step))
             self._advance(augment(images.batch(chosen), recipe.shift, recipe.scale), epoch)
             report(
-                Progress(epoch, recipe.epochs, self.step, steps, partial(self._losses, self.loss))
+                Progress(
+                    epoch,
+                    recipe.epochs,
+                    self.step,
+                    self.step / steps,
+                    partial(self._losses, self.loss),
+                )
             )
             stopped = should_stop()
         self.save()
@@ -176,6 +203,7 @@ class _Run:
                 "learning rate may help."
             )
         state = {"step": self.step, "settings": self.settings, "loss": self.loss}
+        state["threads"] = torch.get_num_threads()
         state["generator"] = self.network.state_dict()
         state["optimizer"] = self.optimizer.state_dict()
         save_checkpoint(state, self.out / CHECKPOINT)
@@ -196,3 +224,4 @@ class _Run:
         self.network.load_state_dict(state["generator"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.loss = state["step"], state["loss"]
+        self.threads = state.get("threads")  # which checkpoints of earlier versions lack

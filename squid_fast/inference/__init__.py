@@ -6,7 +6,7 @@ put in bytes; ``precision`` chooses between them, ``graphs`` replays the network
 """
 
 from .calibration import calibrate
-from .precision import AGREEMENT
+from .precision import AGREEMENT, check_hardware
 from .scorer import Scorer, Scores
 
-__all__ = ["AGREEMENT", "Scorer", "Scores", "calibrate"]
+__all__ = ["AGREEMENT", "Scorer", "Scores", "calibrate", "check_hardware"]

@@ -19,6 +19,21 @@ def can_use_int8(calibration: Calibration | None, device: torch.device) -> bool:
     return bool(calibration and calibration.quantization) and device.type == "cpu" and has_int8()
 
 
+def check_hardware(precision: ScoringPrecision, device: torch.device) -> None:
+    """Refuse a precision that the hardware does not compute in, before a model is loaded for it.
+
+    Raises:
+        ValueError: it does not, or another name.
+    """
+    if precision != "int8":
+        choose_precision(precision, device)
+    elif device.type != "cpu" or not has_int8():
+        raise ValueError(
+            "precision is 'int8', which needs a processor that multiplies bytes (VNNI); "
+            f"on this {device.type} 'auto' or 'float32' would fit."
+        )
+
+
 def choose_scoring_precision(
     precision: ScoringPrecision,
     device: torch.device,
@@ -28,8 +43,9 @@ def choose_scoring_precision(
     """The precision asked for, or that of ``"auto"``; see ``Scorer``.
 
     Raises:
-        ValueError: another name, or int8 is not to be had.
+        ValueError: another name, or it is not to be had here or with this calibration.
     """
+    check_hardware(precision, device)
     if precision == "auto":
         known = calibration.quantization if calibration else None
         alike = known is not None and known.agreement.get(score, 0) >= AGREEMENT
@@ -38,11 +54,6 @@ def choose_scoring_precision(
         return choose_precision("auto", device)
     if precision != "int8":
         return choose_precision(precision, device)
-    if device.type != "cpu" or not has_int8():
-        raise ValueError(
-            "precision is 'int8', which needs a processor that multiplies bytes (VNNI); "
-            f"on this {device.type} 'bf16' or 'float32' would fit."
-        )
     if not can_use_int8(calibration, device):
         raise ValueError(
             "precision is 'int8', but the calibration holds no ranges for it: it was made where "

@@ -33,7 +33,7 @@ from ..scores import PAPER_SCORE, SCORES, Calibration, ScoreCalibration
 from .convolution import fold_discriminator, has_onednn
 from .graphs import Graphs
 from .network import FrozenGenerator
-from .precision import choose_scoring_precision
+from .precision import check_hardware, choose_scoring_precision
 
 JUDGED: dict[str, tuple[Literal["reconstruction", "image"], ScoreMode]] = {
     PAPER_SCORE: ("reconstruction", "instance"),
@@ -84,7 +84,7 @@ class Scorer:
         device: "cpu", "cuda", ...; a GPU if there is one unless given.
 
     Raises:
-        ValueError: no such score, precision or device; or int8 is not to be had.
+        ValueError: no such score, precision or device; or the hardware does not compute in it.
     """
 
     def __init__(
@@ -137,7 +137,9 @@ class Scorer:
 
         Raises:
             BundleError: the folder is no bundle, or damaged.
+            ValueError: as of the constructor.
         """
+        check_hardware(precision, choose_device(device))
         loaded = load_bundle(bundle)
         return cls(
             loaded.model,

@@ -8,8 +8,8 @@ one would have drawn and no generator state has to be kept.
 
 from __future__ import annotations
 
+import copy
 import math
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,6 +25,7 @@ from ..inference import Scorer
 from ..modules import SQUID, Discriminator
 from ..presets import Recipe
 from ..scores import SCORES
+from ..threads import WORTH_TIMING, fastest_threads, threads
 from .augment import augment
 from .checkpoint import CheckpointError, load_checkpoint
 from .distributed import Processes
@@ -33,8 +34,7 @@ from .logs import LogKind, NoLogger, make_logger
 from .state import CHECKPOINT, Run, Settings
 from .step import set_learning_rate
 
-_TIMED, _WARM_UP = 24, 8  # steps
-
+_TIMED_AGAIN = 45.0  # seconds after which threads are, in a run by the clock: other work may come
 
 Observe = Callable[[SQUID, int], dict[str, float]]
 
@@ -43,14 +43,19 @@ Observe = Callable[[SQUID, int], dict[str, float]]
 class Progress:
     """What a reporter is told after every step, and after every validation.
 
-    ``losses`` are the means of this epoch so far, weighted as in the recipe; ``validation`` holds
-    AUROCs by name when this step ended with one.
+    Attributes:
+        epoch: counted from 0.
+        epochs: of the run; None where the clock ends it.
+        step: so many are done.
+        share: of the run that is over, 1 at its end.
+        losses: the means of this epoch so far, weighted as in the recipe.
+        validation: AUROCs by name, when this step ended with a validation.
     """
 
     epoch: int
-    epochs: int
+    epochs: int | None
     step: int
-    steps: int
+    share: float
     losses: Callable[[], dict[str, float]]
     validation: dict[str, float] | None = None
 
@@ -62,7 +67,7 @@ class TrainingResult:
     With ``recipe.averaging`` the discriminator is the averaged one. A finished run whose recipe
     keeps the best gives that pair and its validation, on rank 0; elsewhere and before the end it is
     the last. ``epoch`` is the pair's, counted from 1; ``minutes`` are all that the run took, before
-    a resumption too.
+    a resumption too; ``threads`` are those that PyTorch computed with.
     """
 
     model: SQUID
@@ -71,6 +76,7 @@ class TrainingResult:
     finished: bool
     epoch: int
     minutes: float
+    threads: int
     validation: dict[str, float] = field(default_factory=dict)
 
 
@@ -81,9 +87,11 @@ def train(
     recipe: Recipe,
     *,
     validation_set: ImageSet | None = None,
+    seconds: float | None = None,
     seed: int = 0,
     device: str | None = None,
     precision: Precision = "auto",
+    thread_count: int | None = None,
     resume: bool = False,
     sync_batch_norm: bool = True,
     graphs: bool = True,
@@ -105,8 +113,15 @@ def train(
         recipe: weights, rates, epochs.
         validation_set: labelled images; with both classes their AUROC is computed every
             ``recipe.validate_every`` epochs.
+        seconds: end by the clock, after so many, instead of after ``recipe.epochs``. The learning
+            rate falls with the time that is left as it would with the epochs, and ``should_stop``
+            ends the run as if its time were up.
         seed: of the discriminator's weights and of everything drawn in training.
         device, precision: see ``squid_fast.devices``.
+        thread_count: of PyTorch, on a CPU. Unless given, that of the run that is resumed, else of
+            PyTorch's own number, its half and so on the one with which a few steps took the least
+            time; by the clock, timed anew now and then. With the same number a run with the same
+            seed has the same bits.
         resume: go on from ``out/checkpoint.pt``, on any number of processes.
         sync_batch_norm: normalise over the batches of all processes.
         graphs: replay the step as a CUDA graph, on one GPU; elsewhere of no effect.
@@ -117,8 +132,8 @@ def train(
             it returns go into the log. It must leave the model as it is.
 
     Raises:
-        ValueError: the images do not fit the model or are fewer than a batch, or a batch cannot be
-            shared out over the processes.
+        ValueError: the images do not fit the model or are fewer than a batch, a batch cannot be
+            shared out over the processes, or the hardware does not compute in bf16.
         CheckpointError: nothing to resume, or from a run with other settings.
         NonFiniteLossError: a loss became NaN or infinite.
     """
@@ -139,16 +154,18 @@ def train(
     logger = make_logger(log, out, run.step) if processes.is_main else NoLogger()
     try:
         with torch.random.fork_rng():  # the steps' seeds do not reach the caller
-            return _loop(
-                run, train_set, validation_set, out, settings, logger.log, report, should_stop,
-                observe,
-            )  # fmt: skip
+            pace = _Pace(run, train_set, settings, thread_count, seconds is not None)
+            with threads(thread_count or run.threads or torch.get_num_threads()):
+                return _loop(
+                    run, train_set, validation_set, out, settings, seconds, pace, logger.log,
+                    report, should_stop, observe,
+                )  # fmt: skip
     finally:
         logger.close()
         run.close()
 
 
-def learning_rate(recipe: Recipe, epoch: int) -> float:
+def learning_rate(recipe: Recipe, epoch: float) -> float:
     """The generator's cosine schedule: ``lr`` at epoch 0, ``lr_floor * lr`` at ``t_max``.
 
     Past ``t_max`` it rises again, as the published schedule does.
@@ -157,26 +174,39 @@ def learning_rate(recipe: Recipe, epoch: int) -> float:
     return recipe.lr * (recipe.lr_floor + (1 - recipe.lr_floor) * cosine)
 
 
-def seconds_per_step(
-    model: SQUID,
-    images: ImageSet,
-    recipe: Recipe,
-    device: str | None = None,
-    precision: Precision = "auto",
-) -> float:
-    """Time of a training step here, median of a few; trains ``model``, which is then spent."""
-    where = choose_device(device)
-    chosen = choose_precision(precision, where)
-    run = Run(model, Settings(model.config, recipe, 0, chosen, len(images), ""), where)
-    batch = images.batch(slice(0, recipe.batch_size), where).to(memory_format=run.layout)
-    seconds = []
-    for _ in range(_TIMED):
-        started = time.perf_counter()
-        for index in range(recipe.n_critic):
-            run.add(run.trainer.step(batch, index))
-        run.means()  # waits for the device
-        seconds.append((time.perf_counter() - started) / recipe.n_critic)
-    return statistics.median(seconds[_WARM_UP:])
+class _Pace:
+    """Chooses the number of threads of a run by timing steps of a copy, where there is a choice.
+
+    Once, and not where a run is resumed, so that its bits are those of a run that was not stopped;
+    of a run by the clock now and then.
+    """
+
+    def __init__(
+        self, run: Run, images: ImageSet, settings: Settings, given: int | None, by_clock: bool
+    ) -> None:
+        self._run, self._images, self._settings = run, images, settings
+        self._most, self._by_clock = torch.get_num_threads(), by_clock
+        steps = settings.recipe.epochs * (len(images) // settings.recipe.batch_size)
+        alone_on_cpu = run.fabric.device.type == "cpu" and run.processes.count == 1
+        worth_it = self._most > 1 and (by_clock or steps >= WORTH_TIMING)
+        open_to_choice = alone_on_cpu and not given and run.threads is None
+        self._next = -math.inf if worth_it and open_to_choice else math.inf
+
+    def keep(self) -> None:
+        """Time steps and set the number of threads, if it is time to; before an epoch."""
+        if time.monotonic() < self._next:
+            return
+        recipe, fabric = self._settings.recipe, self._run.fabric
+        model = copy.deepcopy(self._run.model)
+        spare = Run(model, self._settings, fabric.device, fabric=fabric)
+        step, batch = _step_of(spare, self._images, self._settings), torch.arange(recipe.batch_size)
+
+        def turn() -> None:
+            for number in range(recipe.n_critic):
+                step(batch, number)
+
+        torch.set_num_threads(fastest_threads(turn, self._most))
+        self._next = time.monotonic() + _TIMED_AGAIN if self._by_clock else math.inf
 
 
 def _loop(
@@ -185,6 +215,8 @@ def _loop(
     validation_set: ImageSet | None,
     out: Path,
     settings: Settings,
+    seconds: float | None,
+    pace: _Pace,
     log: Callable[[int, dict[str, float]], None],
     report: Callable[[Progress], None],
     should_stop: Callable[[], bool],
@@ -194,38 +226,60 @@ def _loop(
     images = train_set.to(device)
     per_epoch = len(images) // recipe.batch_size
     steps = recipe.epochs * per_epoch
+
+    def over() -> float:
+        """The share of the run that is over."""
+        return run.step / steps if seconds is None else min(60 * run.minutes / seconds, 1.0)
+
+    def end_epoch(epoch: int, last: bool) -> dict[str, float] | None:
+        return _end_epoch(run, epoch, last, validation_set, out, settings, log, observe)
+
     step = _step_of(run, images, settings)
-    stopped = False
-    while run.step < steps and not stopped:
+    if run.to_validate:  # what a run died in
+        end_epoch(run.step // per_epoch - 1, over() >= 1)
+    stopped = ended = over() >= 1
+    while not (stopped or ended):
         epoch, first = divmod(run.step, per_epoch)
-        set_learning_rate(run.optimizers[0], learning_rate(recipe, epoch))
+        pace.keep()
         if first == 0:
             run.sums = {}
         order = torch.randperm(len(images), generator=_generator(settings.seed, epoch))
         for index in range(first, per_epoch):
+            position = epoch if seconds is None else over() * recipe.epochs
+            set_learning_rate(run.optimizers[0], learning_rate(recipe, position))
             chosen = order[index * recipe.batch_size : (index + 1) * recipe.batch_size]
             torch.manual_seed(_step_seed(settings.seed, run.step))
             run.add(step(chosen.to(device), run.step))
             run.step += 1
-            validation = None
-            if index == per_epoch - 1:
-                validation = _end_epoch(run, epoch, validation_set, out, settings, log, observe)
-            report(Progress(epoch, recipe.epochs, run.step, steps, run.means, validation))
+            last = index == per_epoch - 1
+            stopped = run.processes.agree(should_stop(), device, run.step, last)
+            ended = over() >= 1 or (stopped and seconds is not None)
+            validation = end_epoch(epoch, ended) if last or ended else None
+            share = 1.0 if ended else over()
+            epochs = recipe.epochs if seconds is None else None
+            report(Progress(epoch, epochs, run.step, share, run.means, validation))
             if device.type == "cpu":
                 run.means()  # waiting costs nothing there, and stops at the first NaN
-            last = index == per_epoch - 1
-            if stopped := run.processes.agree(should_stop(), device, run.step, last):
+            if stopped or ended:
                 break
     run.save(settings, out)
-    finished = run.step >= steps
     epoch, validation = math.ceil(run.step / per_epoch), dict(run.validation)
-    if finished and run.best is not None:
+    if ended and run.best is not None:
         run.model.load_state_dict(run.best.generator)
         run.judge.load_state_dict(run.best.discriminator)
         epoch, validation = run.best.epoch, run.best.validation
     for module in (run.model, run.judge):
         to_layout(module.eval().cpu(), torch.contiguous_format)
-    return TrainingResult(run.model, run.judge, run.step, finished, epoch, run.minutes, validation)
+    return TrainingResult(
+        run.model,
+        run.judge,
+        run.step,
+        ended,
+        epoch,
+        run.minutes,
+        torch.get_num_threads(),
+        validation,
+    )
 
 
 def _step_of(run: Run, images: ImageSet, settings: Settings) -> Step:
@@ -245,6 +299,7 @@ def _step_of(run: Run, images: ImageSet, settings: Settings) -> Step:
 def _end_epoch(
     run: Run,
     epoch: int,
+    last: bool,
     validation_set: ImageSet | None,
     out: Path,
     settings: Settings,
@@ -252,11 +307,15 @@ def _end_epoch(
     observe: Observe,
 ) -> dict[str, float] | None:
     """Log the epoch's losses; every few epochs validate and save. Returns AUROCs, if made."""
-    losses = {f"loss/{name}": value for name, value in run.means(everywhere=True).items()}
-    log(run.step, losses | {"time/minutes": run.minutes})
-    last = epoch == settings.recipe.epochs - 1
-    if (epoch + 1) % settings.recipe.validate_every and not last:
-        return None
+    if not run.to_validate:
+        losses = {f"loss/{name}": value for name, value in run.means(everywhere=True).items()}
+        log(run.step, losses | {"time/minutes": run.minutes})
+        if (epoch + 1) % settings.recipe.validate_every and not last:
+            return None
+        if not (out / CHECKPOINT).exists():  # rather now than after a validation that may fail
+            run.to_validate = True
+            run.save(settings, out)
+    figures: dict[str, float] = {}
     validation = None
     labels = set() if validation_set is None else set(validation_set.labels.tolist())
     if validation_set is not None and len(labels) == 2 and run.processes.is_main:
@@ -264,12 +323,13 @@ def _end_epoch(
         run.validation = validation
         if settings.recipe.keep == "best":
             run.keep_if_best(epoch + 1)
-        log(run.step, {f"validation/{name}": value for name, value in validation.items()})
+        figures |= {f"validation/{name}": value for name, value in validation.items()}
         if run.average is not None:  # to be seen beside it
             live = validate(run.model, run.discriminator, validation_set, settings.precision)
-            log(run.step, {f"unaveraged/{name}": value for name, value in live.items()})
+            figures |= {f"unaveraged/{name}": value for name, value in live.items()}
     if run.processes.is_main:
-        log(run.step, observe(run.model, epoch))
+        log(run.step, figures | observe(run.model, epoch))
+    run.to_validate = False
     run.save(settings, out)
     return validation
 

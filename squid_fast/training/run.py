@@ -17,6 +17,7 @@ from ..machine import describe
 from ..modules import SQUID
 from ..presets import Preset, Recipe
 from ..scores import PAPER_SCORE
+from ..threads import threads
 from .distributed import Processes
 from .logs import LogKind
 from .loop import Observe, Progress, TrainingResult, train
@@ -58,11 +59,13 @@ def train_bundle(
     *,
     recipe: Recipe | None = None,
     validation_set: ImageSet | None = None,
+    seconds: float | None = None,
     score: str = PAPER_SCORE,
     false_positive_rate: float = 0.05,
     seed: int = 0,
     device: str | None = None,
     precision: Precision = "auto",
+    thread_count: int | None = None,
     resume: bool = False,
     sync_batch_norm: bool = True,
     graphs: bool = True,
@@ -89,9 +92,11 @@ def train_bundle(
         out,
         recipe,
         validation_set=validation_set,
+        seconds=seconds,
         seed=seed,
         device=device,
         precision=precision,
+        thread_count=thread_count,
         resume=resume,
         sync_batch_norm=sync_batch_norm,
         graphs=graphs,
@@ -106,15 +111,16 @@ def train_bundle(
     normal = None
     if validation_set is not None:
         normal = validation_set.subset(validation_set.labels == NORMAL)
-    calibration = calibrate(
-        result.model,
-        result.discriminator,
-        train_set,
-        normal,
-        false_positive_rate,
-        precision,
-        device,
-    )
+    with threads(result.threads):
+        calibration = calibrate(
+            result.model,
+            result.discriminator,
+            train_set,
+            normal,
+            false_positive_rate,
+            precision,
+            device,
+        )
     facts = {
         "preset": preset.name,
         "recipe": asdict(recipe),
@@ -123,7 +129,8 @@ def train_bundle(
         "training_images": len(train_set),
         "training_minutes": round(result.minutes, 2),
         "validation": result.validation,
-        "machine": describe(choose_device(device)) | {"processes": processes.count},
+        "machine": describe(choose_device(device))
+        | {"threads": result.threads, "processes": processes.count},
         **(about or {}),
     }
     bundle = Bundle(result.model, result.discriminator, calibration, score, facts)

@@ -69,10 +69,10 @@ class Run:
         processes: Processes | None = None,
         sync_batch_norm: bool = True,
         graphs: bool = True,
+        fabric: Any = None,  # Lightning's, of another run; made unless given
     ) -> None:
         self.processes = processes or Processes()
-        fabric_module = require("lightning_fabric", "train")
-        self.fabric = fabric_module.Fabric(
+        self.fabric = fabric or require("lightning_fabric", "train").Fabric(
             accelerator=device.type,
             precision="bf16-mixed" if settings.precision == "bf16" else "32-true",
             **self.processes.fabric_arguments(device),
@@ -110,6 +110,8 @@ class Run:
         self.sums: dict[str, Tensor] = {}  # losses of this epoch so far, on the device
         self.validation: dict[str, float] = {}
         self.best: Kept | None = None  # where the recipe keeps it; on rank 0
+        self.to_validate = False  # the epoch has ended, its validation has not
+        self.threads: int | None = None  # that the run which is resumed computed with
         self._started, self._before = time.perf_counter(), 0.0
 
     def _judge_alone(self, images: Tensor) -> Tensor:
@@ -171,6 +173,8 @@ class Run:
             "validation": dict(self.validation),
             "best": None if self.best is None else vars(self.best),
             "minutes": self.minutes,
+            "to_validate": self.to_validate,
+            "threads": torch.get_num_threads() if self.processes.count == 1 else None,
         }
 
     def load(self, state: dict[str, Any], settings: Settings) -> None:
@@ -196,6 +200,10 @@ class Run:
         self.validation = state["validation"]
         self.best = None if state["best"] is None else Kept(**state["best"])
         self._before = state["minutes"]
+        # Checkpoints of earlier versions lack these.
+        self.to_validate = state.get("to_validate", False)
+        if self.processes.count == 1:
+            self.threads = state.get("threads") or torch.get_num_threads()
 
     def add(self, losses: dict[str, Tensor]) -> None:
         for name, value in losses.items():

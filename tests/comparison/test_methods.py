@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +24,7 @@ from squid_fast.comparison.shallow import (
 )
 from squid_fast.data import ImageSet
 from squid_fast.training import CheckpointError
+from tests.command_line import squid
 
 SIDE = 32
 TINY = dataclasses.replace(RECIPE, epochs=3, t_max=3, batch_size=8, shift=0.0, scale=0.0)
@@ -214,11 +213,6 @@ def test_what_does_not_fit_is_said(trained: dict[str, Path], tmp_path: Path) -> 
         load_scorer(broken)
 
 
-def squid(*arguments: object) -> str:
-    command = [sys.executable, "-m", "squid_fast", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
 @pytest.mark.parametrize("method", ["knn", "autoencoder"])
 def test_the_verbs_take_a_method(method: str, tmp_path: Path) -> None:
     for split, kinds in {"train": (24, 0), "val": (20, 10), "test": (20, 10)}.items():
@@ -232,7 +226,8 @@ def test_the_verbs_take_a_method(method: str, tmp_path: Path) -> None:
         "train", "--method", method, "--preset", "small", "--data", data, "--out", run,
         "--epochs", 2, "--batch-size", 8, "--device", "cpu",
     )  # fmt: skip
-    figures = json.loads(squid("evaluate", run, "--data", data, "--json", "--device", "cpu"))
+    done = squid("evaluate", run, "--data", data, "--json", "--device", "cpu")
+    figures = json.loads(done.stdout)
     (score,) = figures
     assert score == METHODS[method][0].score_name
     assert figures[score]["n_anomalous"] == 10

@@ -83,9 +83,7 @@ def test_float32_is_the_model(name: str, layout: torch.memory_format, onednn: bo
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "onednn", [False, pytest.param(True, marks=[needs_onednn, needs_bf16])]
-)
+@pytest.mark.parametrize("onednn", [False, pytest.param(True, marks=[needs_onednn, needs_bf16])])
 def test_bf16_stays_close_to_the_model(onednn: bool) -> None:
     model = trained(**CONFIGS["published shape"])
     images = images_for(model, 8)
