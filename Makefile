@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 SOURCES := conftest.py squid_fast kernels reference bench tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format types compile bench speed clean
+.PHONY: help setup demo test avx2 lint format types compile bench speed clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,6 +22,11 @@ demo: $(READY)  ## Synthesise, train, evaluate and screen: the whole method in m
 
 test: $(READY)  ## Run the tests, on all cores
 	@$(BIN)/python -m pytest -q -n auto --dist worksteal --benchmark-disable $(ARGS)
+
+# PyTorch and oneDNN leave out what comes with AVX-512, and so does squid_fast.devices.
+avx2: $(READY)  ## Run the tests of every precision and of scoring as on a processor without AVX-512
+	@ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest -q -n auto \
+	  tests/test_precisions.py tests/test_distributed.py tests/test_inference.py tests/inference $(ARGS)
 
 lint: $(READY)  ## Check style and formatting
 	@$(BIN)/ruff check $(SOURCES)

@@ -9,12 +9,16 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from squid_fast.demo import HELD_OUT_GRIDS, SCORE
+from squid_fast.scores import PAPER_SCORE
 
 from . import accuracy_tables, costs
 from .cases import cases
@@ -67,18 +71,61 @@ def _measured(part: dict[str, Any], device: str) -> str:
 
 
 def demo() -> str:
-    """AUROC of every score for every kind of anomaly, from the demo."""
+    """AUROC of every score for every kind of anomaly: mean and range over the demo's runs."""
     figures = json.loads((RESULTS / "demo.json").read_text())
-    kinds = list(next(iter(figures["aurocs"].values())))
+    runs = figures["runs"]
+    alone, beside = ([run for run in runs if bool(run["busy"]) is busy] for busy in (False, True))
+    kinds = list(next(iter(runs[0]["aurocs"].values())))
     lines = ["| score | " + " | ".join(kinds) + " |", "|---|" + "--:|" * len(kinds)]
-    for name, by_kind in figures["aurocs"].items():
-        label = f"`{name}`" + (" (the paper's)" if name == figures["paper_score"] else "")
-        lines.append(f"| {label} | " + " | ".join(f"{by_kind[k]:.2f}" for k in kinds) + " |")
-    each = figures["screened"]["count"] // (len(kinds) + 1)
+    for name in runs[0]["aurocs"]:
+        label = f"`{name}`" + (" (the paper's)" if name == PAPER_SCORE else "")
+        shown = {label: runs}
+        if name == SCORE:
+            shown = {f"{label}, alone": alone, f"{label}, beside a busy process": beside}
+        for row, of in shown.items():
+            cells = [_mean_and_range([run["aurocs"][name][kind] for run in of]) for kind in kinds]
+            lines.append(f"| {row} | {' | '.join(cells)} |")
+    times = [
+        f"{where} {_range([run['trained_grids'] for run in of], ',.0f')} grids and "
+        f"{_range([run['seconds'] for run in of], '.0f')} s in all"
+        for where, of in (("alone", alone), ("beside a busy process", beside))
+    ]
     lines += [
         "",
-        f"{figures['trained_grids']} normal grids in {figures['training_seconds']:.0f} s of "
-        f"training, one seed; {each} unseen normal grids against {each} of each kind.",
+        f"Mean and range over {len(runs)} runs, {len(alone)} alone and {len(beside)} beside a busy "
+        f"process; {figures['minutes']:g} minutes until training ends: {', '.join(times)}. "
+        f"{HELD_OUT_GRIDS} unseen normal grids against {HELD_OUT_GRIDS} of each kind. "
+        f"{figures['threads']} cores ({figures['device']}).",
+    ]
+    return "\n".join(lines)
+
+
+def _mean_and_range(values: list[float]) -> str:
+    return f"{statistics.mean(values):.2f} ({_range(values, '.2f')})"
+
+
+def _range(values: list[float], style: str) -> str:
+    return f"{min(values):{style}}-{max(values):{style}}"
+
+
+def threads() -> str:
+    """Seconds of a training step beside busy processes, by how many threads there are."""
+    figures = json.loads((RESULTS / "threads_cpu.json").read_text())
+    rows = {(row["busy"], row["way"]): row for row in figures["rows"]}
+    heads = {"before": "all, spinning", "limited": "all", "one": "one", "chosen": "chosen"}
+    lines = [
+        "| busy processes beside it | " + " | ".join(heads.values()) + " |",
+        "|--:|" + "--:|" * len(heads),
+    ]
+    for busy in sorted({busy for busy, _ in rows}):
+        cells = [f"{rows[busy, way]['mean']:.2f}" for way in heads]
+        cells[-1] += f" ({rows[busy, 'chosen']['threads']})"
+        lines.append(f"| {busy} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"Seconds; preset `{figures['preset']}`, {figures['precision']}, {figures['threads']} "
+        f"cores ({figures['device']}); means, the middle one of {figures['rounds']}. "
+        "*Spinning*: as long as GNU's OpenMP does by itself. *Chosen*: the number in brackets.",
     ]
     return "\n".join(lines)
 
@@ -271,6 +318,7 @@ TABLES = {
     "speed": partial(speed, "cpu"),
     "speed_cuda": partial(speed, "cuda"),
     "demo": demo,
+    "threads": threads,
     "trials": trials,
     "micro_cpu": partial(micro, "cpu"),
     "micro_cuda": partial(micro, "cuda"),

@@ -131,6 +131,7 @@ def run_ablation(
     seeds: int = 1,
     device: str | None = None,
     precision: Precision = "auto",
+    thread_count: int | None = None,
     resume: bool = False,
     say: Callable[[str], None] = print,
     report: Callable[[Progress], None] = lambda progress: None,
@@ -142,8 +143,8 @@ def run_ablation(
     within a run from its checkpoint.
 
     Returns:
-        ``settings``, ``machine`` and ``runs``, a list of variant, seed, parameters, seconds (of
-        training) and ``auroc`` by score and group.
+        ``settings``, ``machine`` and ``runs``, a list of variant, seed, parameters, seconds and
+        threads (of training) and ``auroc`` by score and group.
 
     Raises:
         ValueError: no such variant.
@@ -182,6 +183,7 @@ def run_ablation(
                 seed=seed,
                 device=device,
                 precision=precision,
+                thread_count=thread_count,
                 resume=(folder / CHECKPOINT).exists(),
                 report=report,
                 should_stop=should_stop,
@@ -189,6 +191,7 @@ def run_ablation(
             if not trained.finished:
                 return None
             row = {"variant": name, "seed": seed, "seconds": round(60 * trained.minutes, 1)}
+            row["threads"] = trained.threads
             results["runs"].append(row | judged(folder, data, device))
             write_json(results, path)
     return results

@@ -116,7 +116,9 @@ def bench_table(figures: dict[str, Any]) -> Table:
         title=f"{figures['device']}, {threads} thread{'s' * (threads != 1)}: {figures['model']}",
         caption=f"Medians of {rounds} rounds, of files {min(rounds, 3)}, in which all take turns. "
         "×: how many times as fast as the published way; × =: at equal batch size. "
-        f"From files to rows, squid_fast reaches {share:.0%} of its scorer's own rate.",
+        f"From files to rows, squid_fast reaches {share:.0%} of its scorer's own rate. Threads "
+        f"wait for one another as {figures['waiting']} has it; a Python program of your own does "
+        "so too if it calls squid_fast.threads.limit_spinning() before torch is imported.",
         box=SIMPLE_HEAD,
         pad_edge=False,
         collapse_padding=True,

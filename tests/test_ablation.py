@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from squid_fast.ablation import (
     run_ablation,
     summarised,
 )
+from squid_fast.cli import ablation as cli_ablation
 from squid_fast.inference import Scorer
 from squid_fast.training import CheckpointError
 from tests.command_line import squid
@@ -121,7 +123,8 @@ def test_rows_are_means_with_spread_and_difference() -> None:
     assert "0.550 (-0.200)" in table[3]
 
 
-def test_the_verb_writes_a_table(tmp_path: Path) -> None:
+def test_the_verb_writes_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli_ablation, "digit_data", partial(digit_data, held_out=20))
     command = (
         "ablate", "--out", tmp_path / "out", "--variants", "full,no_teacher", "--epochs", 1,
         "--grids", 16, "--device", "cpu",

@@ -145,8 +145,9 @@ def test_a_bundle_and_files_of_ones_own(bundle: Bundle, tmp_path: Path) -> None:
     (folder / "packed.arrow").write_bytes(b"")
     out = tmp_path / "b.json"
     done = squid("bench", "--bundle", tmp_path / "run", "--data", folder, *QUICK, "--out", out)
-    assert "times as fast as the published way" in " ".join(done.stdout.split())
-    found = json.loads(out.read_text())
+    said, found = " ".join(done.stdout.split()), json.loads(out.read_text())
+    assert "times as fast as the published way" in said
+    assert f"as {found['waiting']} has it" in said
     assert (found["model"], found["data"]) == (str(tmp_path / "run"), str(folder))
     row = found["screening"]["squid_fast.screen, 5 files"]
     shown = next(line for line in done.stdout.splitlines() if "screen, 5 files" in line)

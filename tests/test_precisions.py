@@ -6,6 +6,7 @@ CI runs this file a second time as a processor without AVX-512 would (``make avx
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import pytest
 import torch
 
 from squid_fast import PRESETS, Scorer, load_bundle
+from squid_fast.ablation import digit_data
+from squid_fast.cli import ablation as cli_ablation
 from squid_fast.comparison import train_method
 from squid_fast.data import DigitAnatomy
 from squid_fast.devices import BF16_UNITS, INT8_UNITS, cpu_has
@@ -84,7 +87,8 @@ def test_train_what_squid_is_compared_with(
 
 
 @training
-def test_ablate(precision: str, tmp_path: Path) -> None:
+def test_ablate(precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli_ablation, "digit_data", partial(digit_data, held_out=20))
     out = tmp_path / "ablation"
     size = ("--epochs", 1, "--grids", 16, "--variants", "no_teacher", "--device", "cpu")
     if computes(precision, "ablate", "--out", out, *size, out=out):
@@ -102,8 +106,8 @@ def test_evaluate(grids: Path, run: Path, precision: str, tmp_path: Path) -> Non
 
 @scoring
 def test_screen(grids: Path, run: Path, precision: str, tmp_path: Path) -> None:
-    out = tmp_path / "table.jsonl"
-    if computes(precision, "screen", run, grids / "test", "--out", out, "--device", "cpu", out=out):
+    out, images = tmp_path / "table.jsonl", grids / "images" / "test"
+    if computes(precision, "screen", run, images, "--out", out, "--device", "cpu", out=out):
         rows = [json.loads(line) for line in out.read_text().splitlines()]
         assert len(rows) == 16
         assert all(row["error"] is None for row in rows)

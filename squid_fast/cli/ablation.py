@@ -14,7 +14,7 @@ from ..data import find_records, load_images, select
 from ..devices import choose_device, choose_precision
 from ..presets import preset as find_preset
 from ..training import load_splits
-from .options import Device, Json, Layout, Mnist, TrainingPrecision
+from .options import Device, Json, Layout, Mnist, Threads, TrainingPrecision
 
 
 def ablate(
@@ -33,6 +33,7 @@ def ablate(
     mnist: Mnist = None,
     device: Device = None,
     precision: TrainingPrecision = "auto",
+    threads: Threads = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what is in --out.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -56,6 +57,7 @@ def ablate(
             seeds=seeds,
             device=device,
             precision=precision,
+            thread_count=threads,
             resume=resume,
             say=say,
             report=report,

@@ -193,7 +193,7 @@ class _Pace:
         self._next = -math.inf if worth_it and open_to_choice else math.inf
 
     def keep(self) -> None:
-        """Time steps and set the number of threads, if it is time to; before an epoch."""
+        """Time steps and set the number of threads, if it is time to; before a step."""
         if time.monotonic() < self._next:
             return
         recipe, fabric = self._settings.recipe, self._run.fabric
@@ -240,11 +240,11 @@ def _loop(
     stopped = ended = over() >= 1
     while not (stopped or ended):
         epoch, first = divmod(run.step, per_epoch)
-        pace.keep()
         if first == 0:
             run.sums = {}
         order = torch.randperm(len(images), generator=_generator(settings.seed, epoch))
         for index in range(first, per_epoch):
+            pace.keep()
             position = epoch if seconds is None else over() * recipe.epochs
             set_learning_rate(run.optimizers[0], learning_rate(recipe, position))
             chosen = order[index * recipe.batch_size : (index + 1) * recipe.batch_size]
