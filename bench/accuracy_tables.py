@@ -134,11 +134,12 @@ def ablation() -> str:
     minutes = sum(run["seconds"] for run in found["runs"]) / 60
     default = found["machine"]["threads"]  # of runs from before each kept its own number
     threads = max(run.get("threads", default) for run in found["runs"])
+    machine = found["machine"] | {"threads": threads}
     return (
         f"{as_markdown(found)}\n\nPreset `{settings['preset']}` on {settings['data']}, "
         f"{settings['recipe']['epochs']} epochs, {seeds} seed{'s' * (seeds > 1)}, "
-        f"{minutes:.0f} minutes in all {_on(found['machine'] | {'threads': threads})}; AUROC, mean over "
-        "the kinds of anomaly, and in brackets the difference to the full SQUID."
+        f"{minutes:.0f} minutes in all {_on(machine)}; AUROC, mean over the kinds of "
+        "anomaly, and in brackets the difference to the full SQUID."
     )
 
 
