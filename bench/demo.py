@@ -40,7 +40,7 @@ def main() -> None:
     """Run the demos and write the results file after each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=5, help="each alone and beside another")
-    parser.add_argument("--minutes", type=float, default=4.5)
+    parser.add_argument("--minutes", type=float, default=4.0)
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     results = describe(torch.device("cpu")) | {"minutes": options.minutes, "runs": []}

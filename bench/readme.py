@@ -95,7 +95,7 @@ def demo() -> str:
         f"Mean and range over {len(runs)} runs, {len(alone)} alone and {len(beside)} beside a busy "
         f"process; {figures['minutes']:g} minutes until training ends: {', '.join(times)}. "
         f"{HELD_OUT_GRIDS} unseen normal grids against {HELD_OUT_GRIDS} of each kind. "
-        f"{figures['threads']} cores ({figures['device']}).",
+        f"{figures['threads']} cores ({figures['device']}, {figures['instructions']}).",
     ]
     return "\n".join(lines)
 
@@ -124,7 +124,7 @@ def threads() -> str:
     lines += [
         "",
         f"Seconds; preset `{figures['preset']}`, {figures['precision']}, {figures['threads']} "
-        f"cores ({figures['device']}); means, the middle one of {figures['rounds']}. "
+        f"cores ({figures['device']}, {figures['instructions']}); means, the middle one of {figures['rounds']}. "
         "*Spinning*: as long as GNU's OpenMP does by itself. *Chosen*: the number in brackets.",
     ]
     return "\n".join(lines)

@@ -14,9 +14,13 @@ from .threads import waiting
 
 
 def describe(device: torch.device) -> dict[str, str | int | None]:
-    """Device, threads and how they wait for one another, versions and date."""
+    """Device, threads and how they wait for one another, versions and date.
+
+    ``instructions`` are those that PyTorch uses on the CPU, which the environment may limit.
+    """
     return {
         "device": device_name(device),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "waiting": waiting(),
         "squid_fast": __version__,

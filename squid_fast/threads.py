@@ -19,7 +19,7 @@ SPIN = {
 """How long a thread spins before it sleeps, by the variables that OpenMP libraries read."""
 
 WORTH_TIMING = 100  # steps of a run from which on its number of threads is chosen by timing
-_SECONDS = 1.5  # that steps are timed for with each number of threads
+_SECONDS = 1.0  # that steps are timed for with each number of threads
 
 
 def limit_spinning() -> None:
@@ -56,7 +56,7 @@ def fastest_threads(step: Callable[[], object], most: int) -> int:
     """The number of threads with which ``step`` takes the least time as the machine is now.
 
     ``most`` is tried first, then half of it and so on, as long as that is faster. Each is timed
-    for a second or two, or for one step that takes longer.
+    for a second, or for one step that takes longer.
     """
     count = best = most
     least = float("inf")

@@ -129,7 +129,7 @@ def demo(
     out: Annotated[
         Path | None, typer.Option(help="Folder to write; else runs/demo, in place of the last.")
     ] = None,
-    minutes: Annotated[float, typer.Option(min=0.01, help="After which training ends.")] = 4.5,
+    minutes: Annotated[float, typer.Option(min=0.01, help="After which training ends.")] = 4.0,
     mnist: Mnist = None,
     seed: int = 0,
     device: Device = None,

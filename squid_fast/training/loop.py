@@ -34,7 +34,7 @@ from .logs import LogKind, NoLogger, make_logger
 from .state import CHECKPOINT, Run, Settings
 from .step import set_learning_rate
 
-_TIMED_AGAIN = 45.0  # seconds after which threads are, in a run by the clock: other work may come
+_TIMED_AGAIN = 60.0  # seconds after which threads are, in a run by the clock: other work may come
 
 Observe = Callable[[SQUID, int], dict[str, float]]
 

@@ -48,3 +48,12 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(autouse=True)
+def _remembering_interpreter() -> Iterator[None]:
+    """Triton's interpreter works nothing out twice: a third of the time, and the same bits."""
+    from tests.kernels import interpreter  # not above, since it needs Triton
+
+    with interpreter.remembering():
+        yield

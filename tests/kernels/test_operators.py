@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.util import find_spec, module_from_spec
 
 import pytest
 import torch
@@ -82,26 +83,24 @@ def test_another_setting_is_refused() -> None:
 
 
 @pytest.mark.parametrize("value", ["on", "off"])
-def test_the_environment_chooses(value: str) -> None:
-    result = started_with(value)
-    assert result.stdout.strip() == value, result.stderr
+def test_the_environment_chooses(value: str, monkeypatch) -> None:
+    monkeypatch.setenv("SQUID_FAST_KERNELS", value)
+    spec = find_spec("squid_fast.kernels.choice")
+    anew = module_from_spec(spec)
+    spec.loader.exec_module(anew)
+    assert anew._setting == value
 
 
 def test_the_environment_is_checked() -> None:
-    result = started_with("no")
-    assert result.returncode != 0
-    assert "SQUID_FAST_KERNELS is 'no'; it must be one of on, off, interpret." in result.stderr
-
-
-def started_with(value: str) -> subprocess.CompletedProcess[str]:
-    script = "from squid_fast.kernels import choice; print(choice._setting)"
-    return subprocess.run(
-        [sys.executable, "-c", script],
-        env=os.environ | {"SQUID_FAST_KERNELS": value},
+    result = subprocess.run(
+        [sys.executable, "-c", "import squid_fast.kernels.choice"],
+        env=os.environ | {"SQUID_FAST_KERNELS": "no"},
         capture_output=True,
         text=True,
         check=False,
     )
+    assert result.returncode != 0
+    assert "SQUID_FAST_KERNELS is 'no'; it must be one of on, off, interpret." in result.stderr
 
 
 def test_without_an_interpreter_the_cpu_cannot_be_interpreted(monkeypatch) -> None:
