@@ -125,7 +125,8 @@ def threads() -> str:
         "",
         f"Seconds; preset `{figures['preset']}`, {figures['precision']}, {figures['threads']} "
         f"cores ({figures['device']}, {figures['instructions']}); means, the middle one of "
-        f"{figures['rounds']}. *Spinning*: as long as GNU's OpenMP does by itself. *Chosen*: the number in brackets.",
+        f"{figures['rounds']}. *Spinning*: as long as GNU's OpenMP does by itself. *Chosen*: the "
+        "number in brackets.",
     ]
     return "\n".join(lines)
 

@@ -39,7 +39,7 @@ RESULTS = ROOT / "bench" / "results" / "threads_cpu.json"
 WAYS = ("before", "limited", "one", "chosen")
 BUSY = (0, 1, 2, 4)
 _SPIN_BY_ITSELF = "300000"  # of GNU's OpenMP, see its function initialize_env
-_SECONDS = 10.0
+_SECONDS = 6.0
 CPU = torch.device("cpu")
 
 
