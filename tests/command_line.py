@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -33,10 +32,9 @@ def squid(*arguments: Argument, check: bool = True) -> Done:
 
 
 def squid_apart(*arguments: Argument, check: bool = True) -> Done:
-    """``python -m squid_fast`` in a process of its own, on one thread."""
+    """``python -m squid_fast`` in a process of its own."""
     words = [sys.executable, "-m", "squid_fast", *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
     return _checked(done, check)
 
 

@@ -5,6 +5,10 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+# What is computed in these tests is small: threads would only wait for one another. Libraries read
+# this when they are loaded, and so do the processes that tests start.
+os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -20,8 +24,7 @@ SHARED = Path(os.environ.get("SQUID_FAST_SHARED") or Path(__file__).parents[2] /
 # A pytest that a test starts is not one of the workers that share these tests out.
 os.environ.pop("PYTEST_XDIST_WORKER", None)
 
-# The tensors of these tests are small: threads would only wait for one another.
-torch.set_num_threads(1)
+torch.set_num_threads(1)  # where torch was loaded before
 
 Golden = tuple[dict[str, str], dict[str, Tensor]]
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import accuracy_tables, micro, readme, roofline, speed, timing
+from bench import accuracy_tables, micro, readme, roofline, speed, threads, timing
 from bench.accuracy import together
 from bench.cases import OPERATIONS, Case, cases
 from bench.machine import commit
@@ -300,9 +300,26 @@ def test_the_table_of_accuracy_is_of_the_runs_that_it_shows(
         accuracy_tables.accuracy()
 
 
+def test_a_step_is_timed_with_the_threads_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "_SECONDS", 0.0)
+    monkeypatch.setattr(threads, "fastest_threads", lambda turn, most: turn() or most + 1)
+    for way, number in {"one": 1, "limited": torch.get_num_threads(), "chosen": 2}.items():
+        row = threads.steps("small", way, "float32")
+        assert (row["threads"], row["steps"]) == (number, 1)
+        assert row["mean"] == row["median"] == row["longest"] > 0
+
+
+def test_busy_processes_end_with_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    started, popen = [], subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *a: started.append(popen(*a)) or started[-1])
+    with threads.busy(2):
+        assert [other.poll() for other in started] == [None, None]
+    assert all(other.poll() is not None for other in started)
+
+
 def gpu_script(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = ["bash", str(ROOT / "bench" / "gpu.sh"), *arguments]
-    variables = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"} | environment
+    variables = os.environ | {"PYTHON": sys.executable} | environment
     return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
 
 

@@ -79,7 +79,6 @@ def test_ctrl_c_saves_and_resume_ends_the_same(grids: Path, run: Path, tmp_path:
         [sys.executable, "-m", "squid_fast", "train", *arguments, "--epochs", "4000"],
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     metrics = out / "metrics.csv"
     for _ in range(600):
@@ -222,7 +221,6 @@ def test_ctrl_c_keeps_the_rows_and_resume_gives_the_whole_table(
         [sys.executable, "-m", "squid_fast", *map(str, arguments)],
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
         start_new_session=True,
     )
     journal = tmp_path / "r.jsonl.partial"
