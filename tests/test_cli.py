@@ -213,7 +213,7 @@ def test_ctrl_c_keeps_the_rows_and_resume_gives_the_whole_table(
     folder, out, figures = tmp_path / "in", tmp_path / "r.jsonl", tmp_path / "summary.json"
     folder.mkdir()
     images = sorted((grids / row["image_path"]) for row in rows_of(grids / "labels.csv"))
-    count = 3000
+    count = 1200
     for number in range(count):
         os.link(images[number % len(images)], folder / f"{number:04d}.png")
     arguments = ["screen", run, folder, "--out", out, "--precision", "float32", "--device", "cpu"]
@@ -232,7 +232,7 @@ def test_ctrl_c_keeps_the_rows_and_resume_gives_the_whole_table(
     assert process.returncode == 130, said
     done = lines.read_bytes().count(b"\n")
     assert 0 < done < count
-    assert f"stopped: {done:,} of 3,000 rows are safe in {str(journal)!r}; go on with --r" in said
+    assert f"stopped: {done:,} of 1,200 rows are safe in {str(journal)!r}; go on with --r" in said
     assert "Traceback" not in said
     assert not out.exists()
 
@@ -244,7 +244,7 @@ def test_ctrl_c_keeps_the_rows_and_resume_gives_the_whole_table(
     assert "the score was 'discriminator_instance' and is 'reconstruction_error'" in other.stderr
 
     again = squid(*arguments, "--resume", "--summary", figures, "--json", "--timeout", 30)
-    assert f"going on behind {done:,} of 3,000 rows" in again.stderr
+    assert f"going on behind {done:,} of 1,200 rows" in again.stderr
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["path"] for row in rows] == [str(folder / f"{i:04d}.png") for i in range(count)]
     assert not journal.exists()

@@ -35,7 +35,9 @@ REFUSED = {
     "bf16": "precision is 'bf16', which needs hardware that computes in bfloat16",
     "int8": "precision is 'int8', which needs a processor that multiplies bytes",
 }
-TRAIN = ("--preset", "small", "--epochs", 1, "--batch-size", 4, "--device", "cpu")
+TRAIN = (
+    "--preset", "small", "--epochs", 1, "--batch-size", 4, "--device", "cpu", "--no-pictures"
+)  # fmt: skip
 
 scoring = pytest.mark.parametrize("precision", COMPUTED_IN)
 training = pytest.mark.parametrize("precision", TRAINING)

@@ -245,8 +245,9 @@ def _loop(
         order = torch.randperm(len(images), generator=_generator(settings.seed, epoch))
         for index in range(first, per_epoch):
             pace.keep()
-            position = epoch if seconds is None else over() * recipe.epochs
-            set_learning_rate(run.optimizers[0], learning_rate(recipe, position))
+            if seconds is not None or index == first:
+                position = epoch if seconds is None else over() * recipe.epochs
+                set_learning_rate(run.optimizers[0], learning_rate(recipe, position))
             chosen = order[index * recipe.batch_size : (index + 1) * recipe.batch_size]
             torch.manual_seed(_step_seed(settings.seed, run.step))
             run.add(step(chosen.to(device), run.step))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from functools import cache
 from typing import Any
 
 import pytest
@@ -41,7 +43,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def trained(**changes: Any) -> squid_fast.SQUID:
-    """A small model whose batch norms and queues have seen images."""
+    """A small model whose batch norms and queues have seen images, made once of each kind."""
+    model, generator = _trained(json.dumps(changes))
+    torch.set_rng_state(generator)  # as if it had been made now
+    return copy.deepcopy(model)
+
+
+@cache
+def _trained(named: str) -> tuple[squid_fast.SQUID, Tensor]:
+    changes = json.loads(named)
     torch.manual_seed(0)
     arguments = {"num_in_ch": 1, "features_root": 16, "shrink_thres": 3, "num_slots": 12}
     arguments |= {"level": 2, "memory_channel": 1024, "mem_num_slots": 10, "dist": True}
@@ -62,7 +72,7 @@ def trained(**changes: Any) -> squid_fast.SQUID:
         logits = torch.logit(model(torch.rand(4, model.num_in_ch, side, side))["recon"].double())
         head.weight /= float(logits.std())
         head.bias.sub_(float(logits.mean())).div_(float(logits.std()))
-    return model
+    return model, torch.get_rng_state()
 
 
 def images_for(model: squid_fast.SQUID, n: int = 3) -> Tensor:
