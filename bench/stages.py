@@ -24,8 +24,10 @@ from torch import Tensor, nn
 
 from squid_fast import PRESETS, SQUID, Bundle, Discriminator, Scorer, load_bundle, reference
 from squid_fast.data import ImageSet, find_records, load_images, select
+from squid_fast.devices import has_fast_bf16
 from squid_fast.evaluation import image_auroc
 from squid_fast.inference.calibration import rank_correlation
+from squid_fast.inference.precision import can_use_int8
 from squid_fast.scores import PAPER_SCORE, SCORES
 
 from .machine import describe
@@ -99,14 +101,19 @@ def frozen(bundle: Bundle, precision: str) -> tuple[Callable[[Tensor], Tensor], 
     return lambda images: scorer._look(images, [PAPER_SCORE])[0][PAPER_SCORE], clock
 
 
+def computed_in(bundle: Bundle) -> list[str]:
+    """Those of ``PRECISIONS`` that this processor and the bundle's calibration allow."""
+    cpu = torch.device("cpu")
+    able = {"bf16": has_fast_bf16(cpu), "int8": can_use_int8(bundle.calibration, cpu)}
+    return [precision for precision in PRECISIONS if able.get(precision, True)]
+
+
 def times(bundle: Bundle, batch: int, rounds: int) -> dict[str, dict[str, float]]:
     """Milliseconds for an image in every stage, medians of interleaved rounds, by contender."""
     side = bundle.model.image_size
     images = torch.rand(batch, 1, side, side, generator=torch.Generator().manual_seed(0))
-    known = bundle.calibration and bundle.calibration.quantization
-    precisions = [p for p in PRECISIONS if p != "int8" or known]
     contenders = {"published": published(bundle)}
-    contenders |= {precision: frozen(bundle, precision) for precision in precisions}
+    contenders |= {precision: frozen(bundle, precision) for precision in computed_in(bundle)}
     found: dict[str, dict[str, list[float]]] = {n: defaultdict(list) for n in contenders}
     for round_ in range(rounds + 1):  # the first warms up
         for name, (score, clock) in contenders.items():
@@ -133,16 +140,14 @@ def ranking(bundle: Bundle, test: ImageSet) -> dict[str, dict[str, dict[str, flo
     """
     plain, _ = published(bundle)
     parts = [plain(test.batch(slice(start, start + 8))) for start in range(0, len(test), 8)]
-    calibrations = dict.fromkeys(PRECISIONS, bundle.calibration)
+    calibrations = dict.fromkeys(computed_in(bundle), bundle.calibration)
     known = bundle.calibration and bundle.calibration.quantization
-    if bundle.calibration and known:
+    if bundle.calibration and known and "int8" in calibrations:
         names = [f"{p}.{i}" for p in ("downs", "ups") for i in range(bundle.model.level)]
         everywhere = dataclasses.replace(known, stages=names)
         calibrations["int8 everywhere"] = dataclasses.replace(
             bundle.calibration, quantization=everywhere
         )
-    else:
-        del calibrations["int8"]
     exact: dict[str, Tensor] = {}
     found: dict[str, dict[str, dict[str, float]]] = {}
     for name, calibration in calibrations.items():
