@@ -124,9 +124,9 @@ def threads() -> str:
     lines += [
         "",
         f"Seconds; preset `{figures['preset']}`, {figures['precision']}, {figures['threads']} "
-        f"cores ({figures['device']}, {figures['instructions']}); means, the middle one of "
-        f"{figures['rounds']}. *Spinning*: as long as GNU's OpenMP does by itself. *Chosen*: the "
-        "number in brackets.",
+        f"cores ({figures['device']}, {figures['instructions']}); means, the upper median of "
+        f"{figures['rounds']} rounds. *Spinning*: as long as GNU's OpenMP does by itself. "
+        "*Chosen*: the number in brackets.",
     ]
     return "\n".join(lines)
 

@@ -40,7 +40,7 @@ def grids(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(grids: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle, trained for a moment."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    done = squid_apart("train", *TRAIN, "--data", grids, "--out", out, "--json")
+    done = squid("train", *TRAIN, "--data", grids, "--out", out, "--json")
     assert json.loads(done.stdout)["finished"] is True
     return out
 
