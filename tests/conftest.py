@@ -56,6 +56,16 @@ def golden(shared: Path) -> Callable[[str], Golden]:
     return load
 
 
+@pytest.fixture(scope="session")
+def grids(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """DigitAnatomy on disk, small, as the verb writes it."""
+    from tests.command_line import squid
+
+    folder = tmp_path_factory.mktemp("data") / "grids"
+    squid("synth", folder, "--cell", 16, "--train", 12, "--val", 24, "--test", 8)
+    return folder
+
+
 @pytest.fixture
 def seeded() -> int:
     """PyTorch's generator at a known place; the seed."""

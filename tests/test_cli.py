@@ -29,14 +29,6 @@ def rows_of(table: Path) -> list[dict[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def grids(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """DigitAnatomy on disk, small."""
-    folder = tmp_path_factory.mktemp("data") / "grids"
-    squid("synth", folder, "--cell", 16, "--train", 12, "--val", 24, "--test", 8)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def run(grids: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle, trained for a moment."""
     out = tmp_path_factory.mktemp("runs") / "run"

@@ -44,13 +44,6 @@ training = pytest.mark.parametrize("precision", TRAINING)
 
 
 @pytest.fixture(scope="module")
-def grids(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "grids"
-    squid("synth", folder, "--cell", 16, "--train", 12, "--val", 24, "--test", 8)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def run(grids: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "run"
     squid("train", *TRAIN, "--data", grids, "--out", out)
