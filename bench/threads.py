@@ -28,7 +28,7 @@ import torch
 
 from squid_fast import SQUID
 from squid_fast.atomic import write_json
-from squid_fast.devices import choose_precision
+from squid_fast.devices import Precision, choose_precision
 from squid_fast.presets import preset
 from squid_fast.threads import SPIN, fastest_threads, threads
 from squid_fast.training.state import Run, Settings
@@ -43,11 +43,11 @@ _SECONDS = 6.0
 CPU = torch.device("cpu")
 
 
-def steps(name: str, way: str, precision: str) -> dict[str, Any]:
+def steps(name: str, way: str, precision: Precision) -> dict[str, Any]:
     """Seconds of a step of the preset: threads, mean, median, longest, and how many were timed."""
     chosen = preset(name)
     count = chosen.recipe.batch_size
-    settings = Settings(chosen.model, chosen.recipe, 0, precision, count, "")  # type: ignore[arg-type]
+    settings = Settings(chosen.model, chosen.recipe, 0, precision, count, "")
     run = Run(SQUID(**chosen.model), settings, CPU)
     side = chosen.image_size
     images = torch.rand(count, 1, side, side).to(memory_format=run.layout)
