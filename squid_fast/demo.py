@@ -129,12 +129,13 @@ def run_demo(
     validation = DigitAnatomy(source, cell, "val", seed).normal(HELD_OUT_GRIDS, seed + 1)
     say(f"training until {minutes:g} minutes are over; Ctrl-C ends it earlier")
     begun = time.perf_counter()
+    given = max(60 * minutes - (begun - started), 0.0)
     result = train_bundle(
         chosen,
         training.as_image_set(),
         out,
         validation_set=validation.as_image_set(),
-        seconds=max(60 * minutes - (begun - started), 0.0),
+        seconds=given,
         score=SCORE,
         seed=seed,
         device=device,
@@ -155,7 +156,7 @@ def run_demo(
     demo = DemoResult(
         aurocs,
         score=SCORE,
-        stopped=should_stop(),
+        stopped=60 * result.minutes < given,
         trained_grids=result.step * chosen.recipe.batch_size,
         training_seconds=round(seconds, 1),
         seconds=round(time.perf_counter() - started, 1),

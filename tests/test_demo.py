@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -99,6 +100,20 @@ def test_it_ends_by_the_clock(
         run_demo(tmp_path, 1.0, say=lambda text: None)
     assert 50 < given["seconds"] < 59  # drawing, twice, has used some of them
     assert result.seconds >= result.training_seconds
+
+
+def test_a_stop_after_training_is_none_of_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = []
+    monkeypatch.setattr(demo, "Scorer", SimpleNamespace(load=lambda *_, **__: trained.append(1)))
+    monkeypatch.setattr(demo, "_screen", lambda *_: ({"count": 0}, "table", "page"))
+    monkeypatch.setattr(demo, "auroc_by_kind", lambda *_: {"patch_error": {"missing": 1.0}})
+    result = run_demo(
+        tmp_path, 0.01, device="cpu", say=lambda text: None, should_stop=lambda: bool(trained)
+    )
+    assert trained
+    assert not result.stopped
 
 
 def test_the_verb_says_that_it_was_stopped(
