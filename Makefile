@@ -23,10 +23,10 @@ demo: $(READY)  ## Synthesise, train, evaluate and screen: the whole method in m
 test: $(READY)  ## Run the tests, on all cores
 	@$(BIN)/python -m pytest -q -n auto --dist worksteal --benchmark-disable $(ARGS)
 
-# PyTorch and oneDNN leave out what comes with AVX-512, and so does squid_fast.devices.
+# PyTorch and oneDNN leave out what comes with AVX-512, and so does squid_fast.utils.devices.
 avx2: $(READY)  ## Run the tests of every precision and of scoring as on a processor without AVX-512
 	@ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest -q -n auto \
-	  tests/test_precisions.py tests/test_distributed.py tests/test_inference.py tests/inference $(ARGS)
+	  tests/cli/test_precisions.py tests/training/test_distributed.py tests/inference $(ARGS)
 
 lint: $(READY)  ## Check style and formatting
 	@$(BIN)/ruff check $(SOURCES)
@@ -44,13 +44,13 @@ types: $(READY)  ## Check types
 	@$(BIN)/mypy
 
 compile: $(READY)  ## Compile every kernel for A100, H100 and MI300X, and look for spills
-	@$(BIN)/python -m bench.compile_report --brief $(ARGS)
+	@$(BIN)/python -m bench machine-code --brief $(ARGS)
 
 bench: $(READY)  ## Time every operation beside the reference, eager and compiled
 	@$(BIN)/python -m pytest --benchmark --bench-results=bench/results $(ARGS)
 
 speed: $(READY)  ## Time training and scoring beside the published way
-	@$(BIN)/python -m bench.speed $(ARGS)
+	@$(BIN)/python -m bench speed $(ARGS)
 
 clean:  ## Remove what make has made: .venv, build folders, caches
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from squid_fast.threads import limit_spinning
+from squid_fast.utils.threads import limit_spinning
 
 limit_spinning()  # as the verbs do, before anything imports torch
 

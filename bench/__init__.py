@@ -1,5 +1,5 @@
 """Programs that measure; figures go to ``bench/results/``."""
 
-from squid_fast.threads import limit_spinning
+from squid_fast.utils.threads import limit_spinning
 
 limit_spinning()  # as the verbs do, before anything imports torch

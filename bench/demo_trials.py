@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from squid_fast.data import KINDS, DigitAnatomy
-from squid_fast.demo import HELD_OUT_GRIDS, TRAINING_GRIDS, auroc_by_kind
+from squid_fast.experiments.demo import HELD_OUT_GRIDS, TRAINING_GRIDS, auroc_by_kind
 from squid_fast.inference import Scorer
 from squid_fast.presets import Preset, preset
 from squid_fast.training import train_bundle

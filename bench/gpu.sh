@@ -91,7 +91,7 @@ environment() {
   "$python" -m pip list 2>/dev/null | grep -iE '^(torch|triton|numpy|einops|pytest|hypothesis)' || true
   "$python" - "$device" <<'END'
 import json, sys, torch
-from bench.machine import describe
+from bench.measurements import describe
 print(json.dumps(describe(torch.device(sys.argv[1]))))
 END
 }
@@ -109,7 +109,7 @@ if has pytest_benchmark; then
   check=--benchmark-disable
 else
   micro() {
-    micro_command=("$python" -m bench.micro --operation "$1" --seconds "$2" --output "$3"
+    micro_command=("$python" -m bench.operations.micro --operation "$1" --seconds "$2" --output "$3"
       --device "$device" --sizes "$sizes" "${@:4}")
   }
   check=--check
@@ -119,7 +119,7 @@ if ! has squid_fast.reference; then
   step "install" 60 "$python" -m pip install -q --no-index --no-deps --no-build-isolation -e .
 fi
 step "environment" 60 bash -c environment
-step "ceilings" 60 "$python" -m bench.roofline --device "$device" --sizes "$sizes" --output "$out"
+step "ceilings" 60 "$python" -m bench.operations.roofline --device "$device" --sizes "$sizes" --output "$out"
 
 operations=(memory_lookup gumbel_shrinkage masked_shortcut neighbourhood_attention inpaint_block)
 
@@ -163,7 +163,7 @@ fi
 for part in evaluation screening training; do
   rounds=15 batch=()
   if [[ $device == cpu ]]; then rounds=1 batch=(--batch 2 --threads 1); fi
-  step "end to end: $part" 60 "$python" -m bench.speed --device "$device" --rounds "$rounds" \
+  step "end to end: $part" 60 "$python" -m bench.scoring.speed --device "$device" --rounds "$rounds" \
     --part "$part" --output "$out" ${batch[@]+"${batch[@]}"}
 done
 

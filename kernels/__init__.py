@@ -8,6 +8,6 @@ is needed, so that a machine without it, or without a GPU, never pays for it.
 Symbols: B images, N patches of an image, M memory slots, C slot width, k = ``top_k``.
 """
 
-from .choice import use
+from .dispatch import use
 
 __all__ = ["use"]

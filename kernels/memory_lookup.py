@@ -30,7 +30,7 @@ from torch import Tensor
 
 from . import memory_search
 from .card import Card, card_of, on_device, power_of_2
-from .choice import LARGEST_SCORED
+from .dispatch import LARGEST_SCORED
 from .gumbel_shrinkage import shrink, shrink_backward
 from .matrix_product import multiply, multiply_in_parts
 from .tiles import NEVER, floored, keep_above, kth_largest, multiply_tile

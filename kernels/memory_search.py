@@ -15,15 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .card import Card, card_of, power_of_2
-from .tiles import (
-    NEVER,
-    add_to_softmax,
-    floored,
-    insert_best,
-    keep_above,
-    multiply_tile,
-    no_best,
-)
+from .tiles import NEVER, add_to_softmax, floored, insert_best, keep_above, multiply_tile, no_best
 
 # --- kernels: search ------------------------------------------------------------------------------
 

@@ -2,12 +2,13 @@
 
 from typing import TYPE_CHECKING
 
-from ._lazy import lazy_names
+from ._version import __version__
+from .utils.lazy import lazy_names
+from .utils.moved import accept_old_paths
 
 if TYPE_CHECKING:
     from . import ops
-    from .bundle import Bundle, load_bundle, save_bundle
-    from .inference import Scorer, Scores, calibrate
+    from .inference import Bundle, Scorer, Scores, calibrate, load_bundle, save_bundle
     from .modules import SQUID, Discriminator, InpaintBlock, MemoryMatrix, MemoryQueue
     from .presets import PRESETS, Preset, Recipe
     from .screening import screen
@@ -15,15 +16,21 @@ else:
     __getattr__, __dir__ = lazy_names(
         __name__,
         {
-            "bundle": ("Bundle", "load_bundle", "save_bundle"),
-            "inference": ("Scorer", "Scores", "calibrate"),
+            "inference": (
+                "Bundle",
+                "Scorer",
+                "Scores",
+                "calibrate",
+                "load_bundle",
+                "save_bundle",
+            ),
             "modules": ("SQUID", "Discriminator", "InpaintBlock", "MemoryMatrix", "MemoryQueue"),
             "presets": ("PRESETS", "Preset", "Recipe"),
             "screening": ("screen",),
         },
     )
 
-__version__ = "0.1.0"
+accept_old_paths()
 
 __all__ = [
     "PRESETS",

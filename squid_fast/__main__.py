@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from ._extras import require
-from .threads import limit_spinning
+from .utils.extras import require
+from .utils.threads import limit_spinning
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ class Recipe:
     ``lr_floor`` (a fraction of ``lr``) shape the generator's cosine schedule. ``shift`` and
     ``scale`` bound the random augmentation, as fractions of the image side. ``averaging`` is
     the largest share of the averaged discriminator that a step keeps, see
-    ``squid_fast.training.averaging``; 0, as published, keeps the last step's discriminator
+    ``squid_fast.training.ema``; 0, as published, keeps the last step's discriminator
     instead. ``keep`` is which epoch's pair becomes the trained model: the last one's, or that
     with the best AUROC of the paper's score among those that were validated (the last where no
     validation images of both kinds are given).

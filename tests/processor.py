@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from squid_fast.devices import has_fast_bf16
 from squid_fast.inference.convolution import has_onednn
 from squid_fast.inference.quantization import has_int8
+from squid_fast.utils.devices import has_fast_bf16
 
 HAS_BF16 = has_fast_bf16(torch.device("cpu"))
 

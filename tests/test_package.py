@@ -77,7 +77,7 @@ def test_names_are_imported_when_they_are_used() -> None:
 LAZY = """
 import sys
 
-import squid_fast.data.readers, squid_fast.screening.reading
+import squid_fast.data.readers, squid_fast.screening.reading.pool
 import squid_fast, squid_fast.data, squid_fast.screening
 assert not {"torch", "PIL", "pydicom", "pyarrow"} & set(sys.modules)
 assert squid_fast.data.MAX_PIXELS == 100_000_000
@@ -92,7 +92,7 @@ else:
     raise AssertionError("there is no such name")
 
 import pickle
-calibration = squid_fast.scores.Calibration({}, [1.0], [2.0], "training")
+calibration = squid_fast.inference.scores.Calibration({}, [1.0], [2.0], "training")
 assert pickle.loads(pickle.dumps(calibration)) == calibration
 assert pickle.loads(pickle.dumps(squid_fast.Scores)) is squid_fast.inference.Scores
 assert squid_fast.ops.memory_lookup is sys.modules["squid_fast.ops"].memory_lookup
@@ -121,7 +121,7 @@ def test_reference_stands_alone() -> None:
 
 def test_figures_in_documents_are_the_measured_ones() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "bench.readme", "--check"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "bench.pages", "--check"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
 

@@ -8,12 +8,12 @@ from typing import Annotated
 
 import typer
 
-from ..ablation import VARIANTS, AblationData, as_markdown, digit_data, run_ablation
-from ..console import ablation_table, print_json, print_table, say, stop_on_signals, training_report
 from ..data import find_records, load_images, select
-from ..devices import choose_device, choose_precision
+from ..experiments.ablation import VARIANTS, AblationData, as_markdown, digit_data, run_ablation
 from ..presets import preset as find_preset
 from ..training import load_splits
+from ..utils.devices import choose_device, choose_precision
+from .console import ablation_table, print_json, print_table, say, stop_on_signals, training_report
 from .options import Device, Json, Layout, Mnist, Threads, TrainingPrecision
 
 

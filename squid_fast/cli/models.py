@@ -9,9 +9,16 @@ from typing import Annotated
 
 import typer
 
-from ..bundle import Bundle, load_bundle, load_published, save_bundle
-from ..comparison import load_scorer
-from ..console import (
+from ..data import find_records, load_images, select, write_digit_anatomy
+from ..experiments.baselines import load_scorer
+from ..experiments.demo import demo_folder, run_demo
+from ..experiments.research_scores import evaluate_others
+from ..inference import Scorer, calibrate
+from ..inference.bundle import Bundle, load_bundle, load_published, save_bundle
+from ..metrics import plot_roc
+from ..presets import preset as find_preset
+from ..training import load_splits
+from .console import (
     demo_table,
     evaluation_table,
     print_json,
@@ -21,13 +28,6 @@ from ..console import (
     stop_on_signals,
     training_report,
 )
-from ..data import find_records, load_images, select, write_digit_anatomy
-from ..demo import demo_folder, run_demo
-from ..evaluation import plot_roc
-from ..inference import Scorer, calibrate
-from ..inference.other_scores import evaluate_others
-from ..presets import preset as find_preset
-from ..training import load_splits
 from .options import Data, Device, Json, Layout, Mnist, PrecisionName, Rate
 
 

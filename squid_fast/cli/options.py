@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..devices import Precision, ScoringPrecision
+from ..utils.devices import Precision, ScoringPrecision
 
 Data = Annotated[Path, typer.Option("--data", help="Folder or table of images.")]
 Layout = Annotated[str, typer.Option(help="How the data is laid out; found out unless named.")]

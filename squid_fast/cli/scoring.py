@@ -10,24 +10,18 @@ from typing import Annotated
 import torch
 import typer
 
-from ..atomic import write_json
-from ..benchmark import Benchmark, random_bundle
-from ..bundle import load_bundle
-from ..comparison import load_scorer
-from ..console import bench_table, print_json, print_table, progress_bar, say, stop_on_signals
-from ..devices import choose_device
+from ..experiments.baselines import load_scorer
+from ..experiments.benchmark import Benchmark, random_bundle
 from ..inference import Scorer, check_hardware
+from ..inference.bundle import load_bundle
 from ..inference.export import write_export
 from ..presets import preset as find_preset
-from ..screening import (
-    check_folder,
-    check_output,
-    read_list,
-    screen_to_table,
-    write_report,
-)
+from ..screening import check_folder, check_output, read_list, screen_to_table, write_report
 from ..screening import pack as pack_files
-from ..screening.reading import TIMEOUT
+from ..screening.reading.pool import TIMEOUT
+from ..utils.atomic import write_json
+from ..utils.devices import choose_device
+from .console import bench_table, print_json, print_table, progress_bar, say, stop_on_signals
 from .options import Device, FileList, Inputs, Json, PrecisionName, Root, Timeout, Workers
 
 

@@ -8,17 +8,18 @@ from typing import Annotated, Any
 
 import typer
 
-from ..atomic import write_json
-from ..bundle import load_bundle
-from ..comparison import METHODS, RECIPE, MethodResult, train_method
-from ..console import print_json, progress_bar, say, stop_on_signals, training_report
 from ..data import ImageSet, find_records, load_images
-from ..devices import choose_device, choose_precision
-from ..diagnostics import Diary, draw_memory, memory_use
+from ..data.contamination import check_apart, contaminated
+from ..experiments.baselines import METHODS, RECIPE, MethodResult, train_method
+from ..experiments.diagnostics import Diary, draw_memory, memory_use
+from ..inference.bundle import load_bundle
 from ..presets import Keep
 from ..presets import preset as find_preset
-from ..training import TrainingResult, check_apart, contaminated, load_splits, train_bundle
+from ..training import TrainingResult, load_splits, train_bundle
 from ..training.logs import LogKind
+from ..utils.atomic import write_json
+from ..utils.devices import choose_device, choose_precision
+from .console import print_json, progress_bar, say, stop_on_signals, training_report
 from .options import Data, Device, Json, Layout, Rate, Threads, TrainingPrecision
 
 

@@ -2,17 +2,17 @@
 
 from typing import TYPE_CHECKING
 
-from squid_fast._lazy import lazy_names
+from ..utils.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from squid_fast.data.digit_anatomy import KINDS, DigitAnatomy, DigitGrids
-    from squid_fast.data.digit_files import write_digit_anatomy
-    from squid_fast.data.handwriting import DigitSourceError
-    from squid_fast.data.images import ImageSet, load_images
-    from squid_fast.data.layouts import LAYOUTS, find_records
-    from squid_fast.data.pixels import MAX_PIXELS, ImageReadError
-    from squid_fast.data.readers import IMAGE_SUFFIXES, load_image, read_image
-    from squid_fast.data.records import LayoutError, Record, select
+    from .digit_anatomy import KINDS, DigitAnatomy, DigitGrids
+    from .digit_files import write_digit_anatomy
+    from .handwriting import DigitSourceError
+    from .images import ImageSet, load_images
+    from .layouts import LAYOUTS, find_records
+    from .pixels import MAX_PIXELS, ImageReadError
+    from .readers import IMAGE_SUFFIXES, load_image, read_image
+    from .records import LayoutError, Record, select
 else:
     __getattr__, __dir__ = lazy_names(
         __name__,

@@ -9,8 +9,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from squid_fast._extras import require
-from squid_fast.data.pixels import FloatImage, ImageReadError, check_pixels, stretched
+from ..utils.extras import require
+from .pixels import FloatImage, ImageReadError, check_pixels, stretched
 
 _MAX_INFLATED = 1 << 29  # bytes
 _META_START = 144  # where the file's meta group goes on behind the element that gives its length

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from squid_fast.data.handwriting import SPLITS, bundled_digits, load_mnist, split_members
-from squid_fast.data.images import ImageSet
+from .handwriting import SPLITS, bundled_digits, load_mnist, split_members
+from .images import ImageSet
 
 KINDS = ("missing", "swapped", "flipped", "foreign")
 

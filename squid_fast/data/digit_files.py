@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from squid_fast._extras import require
-from squid_fast.data.digit_anatomy import KINDS, DigitAnatomy, DigitGrids
+from ..utils.extras import require
+from .digit_anatomy import KINDS, DigitAnatomy, DigitGrids
 
 DEFAULT_COUNTS: Mapping[str, tuple[int, int]] = {
     "train": (2000, 0),

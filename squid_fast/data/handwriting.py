@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from squid_fast._extras import require
+from ..utils.extras import require
 
 SPLITS = ("train", "val", "test")
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from squid_fast.data.pixels import ImageReadError
-from squid_fast.data.readers import load_bytes
-from squid_fast.data.records import Record
+from .pixels import ImageReadError
+from .readers import load_bytes
+from .records import Record
 
 UNKNOWN = -1
 _CHUNK = 256

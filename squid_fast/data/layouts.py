@@ -12,17 +12,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from squid_fast.data.readers import IMAGE_SUFFIXES, is_dicom
-from squid_fast.data.records import (
-    ANOMALOUS,
-    NORMAL,
-    SPLITS,
-    Layout,
-    LayoutError,
-    Record,
-    enumerated,
-)
-from squid_fast.data.tables import TABLE_LAYOUTS
+from .readers import IMAGE_SUFFIXES, is_dicom
+from .records import ANOMALOUS, NORMAL, SPLITS, Layout, LayoutError, Record, enumerated
+from .tables import TABLE_LAYOUTS
 
 
 def find_records(root: str | os.PathLike[str], layout: str = "auto") -> list[Record]:

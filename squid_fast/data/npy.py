@@ -7,7 +7,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from squid_fast.data.pixels import FloatImage, ImageReadError, check_pixels, stretched
+from .pixels import FloatImage, ImageReadError, check_pixels, stretched
 
 
 def read_npy(file: BinaryIO, path: Path) -> FloatImage:

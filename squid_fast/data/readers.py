@@ -16,16 +16,10 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from squid_fast._extras import require
-from squid_fast.data.dicom import read_dicom
-from squid_fast.data.npy import read_npy
-from squid_fast.data.pixels import (
-    MAX_PIXELS,
-    FloatImage,
-    ImageReadError,
-    check_pixels,
-    stretched,
-)
+from ..utils.extras import require
+from .dicom import read_dicom
+from .npy import read_npy
+from .pixels import MAX_PIXELS, FloatImage, ImageReadError, check_pixels, stretched
 
 IMAGE_SUFFIXES = (
     ".png",

@@ -13,15 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from squid_fast.data.records import (
-    ANOMALOUS,
-    NORMAL,
-    SPLITS,
-    Layout,
-    LayoutError,
-    Record,
-    enumerated,
-)
+from .records import ANOMALOUS, NORMAL, SPLITS, Layout, LayoutError, Record, enumerated
 
 _LABELS = {
     **dict.fromkeys(("0", "0.0", "normal"), NORMAL),

@@ -5,8 +5,19 @@ is frozen by ``network``, of convolutions that ``convolution`` has folded and ``
 put in bytes; ``precision`` chooses between them, ``graphs`` replays the network on a GPU.
 """
 
+from .bundle import Bundle, BundleError, load_bundle, save_bundle
 from .calibration import calibrate
 from .precision import AGREEMENT, check_hardware
 from .scorer import Scorer, Scores
 
-__all__ = ["AGREEMENT", "Scorer", "Scores", "calibrate", "check_hardware"]
+__all__ = [
+    "AGREEMENT",
+    "Bundle",
+    "BundleError",
+    "Scorer",
+    "Scores",
+    "calibrate",
+    "check_hardware",
+    "load_bundle",
+    "save_bundle",
+]

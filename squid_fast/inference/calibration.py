@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from ..data import ImageSet
-from ..devices import ScoringPrecision, choose_layout
-from ..evaluation import threshold_at_false_positive_rate
+from ..metrics import threshold_at_false_positive_rate
 from ..modules import SQUID, Discriminator
-from ..scores import PAPER_SCORE, SCORES, Calibration, Quantization, ScoreCalibration
+from ..utils.devices import ScoringPrecision, choose_layout
 from .quantization import Range, RangeRecorder, has_int8
 from .scorer import Scorer, z_score
+from .scores import PAPER_SCORE, SCORES, Calibration, Quantization, ScoreCalibration
 
 _IMAGES = 2000  # of the training set; more do not move mean and deviation
 _RANGE_IMAGES = 96

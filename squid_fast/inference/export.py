@@ -25,13 +25,14 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from .. import __version__, vectorised
-from .._extras import require
-from ..atomic import replacing
-from ..devices import to_layout
-from ..scores import SCORES
+from .. import vectorised
+from .._version import __version__
+from ..utils.atomic import replacing
+from ..utils.devices import to_layout
+from ..utils.extras import require
 from .convolution import FoldedConv, cast
 from .scorer import JUDGED
+from .scores import SCORES
 
 if TYPE_CHECKING:
     from .scorer import Scorer

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ..modules import SQUID, InpaintBlock
 from ..modules.unet import DoubleConv, Down, Up, to_image, to_patches
-from ..scores import Quantization
 from .convolution import FoldedConv, ResizedConv, SplitConv, cast, fold
 from .quantization import Grid, QuantizedConv, Range
+from .scores import Quantization
 
 _SMALL = 8  # side of the maps up to which ``ResizedConv`` is faster, measured on AVX512
 

@@ -6,9 +6,9 @@ from typing import Literal
 
 import torch
 
-from ..devices import ScoringPrecision, choose_precision
-from ..scores import Calibration
+from ..utils.devices import ScoringPrecision, choose_precision
 from .quantization import has_int8
+from .scores import Calibration
 
 AGREEMENT = 0.999
 """Rank correlation with float32 from which on 8-bit convolutions are used unasked."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..devices import INT8_UNITS, cpu_has
+from ..utils.devices import INT8_UNITS, cpu_has
 from .convolution import FoldedConv, has_onednn
 
 Range = tuple[float, float]

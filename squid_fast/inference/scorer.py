@@ -16,24 +16,18 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from ..bundle import load_bundle
 from ..data import ImageSet
-from ..devices import (
-    ScoringPrecision,
-    choose_device,
-    choose_layout,
-    has_fast_bf16,
-    to_layout,
-)
-from ..evaluation import Evaluation, evaluate
+from ..metrics import Evaluation, evaluate
 from ..modules import SQUID, Discriminator, ScoreMode
 from ..modules.squid import check_images
 from ..modules.unet import to_patches
-from ..scores import PAPER_SCORE, SCORES, Calibration, ScoreCalibration
+from ..utils.devices import ScoringPrecision, choose_device, choose_layout, has_fast_bf16, to_layout
+from .bundle import load_bundle
 from .convolution import fold_discriminator, has_onednn
 from .graphs import Graphs
 from .network import FrozenGenerator
 from .precision import check_hardware, choose_scoring_precision
+from .scores import PAPER_SCORE, SCORES, Calibration, ScoreCalibration
 
 JUDGED: dict[str, tuple[Literal["reconstruction", "image"], ScoreMode]] = {
     PAPER_SCORE: ("reconstruction", "instance"),

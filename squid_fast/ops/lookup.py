@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import vectorised
-from ..kernels import choice
+from ..kernels import dispatch as choice
 from .common import check_floating, check_threshold, check_top_k, kernels, shape
 
 

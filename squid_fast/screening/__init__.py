@@ -11,33 +11,32 @@ can be resumed; the table and what the report needs are made of it at the end.
 
 from typing import TYPE_CHECKING
 
-from squid_fast._lazy import lazy_names
+from ..utils.lazy import lazy_names
+from ..utils.text import utf8_text
 
 if TYPE_CHECKING:
-    from squid_fast.screening.files import find_files
-    from squid_fast.screening.journal_format import JournalError
-    from squid_fast.screening.lists import read_list
-    from squid_fast.screening.packing import Packed, pack
-    from squid_fast.screening.pipeline import ScreenRow, screen
-    from squid_fast.screening.plain import utf8_text
-    from squid_fast.screening.report import write_report
-    from squid_fast.screening.results import COLUMNS, write_table
-    from squid_fast.screening.run import check_folder, check_output, screen_to_table
-    from squid_fast.screening.summary import Summary, summarise
+    from .journal_format import JournalError
+    from .pipeline import ScreenRow, screen
+    from .reading.files import find_files
+    from .reading.lists import read_list
+    from .reading.packing import Packed, pack
+    from .report.report import write_report
+    from .report.summary import Summary, summarise
+    from .results import COLUMNS, write_table
+    from .run import check_folder, check_output, screen_to_table
 else:
     __getattr__, __dir__ = lazy_names(
         __name__,
         {
-            "files": ("find_files",),
+            "reading.files": ("find_files",),
             "journal_format": ("JournalError",),
-            "lists": ("read_list",),
-            "packing": ("Packed", "pack"),
+            "reading.lists": ("read_list",),
+            "reading.packing": ("Packed", "pack"),
             "pipeline": ("ScreenRow", "screen"),
-            "plain": ("utf8_text",),
-            "report": ("write_report",),
+            "report.report": ("write_report",),
             "results": ("COLUMNS", "write_table"),
             "run": ("check_folder", "check_output", "screen_to_table"),
-            "summary": ("Summary", "summarise"),
+            "report.summary": ("Summary", "summarise"),
         },
     )
 

@@ -25,16 +25,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from squid_fast.atomic import replacing, sync_folder, write_json
-from squid_fast.screening.journal_format import (
-    JournalError,
-    Run,
-    listing_bytes,
-    parse_line,
-    paths_of_rows,
-    row_line,
-)
-from squid_fast.screening.pipeline import ScreenRow
+from ..utils.atomic import replacing, sync_folder, write_json
+from .journal_format import JournalError, Run, listing_bytes, parse_line, paths_of_rows, row_line
+from .pipeline import ScreenRow
 
 if sys.platform != "win32":
     import fcntl
@@ -93,7 +86,7 @@ class Journal:
             ValueError: a path that no file system can hold.
             JournalError: the journal cannot be written.
         """
-        from squid_fast import __version__ as version  # the package itself imports this module
+        from .._version import __version__ as version  # the package itself imports this module
 
         listing = listing_bytes(files)
         listed = {

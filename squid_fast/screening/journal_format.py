@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import NoneType
 from typing import Any
 
-from squid_fast.screening.pipeline import ScreenRow
+from .pipeline import ScreenRow
 
 _SCORED = [str, float, float, float, bool, NoneType]
 _FAILED = [str, NoneType, NoneType, NoneType, NoneType, str]

@@ -13,9 +13,9 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from squid_fast.screening.files import PathInput, find_files
-from squid_fast.screening.reading import TIMEOUT, Decoded, check_reading, read_ahead
-from squid_fast.screening.shards import count_rows, is_shard, read_shard
+from .reading.files import PathInput, find_files
+from .reading.pool import TIMEOUT, Decoded, check_reading, read_ahead
+from .reading.shards import count_rows, is_shard, read_shard
 
 _log = logging.getLogger("squid_fast")
 

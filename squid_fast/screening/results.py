@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from squid_fast._extras import require
-from squid_fast.atomic import replacing
-from squid_fast.screening.files import PathInput
-from squid_fast.screening.pipeline import ScreenRow
-from squid_fast.screening.plain import finite_or_none, utf8_text
+from ..utils.atomic import replacing
+from ..utils.extras import require
+from ..utils.text import finite_or_none, utf8_text
+from .pipeline import ScreenRow
+from .reading.files import PathInput
 
 COLUMNS = tuple(field.name for field in dataclasses.fields(ScreenRow))
 """path, raw_score, z_score, anomaly_score, flag, threshold, error"""

@@ -10,14 +10,14 @@ from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
-from squid_fast.screening.files import PathInput, find_files
-from squid_fast.screening.journal import Journal
-from squid_fast.screening.journal_format import JournalError, Run
-from squid_fast.screening.pipeline import ScorerLike, screen_listing
-from squid_fast.screening.reading import TIMEOUT
-from squid_fast.screening.results import table_writer, write_table
-from squid_fast.screening.shards import count_rows, is_shard
-from squid_fast.screening.summary import Summary
+from .journal import Journal
+from .journal_format import JournalError, Run
+from .pipeline import ScorerLike, screen_listing
+from .reading.files import PathInput, find_files
+from .reading.pool import TIMEOUT
+from .reading.shards import count_rows, is_shard
+from .report.summary import Summary
+from .results import table_writer, write_table
 
 _INPUTS_SHOWN = 20
 _CALLED = {

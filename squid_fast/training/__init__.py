@@ -1,7 +1,7 @@
 """Training: losses, the step, the loop, checkpoints."""
 
+from ..utils.moved import moved_names
 from .checkpoint import CheckpointError
-from .contamination import check_apart, contaminated
 from .loop import Progress, TrainingResult, learning_rate, train
 from .run import load_splits, train_bundle
 from .state import NonFiniteLossError
@@ -13,11 +13,17 @@ __all__ = [
     "Progress",
     "Trainer",
     "TrainingResult",
-    "check_apart",
-    "contaminated",
     "learning_rate",
     "load_splits",
     "make_optimizers",
     "train",
     "train_bundle",
 ]
+
+__getattr__ = moved_names(
+    __name__,
+    {
+        "check_apart": "squid_fast.data.contamination.check_apart",
+        "contaminated": "squid_fast.data.contamination.contaminated",
+    },
+)

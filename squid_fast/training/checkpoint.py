@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..atomic import replacing
+from ..utils.atomic import replacing
 
 
 class CheckpointError(ValueError):

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
-from .._extras import require
+from ..utils.extras import require
 
 _TIMEOUT = timedelta(hours=1)  # in which rank 0 must have validated
 _STOP_EVERY = 16  # steps between two questions whether to stop, where asking stalls a GPU

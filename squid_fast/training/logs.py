@@ -6,7 +6,7 @@ import csv
 from pathlib import Path
 from typing import Literal, Protocol
 
-from .._extras import require
+from ..utils.extras import require
 
 LogKind = Literal["csv", "tensorboard"]
 

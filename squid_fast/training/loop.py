@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from ..data import ImageSet
-from ..devices import Precision, choose_device, choose_precision, to_layout
-from ..evaluation import image_auroc
 from ..inference import Scorer
+from ..inference.scores import SCORES
+from ..metrics import image_auroc
 from ..modules import SQUID, Discriminator
 from ..presets import Recipe
-from ..scores import SCORES
-from ..threads import WORTH_TIMING, fastest_threads, threads
+from ..utils.devices import Precision, choose_device, choose_precision, to_layout
+from ..utils.threads import WORTH_TIMING, fastest_threads, threads
 from .augment import augment
 from .checkpoint import CheckpointError, load_checkpoint
 from .distributed import Processes
@@ -117,7 +117,7 @@ def train(
             rate falls with the time that is left as it would with the epochs, and ``should_stop``
             ends the run as if its time were up.
         seed: of the discriminator's weights and of everything drawn in training.
-        device, precision: see ``squid_fast.devices``.
+        device, precision: see ``squid_fast.utils.devices``.
         thread_count: of PyTorch, on a CPU. Unless given, that of the run that is resumed, else of
             PyTorch's own number, its half and so on the one with which a few steps took the least
             time; by the clock, timed anew now and then. With the same number a run with the same

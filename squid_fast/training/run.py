@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
-from ..bundle import Bundle, save_bundle
 from ..data import ImageSet, Record, load_images, select
-from ..devices import Precision, choose_device
 from ..inference import calibrate
-from ..machine import describe
+from ..inference.bundle import Bundle, save_bundle
+from ..inference.scores import PAPER_SCORE
 from ..modules import SQUID
 from ..presets import Preset, Recipe
-from ..scores import PAPER_SCORE
-from ..threads import threads
+from ..utils.devices import Precision, choose_device
+from ..utils.machine import describe
+from ..utils.threads import threads
 from .distributed import Processes
 from .logs import LogKind
 from .loop import Observe, Progress, TrainingResult, train

@@ -13,14 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .._extras import require
-from ..devices import Precision, choose_layout, to_layout
+from ..inference.scores import PAPER_SCORE
 from ..modules import SQUID, Discriminator, discriminator_size
 from ..presets import Recipe
-from ..scores import PAPER_SCORE
-from .averaging import Average
+from ..utils.devices import Precision, choose_layout, to_layout
+from ..utils.extras import require
 from .checkpoint import CheckpointError, save_checkpoint
 from .distributed import Processes, synchronise_batch_norm
+from .ema import Average
 from .step import Trainer, load_optimizer, make_optimizers
 
 CHECKPOINT = "checkpoint.pt"

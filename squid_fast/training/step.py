@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..modules import Discriminator, MemoryQueue
 from ..presets import Recipe
-from .averaging import Average
+from .ema import Average
 from .losses import discriminator_loss, generator_losses
 
 

@@ -13,10 +13,9 @@ from squid_fast.inference import calibration as calibration_module
 from squid_fast.inference.convolution import FoldedConv
 from squid_fast.inference.network import FrozenGenerator, QuantizedStage
 from squid_fast.inference.quantization import Grid, QuantizedConv, RangeRecorder, has_int8
-from squid_fast.scores import PAPER_SCORE, Calibration, Quantization
+from squid_fast.inference.scores import PAPER_SCORE, Calibration, Quantization
+from tests.inference.test_network import CONFIGS, trained
 from tests.processor import needs_int8
-
-from .test_network import CONFIGS, trained
 
 
 def photographs(n: int, side: int, seed: int = 0) -> ImageSet:

@@ -7,8 +7,8 @@ import torch
 
 import squid_fast
 from squid_fast import ops
-from tests import test_golden as golden_tests
-from tests.test_golden import Load, models
+from tests.modules import test_golden as golden_tests
+from tests.modules.test_golden import Load, models
 from tests.tolerances import assert_close
 
 pytestmark = [

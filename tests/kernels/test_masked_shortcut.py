@@ -16,7 +16,7 @@ from squid_fast import ops
 # The function itself: its name in the module is out of bounds here.
 from squid_fast.vectorised import philox_uniform
 from tests.kernels.devices import DTYPES, drawn
-from tests.test_ops import normal, with_gradients
+from tests.ops.test_ops import normal, with_gradients
 from tests.tolerances import TOLERANCES, assert_close
 
 SHAPES = [

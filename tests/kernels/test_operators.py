@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from squid_fast import PRESETS, SQUID, kernels, ops
-from squid_fast.kernels import choice
-from tests.test_ops import compile_cases, normal, operator_samples, with_gradients
+from squid_fast.kernels import dispatch as choice
+from tests.ops.test_ops import compile_cases, normal, operator_samples, with_gradients
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -85,7 +85,7 @@ def test_another_setting_is_refused() -> None:
 @pytest.mark.parametrize("value", ["on", "off"])
 def test_the_environment_chooses(value: str, monkeypatch) -> None:
     monkeypatch.setenv("SQUID_FAST_KERNELS", value)
-    spec = find_spec("squid_fast.kernels.choice")
+    spec = find_spec("squid_fast.kernels.dispatch")
     anew = module_from_spec(spec)
     spec.loader.exec_module(anew)
     assert anew._setting == value
@@ -93,7 +93,7 @@ def test_the_environment_chooses(value: str, monkeypatch) -> None:
 
 def test_the_environment_is_checked() -> None:
     result = subprocess.run(
-        [sys.executable, "-c", "import squid_fast.kernels.choice"],
+        [sys.executable, "-c", "import squid_fast.kernels.dispatch"],
         env=os.environ | {"SQUID_FAST_KERNELS": "no"},
         capture_output=True,
         text=True,

@@ -14,13 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from squid_fast.screening import (
-    COLUMNS,
-    ScreenRow,
-    results,
-    utf8_text,
-    write_table,
-)
+from squid_fast.screening import COLUMNS, ScreenRow, results, utf8_text, write_table
 from tests.screening.limits import file_size_limit
 
 STRANGE = os.fsdecode(

@@ -15,14 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from squid_fast.screening import (
-    JournalError,
-    check_output,
-    pack,
-    run,
-    screen,
-    screen_to_table,
-)
+from squid_fast.screening import JournalError, check_output, pack, run, screen, screen_to_table
 from tests.screening.limits import file_size_limit
 from tests.screening.test_results import FORMATS, read_table
 

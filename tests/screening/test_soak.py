@@ -13,8 +13,8 @@ parquet = pytest.importorskip("pyarrow.parquet")
 pytest.importorskip("typer")
 pytest.importorskip("PIL")
 
-from bench.images import BROKEN, ImageFolder, make_images  # noqa: E402
-from bench.soak import Soak, check, soak  # noqa: E402
+from bench.scoring.images import BROKEN, ImageFolder, make_images  # noqa: E402
+from bench.scoring.soak import Soak, check, soak  # noqa: E402
 from squid_fast.screening import ScreenRow, find_files, write_table  # noqa: E402
 
 

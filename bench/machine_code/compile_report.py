@@ -1,0 +1,326 @@
+"""Every shipped kernel configuration in machine code for cards that need not be there.
+
+``python -m bench machine-code`` makes the calls of ``cases`` for an A100 (sm_80),
+an H100 (sm_90) and an MI300X (gfx942), and compiles what the launchers would launch instead of
+launching it. It prints registers, spilled bytes, shared memory, matrix instructions and code size
+of each configuration, writes them to ``bench/results/compile_report.json`` (with ``--only``,
+``--arch`` or ``--every``, only to what ``--output`` names), and exits with 1 if a configuration
+spills, asks for more shared memory than the card has, or lacks matrix instructions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import itertools
+import json
+import multiprocessing
+import os
+import pkgutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import triton
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from squid_fast import kernels
+
+from .cases import cases
+from .compilers import CARDS, Launch, Row, describe, measure, recorded
+
+RESULTS = Path(__file__).parents[1] / "results" / "compile_report.json"
+WARPGROUP_ROWS = 64  # that sm_90's warpgroup instructions multiply at once
+
+
+# --- what is compiled -----------------------------------------------------------------------------
+
+
+def shipped(pattern: str) -> set[str]:
+    """All kernels whose "file.name" has the pattern in it."""
+    modules = [
+        f"{kernels.__name__}.{found.name}" for found in pkgutil.iter_modules(kernels.__path__)
+    ]
+    return {
+        f"{module}.{name}"
+        for module in modules
+        for name in vars(importlib.import_module(module))
+        if name.endswith("_kernel") and fnmatch(f"{module}.{name}", f"*{pattern}*")
+    }
+
+
+def collect(archs: list[str], pattern: str) -> tuple[dict[Launch, list[str]], list[str]]:
+    """Launches of all listed calls, each with the labels of these calls, and what went wrong."""
+    wanted, reached = shipped(pattern), set()
+    launches: dict[Launch, list[str]] = {}
+    failures = []
+    for arch, case in itertools.product(archs, cases() if wanted else ()):
+        with recorded(CARDS[arch]) as made:
+            try:
+                case.call()
+            except Exception as error:
+                failures.append(f"{case.label} for {arch}: {type(error).__name__}: {error}")
+        for launch in dict.fromkeys(made):
+            name = f"{launch.module}.{launch.kernel}"
+            reached.add(name)
+            if name in wanted:
+                launches.setdefault(launch, []).append(case.label)
+    if len(archs) == len(CARDS):  # some kernels may suit some cards only
+        failures += [
+            f"{name} is launched by no call of bench/compile_cases.py; list one."
+            for name in sorted(wanted - reached)
+        ]
+    return launches, failures
+
+
+def hardest(launches: dict[Launch, list[str]]) -> dict[Launch, list[str]]:
+    """One launch of every configuration, with the calls of all.
+
+    A configuration is what tile, dtypes, warps, stages and the like make up. Within it, counts and
+    switches add code, and unaligned sizes make addresses more work: the launch with most of the
+    former, then most of the latter, needs most registers.
+    """
+    groups: dict[str, list[tuple[tuple[float, int], Launch]]] = {}
+    for launch in launches:
+        row = describe(launch)
+        constants, arguments = row["constants"], row["arguments"]
+        counts = {
+            name: value
+            for name, value in constants.items()
+            if isinstance(value, int) and not name.startswith("BLOCK_")
+        }
+        row["constants"] = {k: v for k, v in constants.items() if k not in counts}
+        # Pointers that are there or not; strides that are 1 or not.
+        row["arguments"] = {
+            name: kind.removesuffix(":16") if "stride" not in name else kind == "1"
+            for name, kind in arguments.items()
+            if kind[0] == "*" or kind == "None" or "stride" in name
+        }
+        unaligned = sum(not kind.endswith(":16") for kind in arguments.values())
+        hardness = (sum(counts.values()), unaligned)
+        groups.setdefault(json.dumps(row), []).append((hardness, launch))
+    chosen = {}
+    for group in groups.values():
+        group.sort(key=lambda entry: entry[0], reverse=True)  # its own calls stand first
+        chosen[group[0][1]] = [label for _, launch in group for label in launches[launch]]
+    return chosen
+
+
+# --- verdict --------------------------------------------------------------------------------------
+
+
+def _unit(dot: str, arch: str) -> str:
+    """The instructions that a dot, "rows x depth x columns dtype", should become."""
+    if CARDS[arch].is_amd:
+        return "MFMA"
+    rows, *others = dot.split()[0].split("x")
+    # Warpgroups multiply plain matrices, float32 too (as TF32, which is what tf32x3 is made of).
+    wide = arch == "sm_90" and int(rows) >= WARPGROUP_ROWS and len(others) == 2
+    return "HGMMA" if wide else "HMMA"
+
+
+def problems(row: Row) -> list[str]:
+    """A sentence for everything that must not be in a shipped configuration."""
+    if "error" in row:
+        return [f"does not compile: {row['error']}"]
+    found = []
+    if row["spilled_bytes"] or row["spill_instructions"]:
+        found.append(
+            f"spills {row['spilled_bytes']} bytes of every thread's registers, with "
+            f"{row['spill_instructions']} loads and stores; the limit is 0."
+        )
+    limit = CARDS[row["arch"]].shared_memory
+    if row["shared_bytes"] > limit:
+        found.append(
+            f"asks for {row['shared_bytes']} bytes of shared memory; a program on "
+            f"{row['arch']} may use {limit}."
+        )
+    expected: dict[str, list[str]] = {}
+    for dot in row["dots"]:
+        expected.setdefault(_unit(dot, row["arch"]), []).append(dot)
+    counted = row["matrix_instructions"]
+    for unit, dots in expected.items():
+        if unit not in counted:
+            has = ", ".join(counted) or "no matrix instruction at all"
+            found.append(f"multiplies {' and '.join(dots)} without {unit}; it has {has}.")
+    for unit in counted:
+        if unit not in expected:
+            found.append(f"has {counted[unit]} {unit}, but all its dots should be other ones.")
+    if row["dots_without_matrix_unit"] and counted:
+        found.append(
+            f"multiplies {row['dots_without_matrix_unit']} of its dots outside the matrix units."
+        )
+    return found
+
+
+# --- what people see ------------------------------------------------------------------------------
+
+
+def _title(row: Row) -> str:
+    constants = " ".join(f"{name}={value}" for name, value in row["constants"].items())
+    options = " ".join(f"{name}={value}" for name, value in row["options"].items())
+    return f"{row['kernel']} for {row['arch']}, {'+'.join(row['dtypes'])}, {constants} {options}"
+
+
+def _span(values: list[int]) -> str:
+    low, high = min(values), max(values)
+    return f"{low}" if low == high else f"{low}-{high}"
+
+
+FIGURES = ("n", "registers", "spilled", "shared", "matrix", "code", "")
+CAPTION = (
+    "n configurations of that layout; registers and spilled bytes of a thread, shared memory and "
+    "code in KB, matrix instructions in the code."
+)
+
+
+def full_tables(rows: list[Row]) -> Iterator[Table]:
+    """For each kernel a line for each dtype, tile, warps and stages on each card."""
+    for kernel, of_kernel in _grouped(rows, lambda row: row["kernel"]):
+        shown = _table(kernel, ("card", "dtype", "tile", "warps", "stages"))
+        for key, group in _grouped(of_kernel, _layout):
+            shown.add_row(*key, *_cells(group))
+        yield shown
+
+
+def brief_table(rows: list[Row]) -> Table:
+    """A line for each kernel and card."""
+    shown = _table("", ("kernel", "card"))
+    for key, group in _grouped(rows, lambda row: (row["kernel"], row["arch"])):
+        shown.add_row(*key, *_cells(group))
+    return shown
+
+
+def _grouped(rows: list[Row], key: Callable[[Row], Any]) -> Iterator[tuple[Any, list[Row]]]:
+    for value, group in itertools.groupby(sorted(rows, key=key), key):
+        yield value, list(group)
+
+
+def _layout(row: Row) -> tuple[str, ...]:
+    tile = " ".join(
+        name.removeprefix("BLOCK_").lower() + str(value)
+        for name, value in row["constants"].items()
+        if name.startswith("BLOCK_")
+    )
+    launch = (str(row["options"][name]) for name in ("num_warps", "num_stages"))
+    return row["arch"], "+".join(row["dtypes"]), tile, *launch
+
+
+def _table(title: str, names: tuple[str, ...]) -> Table:
+    table = Table(
+        title=title, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title_justify="left"
+    )
+    for name in names:
+        table.add_column(name, no_wrap=True)
+    for name in FIGURES:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _cells(group: list[Row]) -> list[str]:
+    """How many configurations, and the range or the largest of their figures."""
+    bad = "[red]bad[/]" if any(row["problems"] for row in group) else ""
+    good = [row for row in group if "error" not in row]
+    if not good:
+        return [str(len(group)), *["-"] * 5, bad]
+    units = sorted({unit for row in good for unit in row["matrix_instructions"]})
+    matrix = [
+        f"{unit} {_span([row['matrix_instructions'].get(unit, 0) for row in good])}"
+        for unit in units
+    ]
+    return [
+        str(len(group)),
+        _span([row["registers"] for row in good]),
+        str(max(row["spilled_bytes"] for row in good)),
+        f"{max(row['shared_bytes'] for row in good) / 1024:.1f}",
+        " ".join(matrix),
+        f"{max(row['code_bytes'] for row in good) / 1024:.1f}",
+        bad,
+    ]
+
+
+def measure_all(launches: list[Launch], workers: int) -> Iterator[tuple[Launch, Row]]:
+    """Every launch with its row, in the order in which they are done."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        futures = {pool.submit(measure, launch): launch for launch in launches}
+        console = Console(stderr=True)
+        done = track(
+            as_completed(futures), "compiling", len(futures), console=console, transient=True
+        )
+        for future in done:
+            yield futures[future], future.result()
+
+
+def write(rows: list[Row], path: Path) -> None:
+    """As JSON, a line for each configuration, the same whenever the machine code is the same."""
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'{{"triton": "{triton.__version__}", "configurations": [\n{lines}\n]}}\n')
+
+
+def main() -> None:
+    """Compile, print and write; exit with 1 if something is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--only",
+        default="",
+        metavar="PATTERN",
+        help="part of a kernel's name, or a pattern with * and ?",
+    )
+    parser.add_argument("--arch", choices=CARDS, help="one target instead of all three")
+    parser.add_argument(
+        "--every", action="store_true", help="compile all variants, not only the hardest"
+    )
+    parser.add_argument("--brief", action="store_true", help="one line for each kernel and card")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="PATH",
+        help=f"JSON file; without --only, --arch and --every {RESULTS.name}",
+    )
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="compilations side by side"
+    )
+    options = parser.parse_args()
+    if triton.knobs.runtime.interpret:
+        sys.exit("TRITON_INTERPRET is set: kernels would be interpreted, not compiled. Unset it.")
+    started = time.monotonic()
+    os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # which only debuggers want
+    launches, failures = collect([options.arch] if options.arch else list(CARDS), options.only)
+    if not options.every:
+        launches = hardest(launches)
+    rows = []
+    for launch, row in measure_all(list(launches), options.workers):
+        calls = launches[launch]
+        rows.append(row | {"calls": len(calls), "first_call": calls[0], "problems": problems(row)})
+    rows.sort(key=lambda row: (row["file"], row["kernel"], row["arch"], json.dumps(row)))
+    narrowed = options.only or options.arch or options.every
+    if output := options.output or (None if narrowed else RESULTS):
+        write(rows, output)
+    # In logs there is no window to fit into.
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    for shown in [brief_table(rows)] if options.brief else full_tables(rows):
+        console.print(shown)
+    console.print(CAPTION)
+    failures += [f"{_title(row)} {problem}" for row in rows for problem in row["problems"]]
+    for failure in failures:
+        print(failure)
+    print(
+        f"{len(rows)} configurations of {len({row['kernel'] for row in rows})} kernels in "
+        f"{time.monotonic() - started:.0f} s; {len(failures)} problems."
+    )
+    if not rows:
+        print(f"Nothing was compiled: no kernel's name has {options.only!r} in it.")
+    sys.exit(bool(failures) or not rows)
+
+
+if __name__ == "__main__":
+    main()

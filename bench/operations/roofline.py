@@ -1,0 +1,305 @@
+"""The least time an operation can take: its bytes and operations over the device's ceilings.
+
+``python -m bench roofline`` measures the ceilings, prints the floors of the benchmarked sizes and
+writes both to ``roofline_cpu.json`` or ``roofline_cuda.json`` in ``--output`` (.benchmarks).
+
+Counted is what no implementation can do without: in each pass (forward, backward) every input is
+read once and every output written once, whatever lies between stays on the chip; sums and products
+of matrices count 2 operations per multiplication, and are counted only where the result depends on
+them. What an implementation may keep instead of computing it again is counted neither as bytes nor
+as operations. So a fraction of 1 is out of reach, and a floor is the larger of two times:
+bytes / bandwidth and operations / rate.
+
+Symbols: B images, N patches of an image, M memory slots, C slot width, k of top-k, e bytes of an
+element.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from ..measurements import describe
+from .cases import Case, cases
+
+ELEMENT = {"bfloat16": 2, "float16": 2, "float32": 4}  # bytes
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an operation moves (bytes) and computes (floating-point operations) at least."""
+
+    bytes: int
+    flops: int
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.bytes + other.bytes, self.flops + other.flops)
+
+
+def memory_lookup(
+    B: int, N: int, M: int, C: int, k: int, e: int, backward: bool = False, slots: bool = False
+) -> Work:
+    """Gumbel lookup of [B, N, C] in [N, M, C].
+
+    Forward: reads query and memory, writes the answer. The scores are a product over all slots,
+    2 BNMC; the answer sums the k - 1 slots that are kept, 2 BN(k - 1)C.
+
+    Backward adds: reads gradient, query and memory, writes the query's gradient. Since the gradient
+    is that of the whole softmax, the weights' gradients are a product over all slots, and so is
+    the query's gradient: 2 · 2 BNMC. The softmax may have been kept, so scores count once.
+
+    With ``slots`` the memory's gradient is written too: through the scores 2 BNMC, through the
+    answer 2 BN(k - 1)C.
+    """
+    query, memory = B * N * C, N * M * C
+    product, kept = 2 * B * N * M * C, 2 * B * N * max(k - 1, 0) * C
+    work = Work((2 * query + memory) * e, product + kept)
+    if backward:
+        work += Work((3 * query + memory) * e, 2 * product)
+    if backward and slots:
+        work += Work(memory * e, product + kept)
+    return work
+
+
+def gumbel_shrinkage(B: int, N: int, M: int, e: int, backward: bool = False) -> Work:
+    """Weights of logits [B, N, M].
+
+    Forward: reads logits, writes weights; difference, exponential, sum, quotient: 4 operations an
+    entry. Backward adds: reads gradient and logits, writes the logits' gradient; the softmax again
+    and p (g - Σ p g): 4 + 4 operations.
+    """
+    entries = B * N * M
+    work = Work(2 * entries * e, 4 * entries)
+    return work + Work(3 * entries * e, 8 * entries) if backward else work
+
+
+def masked_shortcut(
+    B: int, C: int, H: int, W: int, e: int, affine: bool = False, backward: bool = False
+) -> Work:
+    """Choice between two maps [B, C, H, W] by one draw for each position.
+
+    Forward: of every element one operand is read, the one the draw chooses; one is written. The
+    affine with its ReLU is 3 operations on elements and 2 C parameters in float32.
+    Backward adds: reads the gradient, writes one of each map. With the affine, reads the in-painted
+    map too and writes 2 C sums: 5 operations an element. Draws are not counted.
+    """
+    elements = B * C * H * W
+    parameters = 2 * C * 4 if affine else 0
+    work = Work(2 * elements * e + parameters, 3 * elements if affine else 0)
+    if backward:
+        reads = 2 if affine else 1
+        moved = (reads + 2) * elements * e + 2 * parameters
+        work += Work(moved, 5 * elements if affine else 0)
+    return work
+
+
+def attended(N: int) -> int:
+    """Different keys that the N patches of a grid attend to, all zeros outside it being one."""
+    P = math.isqrt(N)
+    terms = 0
+    for row in range(P):
+        for column in range(P):
+            rows = sum(0 <= row + d < P for d in (-1, 0, 1))
+            columns = sum(0 <= column + d < P for d in (-1, 0, 1))
+            inside = rows * columns - 1
+            terms += inside + (inside < 8)
+    return terms
+
+
+def neighbourhood_attention(B: int, N: int, C: int, e: int, backward: bool = False) -> Work:
+    """Attention of [B, N, C] to the neighbours.
+
+    Forward: reads query, key, value and the two paddings, writes the answer. Two products over the
+    keys attended to: 4 BC for each pair of patch and key (``attended``). Softmaxes are not counted.
+    Backward adds: reads the gradient and the inputs, writes five gradients. Four products (weights,
+    query, key, value); the weights may have been kept.
+    """
+    map_, pair = B * N * C, 2 * B * C * attended(N)
+    work = Work((4 * map_ + 2 * C) * e, 2 * pair)
+    return work + Work((7 * map_ + 4 * C) * e, 4 * pair) if backward else work
+
+
+def inpaint_block(
+    B: int, N: int, M: int, C: int, width: int, k: int, e: int, backward: bool = False
+) -> Work:
+    """The whole in-painting block on [B N, width, h, w], C = width / 4 · h · w.
+
+    Forward: reads its input, its parameters and the memory, writes its output. Products: the two
+    1 × 1 convolutions, the lookup, four projections of the attention (C → C each), the two layers
+    of the feed-forward net (C → C/4 → C), the attention. Norms and activations are not counted.
+    Backward adds: reads gradient, input, parameters and memory, writes the gradients of input and
+    parameters; every product has two gradients, the lookup those of ``memory_lookup``.
+    """
+    narrow, rows = width // 4, B * N
+    places = C // narrow
+    map_ = rows * width * places
+    code = N.bit_length()
+    weights = width * narrow + (narrow + code) * width + 4 * C * C + 2 * C * (C // 4)
+    layers = 2 * rows * (places * (width * narrow + (narrow + code) * width))
+    layers += 2 * rows * (4 * C * C + 2 * C * (C // 4))
+    lookup = memory_lookup(B, N, M, C, k, e, backward).flops
+    attention = neighbourhood_attention(B, N, C, e, backward).flops
+    memory = N * M * C
+    moved, products = 2 * map_ + weights + memory, layers
+    if backward:
+        moved += 3 * map_ + 2 * weights + memory
+        products += 2 * layers
+    return Work(moved * e, products + lookup + attention)
+
+
+COUNTS = {
+    count.__name__: count
+    for count in (
+        memory_lookup,
+        gumbel_shrinkage,
+        masked_shortcut,
+        neighbourhood_attention,
+        inpaint_block,
+    )
+}
+
+
+def work_of(case: Case) -> Work:
+    """The work of a case: its sizes are the arguments of the counting function of its name."""
+    s = dict(case.sizes)
+    s["e"] = ELEMENT[case.dtype]
+    s["backward"] = case.direction != "forward"
+    if case.operation == "memory_lookup":
+        s["slots"] = case.direction == "forward_backward_slots"
+    if case.operation == "gumbel_shrinkage":
+        del s["k"]
+    if case.operation == "masked_shortcut":
+        del s["layout"]
+        s["B"] *= s.pop("N")
+        s["H"] = s["W"] = s.pop("side")
+    return COUNTS[case.operation](**s)
+
+
+# --- ceilings -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What a device does at best, measured: bytes/s copied (read and written), operations/s."""
+
+    bytes_per_s: float
+    bfloat16: float
+    float32: float
+
+    def floor(self, work: Work, dtype: str) -> float:
+        """The least seconds that the work takes with elements of that dtype."""
+        rate = self.float32 if dtype == "float32" else self.bfloat16
+        return max(work.bytes / self.bytes_per_s, work.flops / rate)
+
+
+def _seconds(call: Callable[[], object], device: torch.device, repeats: int = 10) -> float:
+    """The shortest of some calls: a ceiling is what is reached at best."""
+    best = math.inf
+    for index in range(repeats + 2):
+        if device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+            seconds = start.elapsed_time(end) / 1e3
+        else:
+            started = time.perf_counter()
+            call()
+            seconds = time.perf_counter() - started
+        best = min(best, seconds) if index >= 2 else best
+    return best
+
+
+def _matrix_rate(side: int, dtype: torch.dtype, device: torch.device) -> float:
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    return 2 * side**3 / _seconds(lambda: torch.mm(a, b, out=out), device)
+
+
+def measure(device: torch.device) -> Ceilings:
+    """Ceilings of this device: a large copy, large products of random matrices.
+
+    On a GPU the float32 rate is the better of two: float32 units, and a third of the TensorFloat-32
+    rate, since three such products make one that is as exact (``tf32x3`` in Triton).
+    """
+    cuda = device.type == "cuda"
+    count = 2**30 if cuda else 2**25  # float32: 4 GiB, 128 MiB, beyond any cache
+    if cuda:
+        count = min(count, torch.cuda.mem_get_info(device)[0] // 16)
+    source = torch.ones(count, device=device)
+    target = torch.empty_like(source)
+    bandwidth = 8 * count / _seconds(partial(target.copy_, source), device)
+    del source, target
+    side = 8192 if cuda else 1024
+    bfloat16 = _matrix_rate(side, torch.bfloat16, device)
+    float32 = _matrix_rate(side, torch.float32, device)
+    if cuda:
+        before = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = True
+        float32 = max(float32, _matrix_rate(side, torch.float32, device) / 3)
+        torch.backends.cuda.matmul.allow_tf32 = before
+        torch.cuda.empty_cache()
+    return Ceilings(bandwidth, bfloat16, float32)
+
+
+def _print(ceilings: Ceilings, device: torch.device, floors: list[dict[str, object]]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"Floors on {describe(device)['device']}", box=SIMPLE_HEAD)
+    for name in ("operation", "direction", "sizes", "dtype", "MB", "GFLOP", "µs", "bound by"):
+        table.add_column(name, justify="right" if name in ("MB", "GFLOP", "µs") else "left")
+    for row in floors:
+        table.add_row(*(f"{x:.2f}" if isinstance(x, float) else str(x) for x in row.values()))
+    console = Console(width=150)
+    console.print(table)
+    console.print(
+        f"Ceilings: {ceilings.bytes_per_s / 1e9:.0f} GB/s, bfloat16 {ceilings.bfloat16 / 1e12:.3g} "
+        f"TFLOP/s, float32 {ceilings.float32 / 1e12:.3g} TFLOP/s"
+    )
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--sizes", choices=("tiny", "core", "all"), default="all")
+    parser.add_argument("--output", type=Path, default=Path(".benchmarks"))
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    ceilings = measure(device)
+    floors: list[dict[str, object]] = []
+    for case in cases(device, options.sizes):
+        work, seconds = work_of(case), ceilings.floor(work_of(case), case.dtype)
+        memory_bound = work.bytes / ceilings.bytes_per_s >= seconds
+        floors.append(
+            {
+                "operation": case.operation,
+                "direction": case.direction,
+                "sizes": case.label,
+                "dtype": case.dtype,
+                "MB": work.bytes / 1e6,
+                "GFLOP": work.flops / 1e9,
+                "floor_us": seconds * 1e6,
+                "bound": "bytes" if memory_bound else "operations",
+            }
+        )
+    _print(ceilings, device, floors)
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / f"roofline_{device.type}.json"
+    content = describe(device) | {"ceilings": asdict(ceilings), "floors": floors}
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""Where the time of scoring goes, stage by stage, and what each precision does to the ranking.
+
+``python -m bench stages --bundle RUN --data ZHANGLAB`` times every stage of the published model and
+of the frozen one in each precision, on the same images, and compares scores with those of the
+published model on the test images. Results go to ``bench/results/stages_cpu.json``. Without
+``--bundle`` only the times are taken, of random weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from squid_fast import PRESETS, SQUID, Bundle, Discriminator, Scorer, load_bundle, reference
+from squid_fast.data import ImageSet, find_records, load_images, select
+from squid_fast.inference.calibration import rank_correlation
+from squid_fast.inference.precision import can_use_int8
+from squid_fast.inference.scores import PAPER_SCORE, SCORES
+from squid_fast.metrics import image_auroc
+from squid_fast.utils.devices import has_fast_bf16
+
+from ..measurements import describe
+
+RESULTS = Path(__file__).parents[1] / "results" / "stages_cpu.json"
+PRECISIONS = ("float32", "bf16", "int8")
+# Names of the modules that do the same work in the published model and in the frozen one.
+STAGES = {
+    "in_conv": "first stage",
+    "down_blocks": "encoder",
+    "downs": "encoder",
+    "inpaint_block": "in-painting",
+    "inpaint": "in-painting",
+    "up_blocks": "decoder",
+    "ups": "decoder",
+    "memory_blocks": "decoder memories",
+    "memories": "decoder memories",
+    "out_conv": "head",
+    "head": "head",
+    "teacher_ups": "teacher",
+    "teacher_out": "teacher",
+    "conv_model": "discriminator",
+}
+
+
+class StageClock:
+    """Seconds spent in the stages of a network while it runs, the rest being what is in between."""
+
+    def __init__(self, *networks: nn.Module) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._started: dict[nn.Module, float] = {}
+        for network in networks:
+            for name, module in network.named_children():
+                if name in STAGES:
+                    self._watch(STAGES[name], module)
+
+    def _watch(self, stage: str, module: nn.Module) -> None:
+        parts = list(module) if isinstance(module, nn.ModuleList) else [module]
+        for i, part in enumerate(parts):
+            name = f"{stage} {i + 1}" if len(parts) > 1 and stage != "teacher" else stage
+            part.register_forward_pre_hook(lambda m, _: self._start(m))
+            part.register_forward_hook(lambda m, _, __, name=name: self._stop(name, m))
+
+    def _start(self, module: nn.Module) -> None:
+        self._started[module] = time.perf_counter()
+
+    def _stop(self, name: str, module: nn.Module) -> None:
+        self.seconds[name] += time.perf_counter() - self._started[module]
+
+
+def published(bundle: Bundle) -> tuple[Callable[[Tensor], Tensor], StageClock]:
+    """The published way of scoring a batch: float32, teacher included."""
+    plain = reference.SQUID(**bundle.model.config).eval()
+    plain.load_state_dict(bundle.model.state_dict())
+    judge = reference.Discriminator(bundle.discriminator.size).eval()
+    judge.load_state_dict(bundle.discriminator.state_dict())
+
+    @torch.no_grad()
+    def score(images: Tensor) -> Tensor:
+        return reference.discriminator_logits(judge, plain(images)["recon"])
+
+    return score, StageClock(plain)
+
+
+def frozen(bundle: Bundle, precision: str) -> tuple[Callable[[Tensor], Tensor], StageClock]:
+    """``Scorer`` in that precision."""
+    scorer = Scorer(
+        bundle.model, bundle.discriminator, bundle.calibration, PAPER_SCORE, precision, "cpu"
+    )
+    clock = StageClock(scorer._generator)
+    return lambda images: scorer._look(images, [PAPER_SCORE])[0][PAPER_SCORE], clock
+
+
+def computed_in(bundle: Bundle) -> list[str]:
+    """Those of ``PRECISIONS`` that this processor and the bundle's calibration allow."""
+    cpu = torch.device("cpu")
+    able = {"bf16": has_fast_bf16(cpu), "int8": can_use_int8(bundle.calibration, cpu)}
+    return [precision for precision in PRECISIONS if able.get(precision, True)]
+
+
+def times(bundle: Bundle, batch: int, rounds: int) -> dict[str, dict[str, float]]:
+    """Milliseconds for an image in every stage, medians of interleaved rounds, by contender."""
+    side = bundle.model.image_size
+    images = torch.rand(batch, 1, side, side, generator=torch.Generator().manual_seed(0))
+    contenders = {"published": published(bundle)}
+    contenders |= {precision: frozen(bundle, precision) for precision in computed_in(bundle)}
+    found: dict[str, dict[str, list[float]]] = {n: defaultdict(list) for n in contenders}
+    for round_ in range(rounds + 1):  # the first warms up
+        for name, (score, clock) in contenders.items():
+            clock.seconds.clear()
+            started = time.perf_counter()
+            score(images)
+            total = time.perf_counter() - started
+            if round_:
+                seconds = dict(clock.seconds)
+                rest = total - sum(seconds.values())
+                for stage, value in {**seconds, "everything else": rest, "total": total}.items():
+                    found[name][stage].append(1e3 * value / batch)
+    return {
+        name: {stage: round(statistics.median(values), 3) for stage, values in stages.items()}
+        for name, stages in found.items()
+    }
+
+
+def ranking(bundle: Bundle, test: ImageSet) -> dict[str, dict[str, dict[str, float]]]:
+    """By precision and score: rank correlation with float32, AUROC, and the noise.
+
+    The noise is the deviation of the difference to float32, in deviations of the score. The paper's
+    score in float32 is that of the published model, run plainly, a few images at a time.
+    """
+    plain, _ = published(bundle)
+    parts = [plain(test.batch(slice(start, start + 8))) for start in range(0, len(test), 8)]
+    calibrations = dict.fromkeys(computed_in(bundle), bundle.calibration)
+    known = bundle.calibration and bundle.calibration.quantization
+    if bundle.calibration and known and "int8" in calibrations:
+        names = [f"{p}.{i}" for p in ("downs", "ups") for i in range(bundle.model.level)]
+        everywhere = dataclasses.replace(known, stages=names)
+        calibrations["int8 everywhere"] = dataclasses.replace(
+            bundle.calibration, quantization=everywhere
+        )
+    exact: dict[str, Tensor] = {}
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for name, calibration in calibrations.items():
+        pair = bundle.model, bundle.discriminator
+        scorer = Scorer(*pair, calibration, PAPER_SCORE, name.split()[0], "cpu")
+        values = scorer.raw_scores(test)
+        exact = exact or values | {PAPER_SCORE: torch.cat(parts)}
+        found[name] = {
+            score: {
+                "rank_correlation": rank_correlation(exact[score], raw),
+                "noise": round(float((raw - exact[score]).std() / exact[score].std()), 4),
+                "auroc": round(image_auroc(test.labels.numpy(), SCORES[score][0] * raw.numpy()), 4),
+            }
+            for score, raw in values.items()
+        }
+    return found
+
+
+def main() -> None:
+    """Measure and write the results file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--bundle", type=Path)
+    parser.add_argument("--data", type=Path, help="labelled images, of which the test split")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.bundle:
+        bundle = load_bundle(options.bundle)
+    else:
+        bundle = Bundle(SQUID(**PRESETS["zhanglab"].model).eval(), Discriminator(4).eval())
+    results: dict[str, Any] = describe(torch.device("cpu"))
+    results |= {"batch": options.batch, "rounds": options.rounds, "about": bundle.about}
+    known = bundle.calibration and bundle.calibration.quantization
+    results["stages_in_bytes"] = known.stages if known else None
+    results["milliseconds"] = times(bundle, options.batch, options.rounds)
+    if options.bundle and options.data:
+        records = [r for r in select(find_records(options.data), "test") if r.label is not None]
+        test = load_images(records, bundle.model.image_size)
+        results["images"] = len(test)
+        results["ranking"] = ranking(bundle, test)
+    options.output.write_text(json.dumps(results, indent=2) + "\n")
+    print(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main()

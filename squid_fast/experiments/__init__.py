@@ -1,0 +1,1 @@
+"""Programs that stand on the whole library: baselines, ablation, demo, diagnostics, benchmark."""

@@ -1,0 +1,263 @@
+"""What each part of SQUID contributes: the same training without it (the paper's ablations)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data import KINDS, DigitAnatomy, ImageSet
+from ..inference import Scorer
+from ..inference.bundle import load_bundle
+from ..inference.scores import PAPER_SCORE, SCORES
+from ..metrics import image_auroc
+from ..presets import Preset, Recipe
+from ..training import CheckpointError, Progress, train_bundle
+from ..training.state import CHECKPOINT
+from ..utils.atomic import write_json
+from ..utils.devices import Precision, choose_device
+from ..utils.machine import describe
+
+FULL = "full"
+HARD_THRESHOLD = 0.0005  # on raw dot products, which are far above it: slots are weighted by them
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    FULL: ("SQUID as it is", {}),
+    "one_memory": (
+        "not space-aware: one memory for all patches, with as many slots",
+        {"inpainting": {"memory": "shared"}},
+    ),
+    "no_inpainting": (
+        "without the in-painting block: the decoder is fed what the encoder found",
+        {"inpainting": False},
+    ),
+    "memory_matrix": (
+        "learned slots in place of the queue",
+        {"inpainting": {"memory": "matrix"}},
+    ),
+    "hard_shrinkage": (
+        "hard shrinkage in place of Gumbel shrinkage",
+        {"shrink_thres": HARD_THRESHOLD},
+    ),
+    "no_shortcut": ("without masked shortcut: painted features everywhere", {"ratio": 1.0}),
+    "soft_shortcut": (
+        "a fixed blend in place of the masked shortcut",
+        {"inpainting": {"shortcut": "soft"}},
+    ),
+    "no_teacher": ("without the teacher and its distillation", {"dist": False}),
+    "convolution": (
+        "a convolution over the patches in place of the transformer's attention",
+        {"inpainting": {"mixing": "convolution"}},
+    ),
+}
+"""Name to what it means and the arguments of ``SQUID`` that it changes."""
+
+
+@dataclass(frozen=True)
+class AblationData:
+    """What all variants learn from and are judged on.
+
+    Attributes:
+        train: normal images.
+        validation: gives thresholds; its AUROC goes into the runs' logs.
+        test: labelled images.
+        groups: name to the test images [n] that an AUROC is computed over.
+        about: said of the data in the results.
+    """
+
+    train: ImageSet
+    validation: ImageSet | None
+    test: ImageSet
+    groups: dict[str, Tensor]
+    about: str
+
+
+def digit_data(
+    side: int, per_epoch: int, source: Path | None = None, seed: int = 0, held_out: int = 400
+) -> AblationData:
+    """DigitAnatomy: ``held_out`` normal test grids against as many of each kind of anomaly.
+
+    Args:
+        side: of the grids in pixels, three cells.
+        per_epoch: normal grids to train on.
+        source: MNIST IDX files; scikit-learn's bundled digits unless given.
+    """
+    train, val, test = (
+        DigitAnatomy(source, side // 3, split, seed) for split in ("train", "val", "test")
+    )
+    normal = test.normal(held_out, seed + 2)
+    anomalous = test.anomalous(held_out * len(KINDS), seed + 3)
+    kinds = np.array(list(normal.kinds) + list(anomalous.kinds))
+    one, other = normal.as_image_set(), anomalous.as_image_set()
+    both = ImageSet.concatenate(one, other)
+    groups = {
+        kind: torch.from_numpy(np.flatnonzero((kinds == kind) | (both.labels.numpy() == 0)))
+        for kind in KINDS
+    }
+    drawn = train.normal(per_epoch, seed).as_image_set()
+    validation = val.normal(held_out, seed + 1).as_image_set()
+    return AblationData(drawn, validation, both, groups, f"DigitAnatomy, {per_epoch} grids")
+
+
+def changed_model(base: dict[str, Any], name: str) -> dict[str, Any]:
+    """Arguments of ``SQUID`` for a variant of ``VARIANTS``.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if name not in VARIANTS:
+        raise ValueError(f"variant is {name!r}; known are {', '.join(VARIANTS)}.")
+    changes = VARIANTS[name][1]
+    if changes.get("ratio") == 1.0:  # decoder memories have a shortcut of their own
+        memories = [entry and {**entry, "ratio": 1.0} for entry in base["decoder_memory"]]
+        changes = changes | {"decoder_memory": memories}
+    return {**base, **changes}
+
+
+def run_ablation(
+    data: AblationData,
+    preset: Preset,
+    out: Path,
+    *,
+    recipe: Recipe | None = None,
+    variants: Collection[str] = tuple(VARIANTS),
+    seeds: int = 1,
+    device: str | None = None,
+    precision: Precision = "auto",
+    thread_count: int | None = None,
+    resume: bool = False,
+    say: Callable[[str], None] = print,
+    report: Callable[[Progress], None] = lambda progress: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any] | None:
+    """Train every variant alike, with every seed, and judge it; None if it was stopped.
+
+    What is finished is kept in ``out/ablation.json`` run by run, and ``resume`` goes on from there,
+    within a run from its checkpoint.
+
+    Returns:
+        ``settings``, ``machine`` and ``runs``, a list of variant, seed, parameters, seconds and
+        threads (of training) and ``auroc`` by score and group.
+
+    Raises:
+        ValueError: no such variant.
+        CheckpointError: ``out`` already holds an ablation, or one with other settings.
+    """
+    recipe = recipe or preset.recipe
+    models = {name: changed_model(preset.model, name) for name in variants}
+    path = out / "ablation.json"
+    settings = {
+        "preset": preset.name, "data": data.about, "recipe": asdict(recipe), "precision": precision
+    }  # fmt: skip
+    settings = json.loads(json.dumps(settings))
+    machine = describe(choose_device(device))
+    results: dict[str, Any] = {"settings": settings, "machine": machine, "runs": []}
+    if path.exists():
+        results = json.loads(path.read_text(encoding="utf-8"))
+        if not resume:
+            raise CheckpointError(
+                f"{out} already holds an ablation; add --resume to go on with it."
+            )
+        if results["settings"] != settings:
+            raise CheckpointError(f"{path} is of other settings: {results['settings']}.")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(results, path)
+    done = {(run["variant"], run["seed"]) for run in results["runs"]}
+    for seed in range(seeds):
+        for name in (name for name in models if (name, seed) not in done):
+            say(f"{name}, seed {seed}: {VARIANTS[name][0]}")
+            folder = out / f"{name}-{seed}"
+            trained = train_bundle(
+                replace(preset, model=models[name]),
+                data.train,
+                folder,
+                recipe=recipe,
+                validation_set=data.validation,
+                seed=seed,
+                device=device,
+                precision=precision,
+                thread_count=thread_count,
+                resume=(folder / CHECKPOINT).exists(),
+                report=report,
+                should_stop=should_stop,
+            )
+            if not trained.finished:
+                return None
+            row = {"variant": name, "seed": seed, "seconds": round(60 * trained.minutes, 1)}
+            row["threads"] = trained.threads
+            results["runs"].append(row | judged(folder, data, device))
+            write_json(results, path)
+    return results
+
+
+def judged(bundle: Path, data: AblationData, device: str | None = None) -> dict[str, Any]:
+    """Parameters of a trained bundle and its AUROCs by score and group."""
+    scorer = Scorer.load(bundle, device=device)
+    raw = scorer.raw_scores(data.test)
+    labels = data.test.labels.numpy()
+    auroc = {}
+    for name, values in raw.items():
+        z = SCORES[name][0] * values.double().numpy()
+        auroc[name] = {
+            group: round(image_auroc(labels[chosen], z[chosen]), 4)
+            for group, chosen in data.groups.items()
+        }
+    model = load_bundle(bundle).model
+    return {"parameters": sum(p.numel() for p in model.parameters()), "auroc": auroc}
+
+
+def summarised(results: dict[str, Any], scores: Collection[str]) -> list[dict[str, Any]]:
+    """One row for each variant: mean AUROC over groups and seeds of each score, its spread.
+
+    Keys: variant, about, parameters, seeds, and ``auroc``, ``spread`` (standard deviation over
+    seeds, None with one) and ``difference`` (to the full SQUID, None without it), each by score.
+    """
+    by_variant: dict[str, list[dict[str, Any]]] = {}
+    for run in results["runs"]:
+        by_variant.setdefault(run["variant"], []).append(run)
+
+    def values(name: str, score: str) -> list[float]:
+        return [mean(run["auroc"][score].values()) for run in by_variant[name]]
+
+    rows = []
+    for name, runs in by_variant.items():
+        row: dict[str, Any] = {"variant": name, "about": VARIANTS[name][0], "seeds": len(runs)}
+        row["parameters"] = runs[0]["parameters"]
+        row["auroc"] = {score: mean(values(name, score)) for score in scores}
+        several = len(runs) > 1
+        row["spread"] = {s: stdev(values(name, s)) if several else None for s in scores}
+        full = {s: mean(values(FULL, s)) if FULL in by_variant else None for s in scores}
+        row["difference"] = {
+            s: None if full[s] is None else row["auroc"][s] - full[s] for s in scores
+        }
+        rows.append(row)
+    return rows
+
+
+SHOWN = (PAPER_SCORE, "discriminator_image", "patch_error")
+
+
+def as_markdown(results: dict[str, Any], scores: Collection[str] = SHOWN) -> str:
+    """The table of ``summarised``, in Markdown."""
+    lines = ["| variant | " + " | ".join(f"`{score}`" for score in scores) + " | parameters |"]
+    lines.append("|---|" + "--:|" * (len(scores) + 1))
+    for row in summarised(results, scores):
+        cells = [cell(row, score) for score in scores]
+        lines.append(
+            f"| {row['variant']}: {row['about']} | {' | '.join(cells)} | {row['parameters']:,} |"
+        )
+    return "\n".join(lines)
+
+
+def cell(row: dict[str, Any], score: str) -> str:
+    """AUROC, its spread over seeds, and the difference to the full SQUID."""
+    text, spread, off = f"{row['auroc'][score]:.3f}", row["spread"][score], row["difference"][score]
+    text += "" if spread is None else f" ± {spread:.3f}"
+    return text if off is None or row["variant"] == FULL else f"{text} ({off:+.3f})"

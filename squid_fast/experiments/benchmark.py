@@ -1,0 +1,299 @@
+"""How fast scoring is on this machine, beside the published way of evaluating.
+
+The published way runs the whole model in float32, teacher included, on one image at a time. It and
+`squid_fast.Scorer` take turns, round by round, on the same images with the same weights; the
+figures are medians, the ratios those of a round: where a machine has other work to do, seconds
+mean little, but ratios do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..data import ImageSet, load_image
+from ..data.readers import load_bytes
+from ..inference import Scorer
+from ..inference.bundle import Bundle
+from ..inference.calibration import observe_ranges
+from ..inference.precision import can_use_int8
+from ..inference.quantization import has_int8
+from ..inference.scores import PAPER_SCORE, Calibration, Quantization, ScoreCalibration
+from ..modules import SQUID, Discriminator, discriminator_size
+from ..presets import Preset
+from ..screening import find_files, screen
+from ..screening.reading.files import SHARD_SUFFIX
+from ..utils.devices import ScoringPrecision, has_fast_bf16
+from ..utils.extras import require
+from ..utils.machine import describe
+from .published import check_agreement, published_way
+
+Contenders = dict[str, tuple[int, Callable[[], object]]]  # name to (images per call, call)
+Seconds = dict[str, list[float]]  # name to the time of one image, by round
+Rows = dict[str, dict[str, float]]
+OnProgress = Callable[[int, int], None]
+Progress = Callable[[str], AbstractContextManager[OnProgress]]
+
+PARTS = ("evaluation", "screening")
+
+_JPEG_SIDE = 224  # pixels, of the published ZhangLab files
+_ROUNDS_OF_FILES = 3  # a run over files is long enough to be steady by itself
+_MOST_MADE_UP = 8192  # files
+_BORNE_STAGES = ("downs.2", "downs.3", "ups.0", "ups.1", "ups.2")
+_AGREED = 32  # images on which both ways have to agree
+_NO_CALIBRATION = Calibration({PAPER_SCORE: ScoreCalibration(0, 1, 0, 0.05, [])}, [], [], "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """What is to be measured.
+
+    Attributes:
+        bundle: the model. It is scored by the paper's score, whatever it is configured for.
+        device, precision: of the scorer; the published way has the same device and float32.
+            int8 takes a calibrated bundle.
+        batch: images scored at once.
+        rounds: how often each contender is timed; of files 3 times at most.
+        seconds: how long a run over files should last; four batches at least are taken, and of
+            made up ones 8,192 at most.
+        data: a file or folder of the user's own; else JPEG files are made up.
+
+    Raises:
+        ValueError: ``data`` holds no image files.
+    """
+
+    bundle: Bundle
+    device: torch.device
+    precision: ScoringPrecision = "auto"
+    batch: int = 16
+    rounds: int = 5
+    seconds: float = 10.0
+    data: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.data:
+            _image_files(self.data)  # rather now than when the model has been timed
+
+    def run(
+        self,
+        parts: Collection[str] = PARTS,
+        progress: Progress = lambda part: nullcontext(lambda done, total: None),
+    ) -> dict[str, Any]:
+        """The figures, ready for JSON.
+
+        Keys: those of `describe`, precision, image_size, batch, rounds, and the parts, each with
+        its rows by name (see `figures`): evaluation, of images in memory, their way to the device
+        and back included, and screening, of files, the start of the processes that read included.
+
+        Of evaluation, rows have ``ratio_at_equal_batch`` where the published way is timed at that
+        batch size too. Of screening, the row of `screen` has ``share_of_scorer``: the share that
+        it reaches of the rate at which the same scorer takes the same images from memory.
+
+        Args:
+            parts: of ``PARTS``, those to measure.
+            progress: makes of the name of a part a context with what is called with (done, total).
+
+        Raises:
+            ValueError: none of the files in ``data`` can be read.
+            RuntimeError: the two ways do not agree in float32, so their speed is of no interest.
+        """
+        measure = {"evaluation": self._evaluation, "screening": self._screening}
+        results: dict[str, Any] = {
+            **describe(self.device),
+            "precision": self.scorer(self.precision).precision,
+            "image_size": self.bundle.model.image_size,
+            "batch": self.batch,
+            "rounds": self.rounds,
+        }
+        for part in parts:
+            with progress(part) as advance:
+                results[part] = measure[part](advance)
+        return results
+
+    def _evaluation(self, on_progress: OnProgress) -> Rows:
+        published = published_way(self.bundle, self.device)
+        plain, best = self.scorer("float32"), self.scorer(self.precision)
+        scorers = {scorer.precision: scorer for scorer in (plain, best)}
+        if has_fast_bf16(self.device):
+            scorers.setdefault("bf16", self.scorer("bf16"))
+        if can_use_int8(self.bundle.calibration, self.device):
+            scorers.setdefault("int8", self.scorer("int8"))
+        check_agreement(published, plain, _images(_AGREED, plain.image_size))
+        on_gpu = self.device.type == "cuda"  # which small batches leave idle
+        large = self.batch * (16 if on_gpu else 4)
+        images = _images(large, self.bundle.model.image_size)
+        contenders: Contenders = {}
+        for count in dict.fromkeys((1, self.batch, large if on_gpu else 1)):
+            call = partial(published, images[:count])
+            contenders[f"published way, batch of {count}"] = (count, call)
+        for scorer, count in (*((s, self.batch) for s in scorers.values()), (best, large)):
+            name = f"squid_fast.Scorer, {scorer.precision}, batch of {count}"
+            contenders[name] = (count, partial(scorer.score, images[:count]))
+        seconds = compare(contenders, self.rounds, on_progress)
+        rows = figures(contenders, seconds)
+        for name, row in rows.items():
+            equal = f"published way, batch of {contenders[name][0]}"
+            if equal in seconds:
+                row["ratio_at_equal_batch"] = times_as_fast(seconds[equal], seconds[name])
+        return rows
+
+    def _screening(self, on_progress: OnProgress) -> Rows:
+        published = published_way(self.bundle, self.device)
+        scorer, size = self.scorer(self.precision), self.bundle.model.image_size
+        with tempfile.TemporaryDirectory() as folder:
+            count = self._file_count(scorer)
+            if self.data:
+                files = _readable(scorer, _image_files(self.data), count)
+            else:
+                files = _write_jpegs(Path(folder), count)
+            few, some = files[: self.batch], files[: 16 * self.batch]
+            loaded = [load_bytes(path, size) for path in some]
+            images = torch.from_numpy(np.stack(loaded))[:, None]
+
+            def one_by_one() -> None:
+                for path in few:
+                    published(torch.from_numpy(load_image(path, size))[None, None])
+
+            def from_memory() -> None:
+                for batch in images.split(self.batch):
+                    scorer.score(batch)
+
+            def end_to_end() -> None:
+                for row in screen(scorer, files, batch_size=self.batch):
+                    if row.error:
+                        raise RuntimeError(f"{row.path}: {row.error}")
+
+            alone, ours = "squid_fast.Scorer, from memory", f"squid_fast.screen, {len(files)} files"
+            contenders: Contenders = {
+                "published way, file by file": (len(few), one_by_one),
+                alone: (len(images), from_memory),
+                ours: (len(files), end_to_end),
+            }
+            seconds = compare(contenders, min(self.rounds, _ROUNDS_OF_FILES), on_progress)
+        rows = figures(contenders, seconds)
+        rows[ours]["share_of_scorer"] = times_as_fast(seconds[alone], seconds[ours])
+        return rows
+
+    def scorer(self, precision: ScoringPrecision) -> Scorer:
+        """The bundle's by the paper's score."""
+        pair = self.bundle.model, self.bundle.discriminator
+        calibration = self.bundle.calibration or _NO_CALIBRATION
+        return Scorer(*pair, calibration, PAPER_SCORE, precision, self.device)
+
+    def _file_count(self, scorer: Scorer) -> int:
+        trial = partial(scorer.score, _images(self.batch, scorer.image_size))
+        wanted = int(self.seconds / compare({"": (self.batch, trial)}, 1)[""][0])
+        return max(4 * self.batch, wanted if self.data else min(wanted, _MOST_MADE_UP))
+
+
+def compare(
+    contenders: Contenders, rounds: int, on_progress: OnProgress = lambda done, total: None
+) -> Seconds:
+    """Time the contenders in turn, ``rounds`` times, after a call of each that does not count."""
+    seconds: Seconds = {name: [] for name in contenders}
+    total = (rounds + 1) * len(contenders)
+    for turn in range(total):
+        name = list(contenders)[turn % len(contenders)]
+        count, call = contenders[name]
+        started = time.perf_counter()
+        call()
+        if turn >= len(contenders):
+            seconds[name].append((time.perf_counter() - started) / count)
+        on_progress(turn + 1, total)
+    return seconds
+
+
+def times_as_fast(slow: Sequence[float], fast: Sequence[float]) -> float:
+    """How many times as fast as ``slow`` the other is: the median over the rounds."""
+    return round(statistics.median([a / b for a, b in zip(slow, fast, strict=True)]), 3)
+
+
+def figures(contenders: Contenders, seconds: Seconds) -> Rows:
+    """One row for each contender.
+
+    Keys: images, of a call; images_per_second; milliseconds, of one image; ratio, to the first
+    contender: how many times as fast.
+    """
+    first = next(iter(seconds.values()))
+    return {
+        name: {
+            "images": contenders[name][0],
+            "images_per_second": round(1 / statistics.median(times), 2),
+            "milliseconds": round(1e3 * statistics.median(times), 4),
+            "ratio": times_as_fast(first, times),
+        }
+        for name, times in seconds.items()
+    }
+
+
+def random_bundle(preset: Preset) -> Bundle:
+    """A model with random weights, for want of a trained one.
+
+    How fast it is does not hang on its weights, but which stages can be in bytes does: for int8
+    those are taken that a model trained on ZhangLab bore. Unasked it is not scored so.
+    """
+    torch.manual_seed(0)
+    size = preset.image_size
+    model, discriminator = SQUID(**preset.model), Discriminator(discriminator_size(size))
+    for module in (*model.modules(), *discriminator.modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            # Statistics of what it sees alone. Those it starts with would damp every signal, and
+            # all images would have the same score.
+            module.momentum = None
+    images = _images(8, size)
+    with torch.no_grad():
+        discriminator(model(images)["recon"])
+    bundle = Bundle(model.eval(), discriminator.eval())
+    if has_int8() and model.config["level"] == 4:
+        seen = ImageSet((images * 255).byte(), torch.zeros(8, dtype=torch.int64), [""] * 8)
+        exact = Scorer(model, discriminator, precision="float32", device="cpu")
+        known = Quantization(list(_BORNE_STAGES), observe_ranges(exact, seen), {})
+        bundle.calibration = dataclasses.replace(_NO_CALIBRATION, quantization=known)
+    return bundle
+
+
+def _image_files(data: Path) -> list[str]:
+    found = [path for path in find_files(data) if os.path.isfile(path)]
+    files = [path for path in found if not path.lower().endswith(SHARD_SUFFIX)]
+    if not files:
+        raise ValueError(f"{str(data)!r} holds no image files; name a folder that does.")
+    return files
+
+
+def _readable(scorer: Scorer, files: list[str], count: int) -> list[str]:
+    """Up to ``count`` of the files, from all over the list, without those that cannot be read."""
+    rows = list(screen(scorer, files[:: max(1, len(files) // count)][:count]))
+    readable = [row.path for row in rows if row.error is None]
+    if not readable:
+        raise ValueError(f"no image can be read: {rows[0].error}")
+    return readable
+
+
+def _write_jpegs(folder: Path, count: int) -> list[str]:
+    """Grey JPEG files of smooth random fields, of the size of the published radiographs."""
+    pillow = require("PIL.Image", "screen")
+    generator = np.random.default_rng(0)
+    files = [str(folder / f"{index:05}.jpeg") for index in range(count)]
+    for path in files:
+        coarse = pillow.fromarray(generator.integers(0, 256, (28, 28), dtype=np.uint8))
+        smooth = coarse.resize((_JPEG_SIDE, _JPEG_SIDE), pillow.Resampling.BICUBIC)
+        smooth.save(path, quality=90)
+    return files
+
+
+def _images(count: int, size: int) -> Tensor:
+    """Smooth random fields [count, 1, size, size] in [0, 1], the same at every call."""
+    coarse = torch.rand(count, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    return nn.functional.interpolate(coarse, size=size, mode="bicubic").clamp(0, 1)

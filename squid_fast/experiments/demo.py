@@ -1,0 +1,243 @@
+"""The main job on data that needs no download: synthesise, train, evaluate, screen, report."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..data import KINDS, DigitAnatomy, DigitGrids
+from ..inference import Scorer
+from ..inference.scores import PAPER_SCORE, SCORES
+from ..metrics import image_auroc
+from ..presets import preset
+from ..screening import screen_to_table, write_report
+from ..training import Progress, train_bundle
+from ..utils.devices import choose_device
+from ..utils.extras import require
+from ..utils.machine import describe
+from ..utils.threads import threads
+
+if sys.platform != "win32":
+    import fcntl
+
+PRESET = "small"
+SCORE = "patch_error"
+SHOWN = (SCORE, *(name for name in reversed(SCORES) if name != SCORE))
+TRAINING_GRIDS = 4000
+HELD_OUT_GRIDS = 400  # normal ones for thresholds, normal ones for the test, and of each kind
+WHY_NOT_THE_PAPERS = (
+    "judges whether a painted grid looks real, and can tell a wrong digit by that only when right "
+    "digits are painted as sharply as real ones, for which minutes of training are too few."
+)
+_RESULT = "demo.json"
+_REPLACED = (
+    "checkpoint.pt",
+    "config.json",
+    "calibration.json",
+    "model.safetensors",
+    "discriminator.safetensors",
+    "results.csv",
+    "results.csv.partial",
+    "report.html",
+    "grids",
+)
+"""What a demo leaves, for the next one to take away."""
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """AUROCs of every score for every kind of anomaly, on grids of unseen handwriting.
+
+    Attributes:
+        aurocs: by score, of which the first is meant for such pictures, and kind.
+        score: that the bundle screens by.
+        stopped: whether training was, before its time was up.
+        trained_grids: that training saw, the same ones many times.
+        training_seconds, seconds: of training, and of everything.
+        machine: see ``utils.machine.describe``; the threads are those at the end of training.
+        screened: the summary of the screening.
+        report, table: the files.
+    """
+
+    aurocs: dict[str, dict[str, float]]
+    score: str
+    stopped: bool
+    trained_grids: int
+    training_seconds: float
+    seconds: float
+    machine: dict[str, Any]
+    screened: dict[str, Any]
+    report: str
+    table: str
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"paper_score": PAPER_SCORE}
+
+    def summary(self) -> str:
+        weakest = min(self.aurocs[self.score].values())
+        stopped = ", when it was stopped" if self.stopped else ""
+        return (
+            f"{self.score}: {SCORES[self.score][1]}; at least {weakest:.2f} for every kind.\n"
+            f"{PAPER_SCORE}, the paper's, {WHY_NOT_THE_PAPERS}\n"
+            f"trained on {self.trained_grids} grids in {self.training_seconds:.0f} s{stopped}; "
+            f"{self.seconds:.0f} s in all\n"
+            f"results: {self.table}\n"
+            f"report:  {self.report}"
+        )
+
+
+def run_demo(
+    out: Path,
+    minutes: float,
+    *,
+    source: Path | None = None,
+    seed: int = 0,
+    device: str | None = None,
+    say: Callable[[str], None] = print,
+    report: Callable[[Progress], None] = lambda progress: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> DemoResult:
+    """Run the demo into ``out``.
+
+    Args:
+        minutes: after which training ends, counted from this call. A fast machine gets through
+            more steps in them; the learning rate falls with the time that is left on any.
+        source: MNIST IDX files; scikit-learn's bundled digits unless given.
+        seed: of data, weights and training.
+        should_stop: ends the training at once; what there is by then is evaluated and reported.
+
+    Raises:
+        CheckpointError: ``out`` already holds a run.
+    """
+    started = time.perf_counter()
+    chosen = preset(PRESET)
+    cell = chosen.image_size // 3
+    say(
+        f"drawing {TRAINING_GRIDS} normal grids of {chosen.image_size} x {chosen.image_size} pixels"
+    )
+    training = DigitAnatomy(source, cell, "train", seed).normal(TRAINING_GRIDS, seed)
+    validation = DigitAnatomy(source, cell, "val", seed).normal(HELD_OUT_GRIDS, seed + 1)
+    say(f"training until {minutes:g} minutes are over; Ctrl-C ends it earlier")
+    begun = time.perf_counter()
+    given = max(60 * minutes - (begun - started), 0.0)
+    result = train_bundle(
+        chosen,
+        training.as_image_set(),
+        out,
+        validation_set=validation.as_image_set(),
+        seconds=given,
+        score=SCORE,
+        seed=seed,
+        device=device,
+        report=report,
+        should_stop=should_stop,
+    )
+    seconds = time.perf_counter() - begun
+
+    say("evaluating and screening unseen grids")
+    scorer = Scorer.load(out, device=device)
+    unseen = DigitAnatomy(source, cell, "test", seed)
+    normal = unseen.normal(HELD_OUT_GRIDS, seed + 2)
+    anomalous = unseen.anomalous(HELD_OUT_GRIDS * len(KINDS), seed + 3)
+    images = _write_pngs(out / "grids", normal, anomalous)
+    with threads(result.threads):
+        screened, table, page = _screen(scorer, images, out)
+        aurocs = auroc_by_kind(scorer, normal, anomalous)
+    demo = DemoResult(
+        aurocs,
+        score=SCORE,
+        stopped=60 * result.minutes < given,
+        trained_grids=result.step * chosen.recipe.batch_size,
+        training_seconds=round(seconds, 1),
+        seconds=round(time.perf_counter() - started, 1),
+        machine=describe(choose_device(device)) | {"threads": result.threads},
+        screened=screened,
+        report=str(page),
+        table=str(table),
+    )
+    (out / _RESULT).write_text(json.dumps(demo.to_json(), indent=2) + "\n", encoding="utf-8")
+    return demo
+
+
+@contextmanager
+def demo_folder(wanted: Path) -> Iterator[Path]:
+    """``wanted``, in place of what an earlier demo has left there.
+
+    With a number behind it where that holds something else, or a demo that is running.
+    """
+    numbered = (wanted.with_name(f"{wanted.name}-{n}") for n in itertools.count(2))
+    for folder in itertools.chain([wanted], numbered):
+        if folder.exists() and not (folder / _RESULT).exists():
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / _RESULT, "a") as file:
+            if sys.platform != "win32":
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    continue
+                except OSError:
+                    pass  # a network file system without locks
+            for path in (folder / name for name in _REPLACED):
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+            yield folder
+            return
+
+
+def auroc_by_kind(
+    scorer: Scorer, normal: DigitGrids, anomalous: DigitGrids
+) -> dict[str, dict[str, float]]:
+    """AUROC of every score, for each kind of anomaly against the same normal grids."""
+    kinds = np.array(anomalous.kinds)
+    raw_normal = scorer.raw_scores(normal.as_image_set())
+    raw_anomalous = scorer.raw_scores(anomalous.as_image_set())
+    aurocs: dict[str, dict[str, float]] = {}
+    for name in SHOWN:
+        calm = scorer.z_score(name, raw_normal[name]).numpy()
+        aurocs[name] = {}
+        for kind in KINDS:
+            odd = scorer.z_score(name, raw_anomalous[name]).numpy()[kinds == kind]
+            labels = np.repeat([0, 1], [len(calm), len(odd)])
+            aurocs[name][kind] = round(image_auroc(labels, np.concatenate([calm, odd])), 4)
+    return aurocs
+
+
+def _screen(scorer: Scorer, images: Path, out: Path) -> tuple[dict[str, Any], Path, Path]:
+    """Screen a folder as a user would; returns the summary, the table and the report."""
+    table, page = out / "results.csv", out / "report.html"
+    summary = screen_to_table(scorer, images, table)
+    assert summary is not None  # nothing stops it
+    write_report(
+        page,
+        scorer,
+        summary,
+        title="DigitAnatomy screening report",
+        inputs=images,
+        model_name=PRESET,
+        results=table,
+        reference_z=scorer.reference_z,
+    )
+    return summary.as_dict(), table, page
+
+
+def _write_pngs(folder: Path, normal: DigitGrids, anomalous: DigitGrids) -> Path:
+    """What a user would have: a folder of images, named by what is in them."""
+    image = require("PIL.Image", "screen")
+    folder.mkdir(parents=True, exist_ok=True)
+    for grids in (normal, anomalous):
+        for number, (kind, pixels) in enumerate(zip(grids.kinds, grids.images, strict=True)):
+            image.fromarray(pixels[0].numpy()).save(folder / f"{kind}-{number:04d}.png")
+    return folder

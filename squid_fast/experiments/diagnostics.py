@@ -1,0 +1,223 @@
+"""How a model uses its memories, and how its reconstructions come along, as figures and pictures.
+
+The paper's argument for queues (section 3.2) can be looked at: the slots of a queue are features of
+real images, whereas learned slots need not lie near any.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import ops
+from ..data import ImageSet
+from ..modules import SQUID, MemoryMatrix, MemoryQueue
+from ..utils.atomic import write_json
+from ..utils.extras import require
+
+_IMAGES = 64
+_SHOWN = 2  # reconstructions of each label
+_COLUMNS = 8  # validations in the picture, evenly chosen
+Memory = MemoryQueue | MemoryMatrix
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """How images are answered by one memory of N places and M slots.
+
+    Attributes:
+        kind: "queue" or "matrix".
+        hits: int64 [N, M]: for how many images the shrinkage kept a slot.
+        similarity: float32 [N, M]: cosine of a slot and the feature nearest to it.
+    """
+
+    kind: str
+    hits: np.ndarray
+    similarity: np.ndarray
+
+    @property
+    def dead_share(self) -> float:
+        """Share of the slots that no image asked for."""
+        return float((self.hits == 0).mean())
+
+    @property
+    def effective_slots(self) -> list[float]:
+        """By place, exp of the entropy of the hits: so many slots would be hit evenly."""
+        shares = self.hits / np.maximum(self.hits.sum(axis=1, keepdims=True), 1)
+        logs = np.log(np.where(shares > 0, shares, 1))
+        return [float(x) for x in np.exp(-(shares * logs).sum(axis=1))]
+
+    def figures(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {
+            "kind": self.kind,
+            "places": int(self.hits.shape[0]),
+            "slots": int(self.hits.shape[1]),
+            "dead_share": self.dead_share,
+            "effective_slots": self.effective_slots,
+            "similarity": float(self.similarity.mean()),
+        }
+
+
+@torch.no_grad()
+def memory_use(model: SQUID, images: ImageSet) -> dict[str, MemoryUse]:
+    """The use of every memory of the model by its name in it, on up to 64 of the images.
+
+    The model is not changed; one without memories gives an empty dict.
+    """
+    device = next(model.parameters()).device
+    own = copy.deepcopy(model).float().eval()
+    asked: dict[str, Tensor] = {}
+    memories: dict[str, Memory] = {
+        name: m for name, m in own.named_modules() if isinstance(m, MemoryQueue | MemoryMatrix)
+    }
+
+    def remember(name: str) -> Any:
+        return lambda module, given: asked.__setitem__(name, given[0].detach().float())
+
+    for name, memory in memories.items():
+        memory.register_forward_pre_hook(remember(name))
+    own(evenly(images).batch(slice(0, _IMAGES), device), teacher=False)
+    return {name: _use(memories[name], query) for name, query in asked.items()}
+
+
+def _use(memory: Memory, query: Tensor) -> MemoryUse:
+    slots = memory.slots  # [N, M, C]
+    if memory.single:  # one memory for whatever it was asked
+        query = query.reshape(-1, 1, query.shape[-1])
+    logits = torch.einsum("bnc,nmc->bnm", query, slots)
+    if isinstance(memory.shrink_thres, int) and memory.shrink_thres > 0:
+        weights = ops.gumbel_shrinkage(logits.flatten(0, 1), memory.shrink_thres)
+    elif memory.shrink_thres > 0:
+        weights = ops.hard_shrinkage(logits.flatten(0, 1), memory.shrink_thres)
+    else:
+        weights = logits.flatten(0, 1)
+    hits = (weights != 0).view(logits.shape).sum(dim=0)
+    cosine = torch.einsum(
+        "bnc,nmc->bnm", F.normalize(query, dim=2), F.normalize(slots, dim=2)
+    ).amax(dim=0)
+    kind = "queue" if isinstance(memory, MemoryQueue) else "matrix"
+    return MemoryUse(kind, hits.cpu().numpy(), cosine.cpu().numpy())
+
+
+def evenly(images: ImageSet, most: int = _IMAGES) -> ImageSet:
+    """At most so many images, from all over the set."""
+    return images.subset(np.unique(np.linspace(0, len(images) - 1, most).astype(int)).tolist())
+
+
+def draw_memory(uses: dict[str, MemoryUse], path: Path) -> None:
+    """One row for each memory: hits by place, slots most hit first, and similarities.
+
+    Raises:
+        ValueError: there is no memory to draw.
+    """
+    if not uses:
+        raise ValueError("this model has no memories, so there is nothing to draw.")
+    figure = require("matplotlib.figure", "train").Figure(
+        figsize=(10, 2.6 * len(uses)), layout="constrained"
+    )
+    axes = figure.subplots(len(uses), 2, squeeze=False, width_ratios=[3, 2])
+    for (name, use), (left, right) in zip(uses.items(), axes, strict=True):
+        ranked = -np.sort(-use.hits, axis=1)
+        shown = left.imshow(ranked, aspect="auto", interpolation="nearest", cmap="viridis", vmin=0)
+        figure.colorbar(shown, ax=left, label="answers it is in")
+        left.set(xlabel="slots, most hit first", ylabel="patch")
+        left.set_yticks(range(len(ranked)))
+        left.set_title(
+            f"{name} ({use.kind}): {use.dead_share:.0%} of the slots dead, "
+            f"{np.mean(use.effective_slots):.0f} of {use.hits.shape[1]} effective",
+            fontsize=9, loc="left",
+        )  # fmt: skip
+        right.hist(use.similarity.ravel(), bins=40, range=(-1, 1), color="C0")
+        right.axvline(float(use.similarity.mean()), color="C1", linewidth=1.5)
+        right.set(xlabel="cosine of a slot and the feature nearest to it", ylabel="slots")
+        right.set_title(f"mean {use.similarity.mean():.2f}", fontsize=9, loc="left")
+        right.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+
+
+class Diary:
+    """Pictures of a training run, made anew at every validation, under ``out/pictures``.
+
+    ``reconstructions.png`` shows the same images over time, ``memory.png`` and ``memory.json`` how
+    the memories are used now. A resumed run goes on with what it finds there.
+
+    Args:
+        out: run folder.
+        images: validation images, or others that training does not see.
+    """
+
+    def __init__(self, out: Path, images: ImageSet) -> None:
+        self.folder = out / "pictures"
+        self.images = images
+        kinds = [images.labels == label for label in sorted(set(images.labels.tolist()))]
+        chosen = [evenly(images.subset(kind), _SHOWN) for kind in kinds]
+        self.shown = ImageSet.concatenate(*chosen)
+
+    def add(self, model: SQUID, epoch: int) -> dict[str, float]:
+        """Draw the model as it is after an epoch, counted from 0; figures for the log."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "reconstructions.npz"
+        strips: dict[str, np.ndarray] = dict(np.load(path)) if path.exists() else {}
+        strips = {key: strip for key, strip in strips.items() if int(key) <= epoch}
+        strips[f"{epoch + 1:05d}"] = self._paint(model)
+        np.savez_compressed(path, **strips)  # type: ignore[arg-type]
+        self._draw(strips)
+        uses = memory_use(model, self.images)
+        if not uses:
+            return {}
+        draw_memory(uses, self.folder / "memory.png")
+        write_json({name: use.figures() for name, use in uses.items()}, self.folder / "memory.json")
+        found = {}
+        for kind in ("queue", "matrix"):
+            own = [use for use in uses.values() if use.kind == kind]
+            if own:
+                found[f"memory/dead_share_{kind}"] = float(np.mean([u.dead_share for u in own]))
+                found[f"memory/similarity_{kind}"] = float(
+                    np.mean([u.similarity.mean() for u in own])
+                )
+        return found
+
+    @torch.no_grad()
+    def _paint(self, model: SQUID) -> np.ndarray:
+        """uint8 [images, S, S]."""
+        own = copy.deepcopy(model).float().eval()
+        device = next(own.parameters()).device
+        batch = self.shown.batch(slice(0, len(self.shown)), device)
+        recon = own(batch, teacher=False)["recon"]
+        return np.asarray((recon[:, 0] * 255).round().byte().cpu().numpy())
+
+    def _draw(self, strips: dict[str, np.ndarray]) -> None:
+        keys = sorted(strips)
+        keys = [keys[i] for i in np.unique(np.linspace(0, len(keys) - 1, _COLUMNS).astype(int))]
+        truth = self.shown.images[:, 0].numpy()
+        rows, columns = len(truth), len(keys) + 2
+        figure = require("matplotlib.figure", "train").Figure(
+            figsize=(1.5 * columns, 1.6 * rows + 0.4), layout="constrained"
+        )
+        axes = figure.subplots(rows, columns, squeeze=False)
+        names = {0: "normal", 1: "anomalous"}
+        for row, image in enumerate(truth):
+            away = strips[keys[-1]][row].astype(float) - image
+            for axis, picture in zip(
+                axes[row], [image, *(strips[k][row] for k in keys)], strict=False
+            ):
+                axis.imshow(picture, cmap="gray", vmin=0, vmax=255)
+            axes[row, -1].imshow(away, cmap="RdBu_r", vmin=-128, vmax=128)
+            label = names.get(int(self.shown.labels[row]), "unlabelled")
+            axes[row, 0].set_ylabel(label, fontsize=9)
+        for axis, title in zip(
+            axes[0], ["image", *(f"epoch {int(k)}" for k in keys), "last - image"], strict=True
+        ):
+            axis.set_title(title, fontsize=9)
+        for axis in axes.ravel():
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+        figure.savefig(self.folder / "reconstructions.png", dpi=110)

@@ -1,0 +1,54 @@
+"""The published way of evaluating, by which squid_fast is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..inference import Scorer
+from ..inference.bundle import Bundle
+
+_TOLERANCE = 0.01  # standard deviations
+
+
+def published_way(bundle: Bundle, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Scores [B] of images [B, 1, H, W] as they are published: the logits of `reference`.
+
+    Raises:
+        ValueError: the model is a variant that was never published.
+    """
+    if "inpainting" in bundle.model.config:
+        raise ValueError(
+            f"this model has inpainting={bundle.model.config['inpainting']!r}, a variant that was "
+            "never published; only published models can be compared with the published way."
+        )
+    model = reference.SQUID(**bundle.model.config)
+    model.load_state_dict(bundle.model.state_dict())
+    judge = reference.Discriminator(bundle.discriminator.size)
+    judge.load_state_dict(bundle.discriminator.state_dict())
+    model.eval().to(device), judge.eval().to(device)
+
+    @torch.no_grad()
+    def score(images: Tensor) -> Tensor:
+        return reference.discriminator_logits(judge, model(images.to(device))["recon"]).cpu()
+
+    return score
+
+
+def check_agreement(published: Callable[[Tensor], Tensor], scorer: Scorer, images: Tensor) -> None:
+    """Whether a scorer in float32, by the paper's score, gives images [B, 1, H, W] their scores.
+
+    Raises:
+        RuntimeError: it does not, by a hundredth of their standard deviation.
+    """
+    theirs, ours = published(images), scorer.score(images).raw
+    # Their median: where two slots of a memory are equally near, rounding may choose between them.
+    off = float((theirs - ours).abs().median() / theirs.std().clamp_min(1e-6))
+    if not off < _TOLERANCE:
+        raise RuntimeError(
+            f"the scores of squid_fast are off by {off:.3g} of their standard deviation from the "
+            f"published way's, both in float32; less than {_TOLERANCE} would do."
+        )

@@ -1,0 +1,182 @@
+"""A trained model on disk: one folder that holds all that scoring needs, and no code.
+
+``model.safetensors`` and ``discriminator.safetensors`` hold the state dicts under the published
+names (and the queue's position), ``config.json`` the constructor arguments and the score,
+``calibration.json`` mean, deviation and threshold of every score.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from ..modules import SQUID, Discriminator, MemoryQueue, discriminator_size
+from ..utils.atomic import replacing, write_json
+from .scores import PAPER_SCORE, SCORES, Calibration
+
+FORMAT = 1
+_QUEUE_PTR = "inpaint_block.memory.ptr"
+
+
+class BundleError(ValueError):
+    """A folder or checkpoint is no model that can be loaded; the message says why."""
+
+
+@dataclass
+class Bundle:
+    """A trained pair with its calibration.
+
+    Attributes:
+        score: name of the score that screening uses, see ``squid_fast.inference.scores.SCORES``.
+        about: free facts for people: preset, recipe, machine.
+    """
+
+    model: SQUID
+    discriminator: Discriminator
+    calibration: Calibration | None = None
+    score: str = PAPER_SCORE
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+def save_bundle(bundle: Bundle, folder: str | Path) -> None:
+    """Write the bundle; each file is replaced whole or not at all."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "format": FORMAT,
+        "model": bundle.model.config,
+        "discriminator": {"size": bundle.discriminator.size},
+        "image_size": bundle.model.image_size,
+        "score": bundle.score,
+        "about": bundle.about,
+    }
+    state = bundle.model.state_dict()
+    queue = getattr(bundle.model.inpaint_block, "memory", None)
+    if isinstance(queue, MemoryQueue):
+        state[_QUEUE_PTR] = queue.ptr
+    save_weights(state, folder / "model.safetensors")
+    save_weights(bundle.discriminator.state_dict(), folder / "discriminator.safetensors")
+    write_json(config, folder / "config.json")
+    if bundle.calibration is not None:
+        write_json(bundle.calibration.to_json(), folder / "calibration.json")
+
+
+def load_bundle(folder: str | Path) -> Bundle:
+    """Read a bundle onto the CPU, in evaluation mode.
+
+    Raises:
+        BundleError: a file is missing, damaged or does not fit the others.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise BundleError(f"{folder} is not a folder; a bundle is the folder that training wrote.")
+    config = read_json(folder / "config.json")
+    if config.get("format") != FORMAT:
+        raise BundleError(
+            f"{folder / 'config.json'} has format {config.get('format')!r}; this version of "
+            f"squid_fast reads format {FORMAT}."
+        )
+    if "method" in config:
+        raise BundleError(
+            f"{folder} holds a {config['method']!r}, not SQUID; "
+            "squid_fast.experiments.baselines.load_scorer reads it."
+        )
+    try:
+        model = SQUID(**config["model"])
+        discriminator = Discriminator(**config["discriminator"])
+        score, about = config["score"], config.get("about", {})
+    except (KeyError, TypeError, ValueError) as error:
+        raise BundleError(f"{folder / 'config.json'} does not describe a model: {error}") from error
+    if score not in SCORES:
+        raise BundleError(f"{folder / 'config.json'} names the unknown score {score!r}.")
+    _load_weights(model, folder / "model.safetensors")
+    _load_weights(discriminator, folder / "discriminator.safetensors")
+    calibration = None
+    if (folder / "calibration.json").exists():
+        try:
+            calibration = Calibration.from_json(read_json(folder / "calibration.json"))
+        except (KeyError, TypeError) as error:
+            raise BundleError(f"{folder / 'calibration.json'} is damaged: {error}") from error
+    return Bundle(model.eval(), discriminator.eval(), calibration, score, about)
+
+
+def load_published(
+    generator: str | Path, discriminator: str | Path, model: dict[str, Any]
+) -> tuple[SQUID, Discriminator]:
+    """Read a pair of published ``.pth`` checkpoints into models of that configuration.
+
+    The files are read as plain tensors; one that holds anything else is refused, not run.
+
+    Raises:
+        BundleError: a file cannot be read so, or its weights do not fit the configuration.
+    """
+    squid = SQUID(**model)
+    judge = Discriminator(discriminator_size(squid.image_size))
+    for module, path in ((squid, generator), (judge, discriminator)):
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # the unpickler raises many kinds
+            raise BundleError(
+                f"{path} cannot be read as a checkpoint of plain tensors: {error}"
+            ) from error
+        if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+            raise BundleError(f"{path} holds no state dict; a dictionary of tensors would fit.")
+        # Checkpoints of models that were wrapped for several GPUs carry the wrapper's name.
+        nn.modules.utils.consume_prefix_in_state_dict_if_present(state, "module.")
+        _fit(module, state, Path(path))
+    return squid.eval(), judge.eval()
+
+
+def _fit(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    try:
+        module.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise BundleError(f"the weights in {path} do not fit the configuration: {error}") from error
+    if bad := [name for name, value in state.items() if not bool(torch.isfinite(value).all())]:
+        raise BundleError(f"{path} holds NaN or infinite weights in {', '.join(bad[:3])}.")
+
+
+def save_weights(state: dict[str, Tensor], path: Path) -> None:
+    """Write tensors as safetensors; the file is replaced whole or not at all."""
+    # The memories are slices of one tensor and convolutions may be channels-last; the format wants
+    # each tensor to stand alone and contiguous.
+    plain = {
+        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, value in state.items()
+    }
+    with replacing(path) as file:  # save_file would leave it readable to its owner alone
+        file.write(save(plain))
+
+
+def _load_weights(module: nn.Module, path: Path) -> None:
+    try:
+        state = load_file(path)
+    except FileNotFoundError:
+        raise BundleError(f"{path} is missing from the bundle.") from None
+    except (SafetensorError, OSError) as error:
+        raise BundleError(f"{path} cannot be read as safetensors: {error}") from error
+    _fit(module, state, path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file of a bundle.
+
+    Raises:
+        BundleError: there is none.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BundleError(f"{path} is missing; the folder is not a bundle.") from None
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise BundleError(f"{path} holds no JSON object.")
+    return value

@@ -1,0 +1,1 @@
+"""From paths to decoded images: listings, reader processes, packed images."""

@@ -1,0 +1,252 @@
+"""Files decoded ahead of their use, by processes that may crash, hang or be killed.
+
+A process that dies or hangs is replaced, and only the file that it was at gets an error in place of
+its image. The pools of the standard library cannot do this: they lose all pending work when a
+process dies, cannot end one that hangs, and import the caller's ``__main__`` anew in each, which
+breaks scripts without a ``__main__`` guard.
+
+Reader processes need POSIX. Elsewhere, and with ``workers=0``, this process decodes by itself and
+has to live with what files do to it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import selectors
+import time
+from collections import deque
+from collections.abc import Generator, Iterable
+
+import numpy as np
+import numpy.typing as npt
+
+from .worker import MAX_FILES, File, Reader, load_or_explain, map_images, shared_memory
+
+Decoded = tuple[str, npt.NDArray[np.uint8] | str]
+"""A path, and its image, uint8 [S, S] with 255 = 1.0, or in a sentence why there is none."""
+
+TIMEOUT = 60.0
+"""Seconds that decoding one file may take, unless told otherwise."""
+
+_MAX_TIMEOUT = 1e6
+_MAX_FAILED_STARTS = 3  # in a row
+_TICK = 1.0
+
+
+def read_ahead(
+    paths: Iterable[str],
+    size: int,
+    workers: int | None = None,
+    look_ahead: int | None = None,
+    timeout: float = TIMEOUT,
+) -> Generator[Decoded, None, None]:
+    """Yield each path with its image or its error, in order, while the next are being decoded.
+
+    Closing the iterator ends the processes.
+
+    Args:
+        paths: files; they are taken from the iterable as far as is read ahead.
+        size: side of the images in pixels.
+        workers: processes; by default one for each core, 16 at most. 0 decodes in this one.
+        look_ahead: files under way at most; memory is taken for as many images.
+        timeout: seconds after which a file is given up.
+
+    Raises:
+        ValueError: an argument is out of range.
+        RuntimeError: the processes cannot be started.
+    """
+    workers = check_reading(workers, timeout)
+    if size < 1:
+        raise ValueError(f"size must be at least 1, not {size}")
+    if look_ahead is None:
+        look_ahead = max(64, 8 * workers)
+    if look_ahead < 1:
+        raise ValueError(f"look_ahead must be at least 1, not {look_ahead}")
+    if workers == 0:
+        return _read_here(paths, size)
+    return _read_in_processes(paths, size, workers, look_ahead, timeout)
+
+
+def check_reading(workers: int | None, timeout: float) -> int:
+    """How many processes ``workers`` asks for.
+
+    Raises:
+        ValueError: ``workers`` or ``timeout`` is out of range; on a system without POSIX,
+            ``workers`` is more than 0.
+    """
+    if not 0 < timeout <= _MAX_TIMEOUT:
+        raise ValueError(f"timeout must be more than 0 and at most 1e6 seconds, not {timeout}")
+    posix = os.name == "posix"
+    if workers is None:
+        return min(16, _available_cores()) if posix else 0
+    if workers < 0:
+        raise ValueError(f"workers must be at least 0, not {workers}")
+    if workers and not posix:
+        raise ValueError(f"workers must be 0 on this system, which is no POSIX, not {workers}")
+    return workers
+
+
+def _read_here(paths: Iterable[str], size: int) -> Generator[Decoded, None, None]:
+    for path in paths:
+        yield path, load_or_explain(path, size)
+
+
+def _read_in_processes(
+    paths: Iterable[str], size: int, workers: int, look_ahead: int, timeout: float
+) -> Generator[Decoded, None, None]:
+    with _Pool(size, workers, look_ahead, timeout) as pool:
+        for path in paths:
+            if pool.is_full:
+                yield pool.take()
+            pool.add(path)
+        while not pool.is_empty:
+            yield pool.take()
+
+
+class _Pool:
+    """The readers, and the files under way.
+
+    A file waits, or is with one reader, until it is done. It keeps its place in the shared memory
+    until it is taken.
+    """
+
+    def __init__(self, size: int, workers: int, look_ahead: int, timeout: float) -> None:
+        self._workers = workers
+        self._at_once = max(1, min(MAX_FILES, look_ahead // (4 * workers)))
+        self._memory = shared_memory(look_ahead * size * size)
+        self._images = map_images(self._memory, look_ahead, size)
+        self._reader_arguments = (self._memory.fileno(), look_ahead, size, timeout)
+        self._free_places = list(range(look_ahead))
+        self._under_way: deque[File] = deque()
+        self._waiting: deque[File] = deque()
+        self._readers: list[Reader] = []
+        self._selector = selectors.DefaultSelector()
+        self._failed_starts = 0
+
+    def __enter__(self) -> _Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for reader in self._readers:
+            reader.kill()
+        for reader in self._readers:
+            reader.end()
+        self._selector.close()
+        self._memory.close()
+        del self._images
+
+    @property
+    def is_full(self) -> bool:
+        return not self._free_places
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._under_way
+
+    def add(self, path: str) -> None:
+        """Put a file behind the others under way."""
+        file = File(path, self._free_places.pop())
+        self._under_way.append(file)
+        if not file.done:
+            self._waiting.append(file)
+        if len(self._waiting) >= self._at_once:
+            self._receive(0)
+            self._hand_out()
+
+    def take(self) -> Decoded:
+        """Wait for the first file under way."""
+        file = self._under_way[0]
+        while not file.done:
+            self._hand_out()
+            self._wait()
+        self._under_way.popleft()
+        self._free_places.append(file.place)
+        return file.path, file.error or self._images[file.place].copy()
+
+    def _hand_out(self) -> None:
+        """Give the files that wait to the readers that have least to do."""
+        unfinished = len(self._waiting) + sum(len(reader.files) for reader in self._readers)
+        while len(self._readers) < min(self._workers, unfinished):
+            self._start()
+        while self._waiting:
+            able = [reader for reader in self._readers if reader.has_room]
+            if not able:
+                return
+            reader = min(able, key=lambda reader: len(reader.files))
+            count = self._at_once
+            if len(self._waiting) < count:
+                if len(reader.files) >= count:
+                    return  # they have enough to do until more files wait
+                count = math.ceil(len(self._waiting) / self._workers)
+            reader.give([self._waiting.popleft() for _ in range(count)])
+
+    def _start(self) -> Reader:
+        reader = Reader(*self._reader_arguments)
+        self._readers.append(reader)
+        self._selector.register(reader.answers, selectors.EVENT_READ, reader)
+        return reader
+
+    def _wait(self) -> None:
+        """Wait for an answer, and give up readers that have been waited for long enough.
+
+        Only the time spent here counts, so that no file is given up because this process was busy
+        or stopped from the terminal.
+        """
+        busy = [reader for reader in self._readers if reader.files]
+        seconds = max(0.0, min([_TICK, *(reader.patience for reader in busy)]))
+        start = time.monotonic()
+        answered = self._receive(seconds)
+        waited = min(time.monotonic() - start, seconds)
+        for reader in busy:
+            if reader in answered:
+                continue
+            reader.waited += waited
+            if reader.patience <= 0:
+                reader.kill()
+                self._lose(reader, hangs=True)
+
+    def _receive(self, seconds: float) -> list[Reader]:
+        """Take the answers that are there, waiting for the first; the readers that had any."""
+        ready: list[Reader] = [key.data for key, _ in self._selector.select(seconds)]
+        for reader in ready:
+            if reader.answer():
+                self._failed_starts = 0
+            else:
+                self._lose(reader)
+        return ready
+
+    def _lose(self, reader: Reader, hangs: bool = False) -> None:
+        """Do without a reader that has died or hangs; its files go to others."""
+        self._readers.remove(reader)
+        self._selector.unregister(reader.answers)
+        reason = reader.end()
+        if not reader.started:
+            self._failed_starts += 1
+            if self._failed_starts == _MAX_FAILED_STARTS:
+                raise RuntimeError(
+                    f"the processes that decode images end before they begin ({reason}), for "
+                    "reasons that stand above; workers=0 decodes without them"
+                )
+        elif reader.files:
+            self._blame(reader.files.popleft(), reason, hangs)
+        self._waiting.extendleft(reversed(reader.files))
+
+    def _blame(self, file: File, reason: str, hangs: bool) -> None:
+        """Give up the file that a lost reader was at, or try it once more."""
+        if hangs:
+            _, _, _, timeout = self._reader_arguments
+            file.finish(f"{file.path} was not decoded within {timeout:g} s")
+        elif file.suspect:
+            file.finish(f"{file.path} kills the process that decodes it, twice now ({reason})")
+        else:
+            # It need not be this file's fault, as when memory has run out. So that it is known,
+            # the file gets a process to itself.
+            file.suspect = True
+            self._start().give([file])
+
+
+def _available_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,1 @@
+"""Helpers that know nothing of SQUID, open to every room."""

@@ -1,0 +1,49 @@
+"""What a figure has to say about where it comes from."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import platform
+from pathlib import Path
+
+import torch
+
+from .._version import __version__
+from .threads import waiting
+
+
+def describe(device: torch.device) -> dict[str, str | int | None]:
+    """Device, threads and how they wait for one another, versions and date.
+
+    ``instructions`` are those that PyTorch uses on the CPU, which the environment may limit.
+    """
+    return {
+        "device": device_name(device),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "waiting": waiting(),
+        "squid_fast": __version__,
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "python": platform.python_version(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The card, or the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(x.split(":")[1].strip() for x in lines if x.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

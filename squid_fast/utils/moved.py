@@ -1,0 +1,98 @@
+"""Import paths of earlier versions, which go on working and say once where their module is now."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_loader
+from types import ModuleType
+
+_MOVED = {
+    f"squid_fast.{old}": f"squid_fast.{new}"
+    for old, new in {
+        "_extras": "utils.extras",
+        "_lazy": "utils.lazy",
+        "ablation": "experiments.ablation",
+        "atomic": "utils.atomic",
+        "benchmark": "experiments.benchmark",
+        "bundle": "inference.bundle",
+        "comparison": "experiments.baselines",
+        "console": "cli.console",
+        "demo": "experiments.demo",
+        "devices": "utils.devices",
+        "diagnostics": "experiments.diagnostics",
+        "evaluation": "metrics",
+        "inference.other_scores": "experiments.research_scores",
+        "kernels.choice": "kernels.dispatch",
+        "machine": "utils.machine",
+        "published": "experiments.published",
+        "scores": "inference.scores",
+        "screening.files": "screening.reading.files",
+        "screening.lists": "screening.reading.lists",
+        "screening.packing": "screening.reading.packing",
+        "screening.summary": "screening.report.summary",
+        "threads": "utils.threads",
+        "training.contamination": "data.contamination",
+    }.items()
+}
+
+
+class _OldPaths(MetaPathFinder):
+    """Finds a module under the path that it had."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        new = _new_path(name)
+        return spec_from_loader(name, _Alias(new)) if new else None
+
+
+class _Alias(Loader):
+    """Gives the module that stands elsewhere now."""
+
+    def __init__(self, new: str) -> None:
+        self.new = new
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        warnings.warn(f"{spec.name} is now {self.new}", DeprecationWarning, stacklevel=2)
+        self.module = importlib.import_module(self.new)
+        self.spec, self.loader = self.module.__spec__, self.module.__loader__
+        return self.module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__, module.__loader__ = self.spec, self.loader  # not those of the old path
+
+
+def _new_path(name: str) -> str | None:
+    for old, new in _MOVED.items():
+        if name == old or name.startswith(f"{old}."):
+            return new + name[len(old) :]
+    return None
+
+
+def accept_old_paths() -> None:
+    """Make the old import paths work."""
+    if not any(isinstance(finder, _OldPaths) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _OldPaths())
+
+
+def moved_names(package: str, homes: Mapping[str, str]) -> Callable[[str], object]:
+    """The function ``__getattr__`` of a package whose names have moved.
+
+    Args:
+        package: its ``__name__``.
+        homes: of each name, what it is now: ``"squid_fast.data.contamination.check_apart"``.
+    """
+
+    def get(name: str) -> object:
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        warnings.warn(f"{package}.{name} is now {homes[name]}", DeprecationWarning, stacklevel=2)
+        module, _, attribute = homes[name].rpartition(".")
+        return getattr(importlib.import_module(module), attribute)
+
+    return get

@@ -1,0 +1,350 @@
+"""The benchmark room: what it counts, what it refuses, and that it stays out of the tests' way."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from bench.accuracy.accuracy.accuracy import together
+
+from bench import pages as readme
+from bench.accuracy.accuracy import tables as accuracy_tables
+from bench.measurements import commit
+from bench.operations import micro, roofline, timing
+from bench.operations.cases import OPERATIONS, Case, cases
+from bench.operations.micro import Results, Runner
+from bench.operations.problems import WrongResultError as Wrong
+from bench.operations.problems import call_of, function_of, problem
+from bench.operations.roofline import Ceilings, Work
+from bench.operations.verify import verify
+from bench.scoring import speed, threads
+from squid_fast import PRESETS
+from squid_fast.data import ImageSet
+from squid_fast.inference.scores import PAPER_SCORE
+from squid_fast.metrics import evaluate
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+
+
+def pytest_in_a_process(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def tiny(operation: str, direction: str = "forward") -> Case:
+    found = [c for c in cases(CPU, "tiny") if (c.operation, c.direction) == (operation, direction)]
+    return found[0]
+
+
+def test_roofline_of_a_lookup_by_hand() -> None:
+    # Query and answer of 2 images, 3 patches, 5 wide: 30 numbers each; memory 3 x 7 x 5 = 105.
+    # Scores: 2 * 3 * 7 dot products of 5: 210 multiplications; two kept rows: 2 * 3 * 2 * 5 = 60.
+    assert roofline.memory_lookup(2, 3, 7, 5, 3, 4) == Work(4 * 165, 2 * 270)
+    # Backward: gradient, query, memory in, query's gradient out; two products over all slots.
+    both = roofline.memory_lookup(2, 3, 7, 5, 3, 4, backward=True)
+    assert both == Work(4 * (165 + 195), 2 * (270 + 420))
+    # Gradient of the memory: one more output, through the scores and through the answer.
+    slots = roofline.memory_lookup(2, 3, 7, 5, 3, 2, backward=True, slots=True)
+    assert slots == Work(2 * (165 + 195 + 105), 2 * (270 + 420 + 270))
+
+
+def test_roofline_of_the_other_operations_by_hand() -> None:
+    assert roofline.gumbel_shrinkage(2, 3, 7, 2) == Work(2 * 2 * 42, 4 * 42)
+    assert roofline.gumbel_shrinkage(2, 3, 7, 2, backward=True) == Work(5 * 2 * 42, 12 * 42)
+    # 2 x 3 x 4 x 5 = 120 elements: one read, one written; backward one read, two written.
+    assert roofline.masked_shortcut(2, 3, 4, 5, 4) == Work(2 * 4 * 120, 0)
+    assert roofline.masked_shortcut(2, 3, 4, 5, 4, backward=True) == Work(5 * 4 * 120, 0)
+    affine = roofline.masked_shortcut(2, 3, 4, 5, 4, affine=True, backward=True)
+    assert affine == Work(6 * 4 * 120 + 3 * 24, 8 * 120)
+    # On 2 x 2 every patch sees three others and zeros; on 3 x 3 only the middle sees no zeros.
+    assert [roofline.attended(N) for N in (1, 4, 9)] == [1, 16, 4 * 4 + 4 * 6 + 8]
+    attention = roofline.neighbourhood_attention(2, 4, 8, 2)
+    assert attention == Work(2 * (4 * 64 + 16), 2 * 2 * 2 * 8 * 16)
+
+
+def test_roofline_of_the_block_is_that_of_its_parts() -> None:
+    # Width 8, 2 narrow channels on one place: C = 2. Four patches, code of 3 bits.
+    weights = 8 * 2 + (2 + 3) * 8 + 4 * 4 + 0
+    layers = 2 * 4 * (8 * 2 + 5 * 8 + 4 * 4 + 0)
+    parts = roofline.memory_lookup(1, 4, 7, 2, 3, 4).flops
+    parts += roofline.neighbourhood_attention(1, 4, 2, 4).flops
+    block = roofline.inpaint_block(1, 4, 7, 2, 8, 3, 4)
+    assert block == Work(4 * (2 * 4 * 8 + weights + 4 * 7 * 2), layers + parts)
+
+
+def test_a_floor_is_the_larger_of_two_times() -> None:
+    ceilings = Ceilings(bytes_per_s=100.0, bfloat16=1000.0, float32=10.0)
+    assert ceilings.floor(Work(200, 10), "float32") == 2.0
+    assert ceilings.floor(Work(200, 50), "float32") == 5.0
+    assert ceilings.floor(Work(200, 50), "bfloat16") == 2.0
+
+
+def test_ceilings_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Where the hardware does not compute in bfloat16, a product of 1024 x 1024 takes seconds.
+    rate = roofline._matrix_rate
+    monkeypatch.setattr(roofline, "_matrix_rate", lambda _, *what: rate(128, *what))
+    ceilings = roofline.measure(CPU)
+    assert 1e8 < ceilings.bytes_per_s < 1e13
+    assert 1e8 < ceilings.float32 < 1e15
+    assert 1e6 < ceilings.bfloat16 < 1e15
+
+
+@pytest.mark.parametrize("direction", ["forward", "forward_backward"])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_right_contenders_pass_and_wrong_ones_are_refused(operation: str, direction: str) -> None:
+    case = tiny(operation, direction)
+    made = problem(case, CPU)
+    for contender in ("eager", "squid_fast"):
+        assert verify(case, made, call_of(case, made, function_of(made, contender))) < 1e-5
+    ours = made.ours
+    made.ours = lambda *inputs: ours(*inputs) * 1.001
+    with pytest.raises(Wrong, match="off by"):
+        verify(case, made, call_of(case, made, made.ours))
+
+
+def test_a_wrong_gradient_and_a_wrong_draw_are_refused() -> None:
+    case = tiny("memory_lookup", "forward_backward")
+    made = problem(case, CPU)
+    call = call_of(case, made, made.ours)
+    with pytest.raises(Wrong, match="gradient 1"):
+        verify(case, made, lambda: [x * (1 + 0.01 * i) for i, x in enumerate(call())])
+    case = tiny("masked_shortcut")
+    made = problem(case, CPU)
+    with pytest.raises(Wrong, match="positions are in-painted"):
+        verify(case, made, lambda: [made.inputs[1]])
+
+
+def test_times_of_what_takes_long_are_long() -> None:
+    ticks = iter(range(10**6))
+    timed = timing.on_cpu(lambda: [next(ticks) for _ in range(1000)], seconds=0.01)
+    assert 1e-6 < timed.median < 0.1
+    assert len(timed.warm) >= 5
+    assert timing.Timing([1.0, 2.0, 3.0, 4.0, 5.0], []).spread == 2.0
+
+
+def test_cold_times_are_what_the_call_adds_to_the_flush(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With replays that add up the seconds of a graph's calls, in place of a GPU."""
+    spent = 0.0
+
+    def spend(seconds: float) -> None:
+        nonlocal spent
+        spent += seconds
+
+    def replay(graph: timing.Call) -> float:
+        nonlocal spent
+        spent = 0.0
+        graph()
+        return spent
+
+    monkeypatch.setattr(timing, "_graph", lambda call: call)
+    monkeypatch.setattr(timing, "_replay", replay)
+    monkeypatch.setattr(timing, "_flush", lambda: lambda: spend(80e-6))
+    for seconds in (2e-6, 30e-6, 5e-3):
+        timed = timing.on_cuda(lambda seconds=seconds: spend(seconds))
+        assert len(timed.warm) == len(timed.cold) == timing.REPEATS
+        assert timed.median == pytest.approx(seconds)
+        assert timed.cold == pytest.approx([seconds] * timing.REPEATS)
+
+
+def test_rows_of_a_gpu_are_held_against_the_floor(tmp_path: Path) -> None:
+    case = tiny("gumbel_shrinkage")
+    results = Results(tmp_path, CPU)
+    results._ceilings = Ceilings(bytes_per_s=1e9, bfloat16=1e12, float32=1e12)
+    row = results.add(case, "eager", 0.0, timing.Timing([2e-6], [4e-6]))
+    moved = 2 * 4 * (2 * 4 * 7)  # bytes: 448
+    assert row["floor_us"] == moved / 1e3
+    assert row["fraction_of_floor"] == 0.112
+    assert row["gb_per_s"] == pytest.approx(moved / 2e-6 / 1e9)
+    assert row["tflops"] == pytest.approx(4 * 56 / 2e-6 / 1e12)
+
+
+def test_results_keep_rows_of_the_same_commit_and_drop_others(tmp_path: Path) -> None:
+    case = tiny("gumbel_shrinkage")
+    results = Results(tmp_path, CPU)
+    results.add(case, "eager", 1e-7, timing.Timing([4e-6], []))
+    row = Results(tmp_path, CPU).add(case, "squid_fast", 1e-7, timing.Timing([2e-6], []))
+    assert row["ratio_to_eager"] == 2.0
+    written = json.loads(results.path.read_text())
+    assert [r["contender"] for r in written["rows"]] == ["eager", "squid_fast"]
+    assert written["torch"] == torch.__version__
+    again = Results(tmp_path, CPU)
+    again.fail(case, "squid_fast", Wrong("off"))
+    assert list(again.failures.values()) == ["WrongResultError: off"]
+    assert len(json.loads(results.path.read_text())["rows"]) == 1
+    written["commit"] = "another"
+    results.path.write_text(json.dumps(written))
+    assert Results(tmp_path, CPU).rows == {}
+
+
+def test_the_table_of_microbenchmarks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    assert readme.TABLES["micro_cuda"]().startswith("Not measured yet")
+    case = tiny("gumbel_shrinkage", "forward_backward")
+    results = Results(tmp_path, CPU)
+    results.add(case, "eager", 1e-7, timing.Timing([4e-6], []))
+    results.add(case, "squid_fast", 1e-7, timing.Timing([2e-6], []))
+    line = "| gumbel shrinkage, forward + backward | B 2, N 4, M 7, k 5 | float32 | 4 |  | 2.00 × |"
+    assert line in readme.TABLES["micro_cpu"]().splitlines()
+
+
+def test_the_table_of_speed_says_of_every_part_how_it_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    how = {"device": "That", "threads": 2, "precision": "int8", "torch": "3", "rounds": 4}
+    part = how | {"rows": {"ours": {"images_per_second": 8.0, "ratio": 2.0}}}
+    path = tmp_path / "speed_cpu.json"
+    path.write_text(json.dumps({"evaluation": part, "training": part}))
+    alike = readme.TABLES["speed"]().splitlines()
+    assert "| training: ours | 8.0 | 2.0 × |" in alike
+    said = "2 cores (That), int8, torch 3, medians of 4 interleaved rounds."
+    assert alike[-2:] == ["", said]
+    path.write_text(json.dumps({"evaluation": part, "training": part | {"rounds": 9}}))
+    apart = readme.TABLES["speed"]().splitlines()
+    assert apart[-3:] == [f"Evaluation: {said}", "", f"Training: {said.replace('4', '9')}"]
+
+
+def test_a_part_measured_anew_leaves_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speed, "PRESET", PRESETS["small"])
+    path = tmp_path / "speed_cpu.json"
+    kept = {"commit": "x", "rows": {"a": 1}}
+    path.write_text(json.dumps({"training": {"rows": {"old": 1}}, "screening": kept}))
+    options = ["--rounds=1", "--batch=2", "--threads=1", "--device=cpu", "--part=training"]
+    monkeypatch.setattr(sys, "argv", ["speed", *options, f"--output={tmp_path}"])
+    speed.main()
+    written = json.loads(path.read_text())
+    assert list(written) == ["screening", "training"]
+    assert written["screening"] == kept
+    training = written["training"]
+    assert (training["commit"], training["rounds"]) == (commit(), 1)
+    assert (training["batch"], training["threads"], training["torch"]) == (2, 1, torch.__version__)
+    assert list(training["rows"]) == ["published loop", "squid_fast.Trainer"]
+    first, second = training["rows"].values()
+    assert first["images"] == second["images"] == 4
+    assert second["ratio"] == pytest.approx(
+        first["milliseconds"] / second["milliseconds"], rel=0.01
+    )
+
+
+def test_plain_pytest_collects_no_benchmarks() -> None:
+    plain = pytest_in_a_process("--collect-only", "tests/bench/test_bench.py", "bench")
+    assert "tests/bench/test_bench.py::test_plain_pytest" in plain.stdout, plain.stdout
+    assert "bench/operations/test_operations.py" not in plain.stdout
+
+
+def test_the_flag_runs_benchmarks_alone(tmp_path: Path) -> None:
+    done = pytest_in_a_process(
+        "--benchmark",
+        "--bench-device=cpu",
+        "--bench-sizes=tiny",
+        f"--bench-results={tmp_path}",
+        "-k",
+        "gumbel_shrinkage-forward-",
+    )
+    assert done.returncode == 0, done.stdout
+    assert "2 passed" in done.stdout
+    written = json.loads((tmp_path / "micro_cpu.json").read_text())
+    assert {"device", "torch", "triton", "python", "commit", "date", "threads"} <= written.keys()
+    assert [row["contender"] for row in written["rows"]] == ["eager", "squid_fast"]
+    assert all(row["median_us"] > 0 for row in written["rows"])
+
+
+def test_the_runner_without_pytest_does_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = Results(tmp_path, CPU)
+    monkeypatch.setattr(timing, "on_cpu", lambda call: timing.Timing([1e-6], []))
+    assert micro.run(CPU, "tiny", results, ("gumbel_shrinkage",)) == 0
+    assert len(results.rows) == 4
+    monkeypatch.setattr(Runner, "prepare", lambda *_: (_ for _ in ()).throw(Wrong("no")))
+    assert micro.run(CPU, "tiny", results, ("gumbel_shrinkage",)) == 4
+    assert results.rows == {}
+    assert "FAILED, WrongResultError: no" in capsys.readouterr().out
+
+
+def test_runs_together_are_ranked_by_the_mean_of_their_z_scores() -> None:
+    images = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
+    labelled = ImageSet(images, torch.tensor([0, 0, 1, 1]), ["a", "b", "c", "d"])
+    one, other = np.float32([0, 3, 2, 4]), np.float32([2, 0, 3, 1])
+    areas = [together(labelled, [{"z": z}])["z"]["auroc"] for z in (one, other)]
+    assert areas == [0.75, 0.75]
+    assert together(labelled, [{"z": one}, {"z": other}])["z"]["auroc"] == 1.0
+
+
+def test_the_table_of_accuracy_is_of_the_runs_that_it_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accuracy_tables, "RESULTS", tmp_path)
+    labels, z = np.repeat([0, 1], 20), np.arange(40.0)
+    split = {PAPER_SCORE: evaluate(labels, z, score_name=PAPER_SCORE).to_json()}
+    about = {"seed": 0, "training_images": 9, "recipe": {"epochs": 2}, "training_minutes": 3.0}
+    run = {"evaluation": {"val": split, "test": split}, "about": about, "threads": 7}
+    (tmp_path / "zhanglab_cpu-seed0.json").write_text(json.dumps(run))
+    assert "2 epochs, 3 minutes. Accuracy" in accuracy_tables.accuracy()
+    about["machine"] = {"device": "That", "threads": 2}
+    (tmp_path / "zhanglab_cpu-seed1.json").write_text(json.dumps(run))
+    said = accuracy_tables.accuracy()
+    assert "2 epochs, 3 minutes, 3 minutes on 2 cores (That). Accuracy" in said
+    both = {"runs": ["zhanglab_cpu-seed0", "zhanglab_cpu-seed1"], **run}
+    (tmp_path / "together.json").write_text(json.dumps(both))
+    assert "| together |" in accuracy_tables.accuracy()
+    both["runs"].append("zhanglab_cpu-seed2")
+    (tmp_path / "together.json").write_text(json.dumps(both))
+    with pytest.raises(ValueError, match=r"seed2, but there are .*seed1: run bench accuracy"):
+        accuracy_tables.accuracy()
+
+
+def test_a_step_is_timed_with_the_threads_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "_SECONDS", 0.0)
+    monkeypatch.setattr(threads, "fastest_threads", lambda turn, most: turn() or most + 1)
+    for way, number in {"one": 1, "limited": torch.get_num_threads(), "chosen": 2}.items():
+        row = threads.steps("small", way, "float32")
+        assert (row["threads"], row["steps"]) == (number, 1)
+        assert row["mean"] == row["median"] == row["longest"] > 0
+
+
+def test_busy_processes_end_with_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    started, popen = [], subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *a: started.append(popen(*a)) or started[-1])
+    with threads.busy(2):
+        assert [other.poll() for other in started] == [None, None]
+    assert all(other.poll() is not None for other in started)
+
+
+def gpu_script(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = ["bash", str(ROOT / "bench" / "gpu.sh"), *arguments]
+    variables = os.environ | {"PYTHON": sys.executable} | environment
+    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_script_says_that_there_is_no_gpu(tmp_path: Path) -> None:
+    done = gpu_script(str(tmp_path / "out"))
+    assert done.returncode == 2
+    assert "PyTorch sees no GPU" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_gpu_script_goes_on_after_a_failure(tmp_path: Path) -> None:
+    done = gpu_script(
+        "--cpu",
+        str(tmp_path),
+        BENCH_ONLY="environment|kernel|gumbel",
+        BENCH_TESTS="tests/kernels/absent.py",
+    )
+    assert done.returncode == 1, done.stdout
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    codes = {step["step"]: step["rc"] for step in summary["steps"]}
+    assert codes == {"environment": 0, "kernel tests": 4, "microbenchmarks: gumbel_shrinkage": 0}
+    assert "FAILED (4)" in (tmp_path / "summary.txt").read_text()
+    assert len(json.loads((tmp_path / "micro_cpu.json").read_text())["rows"]) == 4
+    assert "absent.py" in (tmp_path / "log.txt").read_text()

@@ -1,0 +1,207 @@
+"""The compile report in processes of its own: here Triton may be set to interpret."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+pytest.importorskip("rich")
+
+from bench.machine_code.compilers.compile_report import problems
+
+ROOT = Path(__file__).parents[2]
+
+GOOD = {
+    "arch": "sm_90",
+    "spilled_bytes": 0,
+    "spill_instructions": 0,
+    "shared_bytes": 227 * 1024,
+    "dots": ["64x64x256 bf16"],
+    "dots_without_matrix_unit": 0,
+    "matrix_instructions": {"HGMMA": 18},
+}
+
+BAD_KERNELS = """
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def product(a_ptr, b_ptr, out_ptr, R: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
+    rows, columns = tl.arange(0, R)[:, None], tl.arange(0, C)[None, :]
+    a = tl.load(a_ptr + rows * C + columns)
+    b = tl.load(b_ptr + tl.arange(0, C)[:, None] * C + columns)
+    tl.store(out_ptr + rows * C + columns, tl.dot(a, b, input_precision=PRECISION))
+
+
+@triton.jit
+def hoard(x_ptr, out_ptr, steps, N: tl.constexpr):
+    places = tl.arange(0, N)
+    total = tl.zeros([N], tl.float32)
+    for step in range(steps):
+        total += tl.load(x_ptr + step * N + places)
+    tl.store(out_ptr + places, total)
+"""
+
+JUDGE = """
+import json, sys, torch, bad
+from bench.machine_code.compile_report import problems
+from bench.machine_code.compilers import CARDS, measure, recorded
+
+def judge(arch, launch):
+    with recorded(CARDS[arch]) as launches:
+        launch()
+    assert len(launches) == 1
+    row = measure(launches[0])
+    return {**row, "problems": problems(row)}
+
+def product(rows, columns, dtype, precision, warps=4):
+    x = torch.empty(rows * columns + columns**2, dtype=dtype, device="meta")
+    bad.product[(1,)](x, x, x, rows, columns, precision, num_warps=warps)
+
+def hoard():
+    x = torch.empty(16384, device="meta")
+    bad.hoard[(1,)](x, x, 8, 8192, num_warps=1)  # 256 numbers to a thread
+
+print(json.dumps({
+    "warpgroup": judge("sm_90", lambda: product(64, 64, torch.bfloat16, "tf32")),
+    "too few warps": judge("sm_90", lambda: product(64, 64, torch.bfloat16, "tf32", warps=2)),
+    "older card": judge("sm_80", lambda: product(64, 64, torch.bfloat16, "tf32")),
+    "no matrix unit": judge("sm_80", lambda: product(16, 16, torch.float32, "ieee")),
+    "amd": judge("gfx942", lambda: product(32, 32, torch.float32, "ieee")),
+    "spills": judge("sm_80", lambda: hoard()),
+}))
+"""
+
+
+def run(*command: str, path: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    inherited["PYTHONPATH"] = os.pathsep.join([str(path), str(ROOT)])
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=inherited | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"spilled_bytes": 8, "spill_instructions": 4}, "spills 8 bytes"),
+        ({"spill_instructions": 4}, "4 loads and stores"),
+        ({"shared_bytes": 227 * 1024 + 1}, "may use 232448"),
+        ({"matrix_instructions": {}}, "no matrix instruction at all"),
+        ({"matrix_instructions": {"HMMA": 18}}, "without HGMMA; it has HMMA"),
+        ({"matrix_instructions": {"HMMA": 1, "HGMMA": 18}}, "has 1 HMMA"),
+        ({"dots_without_matrix_unit": 1}, "1 of its dots outside"),
+        ({"arch": "gfx942", "shared_bytes": 0}, "without MFMA"),
+        ({"arch": "sm_80", "shared_bytes": 0}, "without HMMA"),
+        ({"error": "CompilationError: why."}, "does not compile: CompilationError: why."),
+    ],
+)
+def test_what_is_bad_is_said(change: dict[str, Any], says: str) -> None:
+    assert any(says in problem for problem in problems(GOOD | change))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"dots": [], "matrix_instructions": {}},
+        {"dots": ["16x64x256 bf16"], "matrix_instructions": {"HMMA": 2}},
+        {"dots": ["16x64x8 bf16", "64x64x8 bf16"], "matrix_instructions": {"HMMA": 2, "HGMMA": 1}},
+        {"arch": "sm_80", "shared_bytes": 163 * 1024, "matrix_instructions": {"HMMA": 2}},
+        {"arch": "gfx942", "shared_bytes": 64 * 1024, "matrix_instructions": {"MFMA": 2}},
+    ],
+)
+def test_what_is_good_is_not_complained_about(change: dict[str, Any]) -> None:
+    assert problems(GOOD | change) == []
+
+
+def test_bad_kernels_are_found_in_their_machine_code(tmp_path: Path) -> None:
+    (tmp_path / "bad.py").write_text(BAD_KERNELS)
+    done = run("-c", JUDGE, path=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+
+    assert rows["warpgroup"]["problems"] == []
+    assert rows["warpgroup"]["dots"] == ["64x64x64 bf16"]
+    assert rows["warpgroup"]["matrix_instructions"]["HGMMA"] == 4  # 64 deep, 16 at a time
+    assert rows["older card"]["problems"] == []
+    assert set(rows["older card"]["matrix_instructions"]) == {"HMMA"}
+    assert rows["amd"]["problems"] == []
+    assert set(rows["amd"]["matrix_instructions"]) == {"MFMA"}
+
+    (problem,) = rows["too few warps"]["problems"][:1]
+    assert "without HGMMA; it has HMMA" in problem
+    (problem,) = rows["no matrix unit"]["problems"]
+    assert "no matrix instruction at all" in problem
+    assert rows["spills"]["registers"] == 255
+    assert rows["spills"]["spilled_bytes"] > 100
+    assert rows["spills"]["spill_instructions"] > 10
+    assert "spills" in rows["spills"]["problems"][0]
+
+
+def test_the_report_of_one_kernel(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    arguments = (
+        "-m",
+        "bench.machine_code.compile_report",
+        "--arch",
+        "sm_90",
+        "--output",
+        str(path),
+    )
+    done = run(*arguments, "--only", "masked_shortcut_forward")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "sm_90" in done.stdout
+    assert "0 problems" in done.stdout
+    rows = json.loads(path.read_text())["configurations"]
+    assert {row["dtypes"][0] for row in rows} == {"fp32", "bf16", "fp16"}
+    for row in rows:
+        assert row["kernel"] == "_masked_shortcut_forward_kernel"
+        assert row["arguments"]["inpainted_ptr"].endswith(":16")
+        assert 16 <= row["registers"] <= 255
+        assert 500 < row["code_bytes"] < 100_000
+        assert row["spilled_bytes"] == row["shared_bytes"] // 2**16 == 0
+        assert row["dots"] == row["problems"] == []
+        assert row["calls"] >= 1
+
+
+def test_nothing_compiled_is_no_success() -> None:
+    done = run("-m", "bench.machine_code.compile_report", "--only", "no such kernel")
+    assert done.returncode == 1
+    assert "no such kernel" in done.stdout
+
+
+def test_the_interpreter_cannot_compile() -> None:
+    done = run("-m", "bench.machine_code.compile_report", TRITON_INTERPRET="1")
+    assert done.returncode == 1
+    assert "TRITON_INTERPRET is set" in done.stderr
+
+
+def test_the_kept_report_has_every_kernel() -> None:
+    report = json.loads((ROOT / "bench" / "results" / "compile_report.json").read_text())
+    rows = report["configurations"]
+    sources = "".join(path.read_text() for path in (ROOT / "kernels").glob("*.py"))
+    for arch in ("sm_80", "sm_90", "gfx942"):
+        for kernel in {row["kernel"] for row in rows}:
+            assert any(row["kernel"] == kernel and row["arch"] == arch for row in rows)
+    missing = [
+        line
+        for line in sources.splitlines()
+        if line.startswith("def _")
+        and "_kernel(" in line
+        and line.split("(")[0].removeprefix("def ") not in {row["kernel"] for row in rows}
+    ]
+    assert missing == []

@@ -1,0 +1,163 @@
+"""How memories are used, against counts one by one, and the pictures of a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from squid_fast import SQUID
+from squid_fast.data import ImageSet
+from squid_fast.experiments.diagnostics import Diary, MemoryUse, draw_memory, memory_use
+from tests.command_line import squid
+
+ARGUMENTS: dict[str, Any] = {
+    "num_in_ch": 1,
+    "features_root": 4,
+    "shrink_thres": 3,
+    "num_slots": 7,
+    "level": 2,
+    "memory_channel": 144,
+    "initial_combine": 1,
+    "mem_num_slots": 5,
+    "ops": ["concat", "none"],
+    "decoder_memory": [None, {"type": "MemoryMatrixBlockV3", "multiplier": 144, "num_memory": 4}],
+}
+
+
+def images(n: int, anomalous: int = 0) -> ImageSet:
+    pixels = torch.randint(0, 256, (n, 1, 48, 48), generator=torch.manual_seed(3))
+    labels = (torch.arange(n) < anomalous).long()
+    return ImageSet(pixels.to(torch.uint8), labels, [str(i) for i in range(n)])
+
+
+def model(**others: Any) -> SQUID:
+    torch.manual_seed(0)
+    return SQUID(**{**ARGUMENTS, **others})
+
+
+def test_hits_and_similarities_are_those_counted_one_by_one() -> None:
+    network, own = model().train(), images(9)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    uses = memory_use(network, own)
+    assert torch.equal(state, torch.get_rng_state())
+    assert network.training
+    assert network.inpaint_block.memory.pending is None
+    assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
+    assert {name: use.kind for name, use in uses.items()} == {
+        "inpaint_block.memory": "queue", "memory_blocks.1.memory": "matrix"
+    }  # fmt: skip
+
+    asked: dict[str, np.ndarray] = {}
+    for name in uses:
+        network.get_submodule(name).register_forward_pre_hook(
+            lambda m, given, name=name: asked.__setitem__(name, given[0].numpy())
+        )
+    with torch.no_grad():
+        network.eval()(own.batch(slice(0, 9)))
+    for name, use in uses.items():
+        slots = network.get_submodule(name).slots.detach().numpy()
+        hits = np.zeros(slots.shape[:2], dtype=int)
+        nearest = np.full(slots.shape[:2], -1.0)
+        for vectors in asked[name]:
+            for n, vector in enumerate(vectors):
+                scores = slots[n] @ vector
+                for slot in np.argsort(-scores)[:2]:  # k = 3 keeps two
+                    hits[n, slot] += 1
+                norms = np.linalg.norm(slots[n], axis=1) * np.linalg.norm(vector)
+                nearest[n] = np.maximum(nearest[n], scores / norms)
+        assert np.array_equal(use.hits, hits)
+        np.testing.assert_allclose(use.similarity, nearest, atol=1e-5)
+
+
+def test_dead_and_effective_slots() -> None:
+    hits = np.array([[4, 4, 0, 0], [2, 2, 2, 2], [8, 0, 0, 0]])
+    use = MemoryUse("queue", hits, np.zeros((3, 4), dtype=np.float32))
+    assert use.dead_share == pytest.approx(5 / 12)
+    assert use.effective_slots == pytest.approx([2.0, 4.0, 1.0])
+
+
+@pytest.mark.parametrize("inpainting", [{"memory": "shared"}, {"memory": "matrix"}, False], ids=str)
+def test_variants_are_looked_into_as_well(inpainting: Any) -> None:
+    uses = memory_use(model(inpainting=inpainting), images(5))
+    if inpainting is False:
+        assert uses.keys() == {"memory_blocks.1.memory"}
+        return
+    use = uses["inpaint_block.memory"]
+    places, answers = (1, 4 * 5) if inpainting == {"memory": "shared"} else (4, 5)
+    assert use.hits.shape[0] == places
+    assert use.kind == ("queue" if places == 1 else "matrix")
+    assert use.hits.sum(axis=1).tolist() == [2 * answers] * places
+
+
+def test_a_queue_of_real_features_lies_close_to_them() -> None:
+    network = model().train()
+    with torch.no_grad():
+        network(images(7).batch(slice(0, 7)))
+    network.inpaint_block.memory.update()
+    network.eval()
+    fresh = model()
+    fresh.load_state_dict(network.state_dict())
+    torch.manual_seed(1)
+    fresh.inpaint_block.memory.slots.uniform_(-0.1, 0.1)
+    filled, empty = (
+        memory_use(m, images(7))["inpaint_block.memory"].figures()["similarity"]
+        for m in (network, fresh)
+    )
+    assert filled > empty + 0.1
+
+
+def test_a_run_keeps_its_pictures_over_a_resumption(tmp_path: Path) -> None:
+    held_out = images(12, 6)
+    network = model()
+    figures = Diary(tmp_path, held_out).add(network, 1)
+    assert figures.keys() == {
+        "memory/dead_share_queue", "memory/similarity_queue",
+        "memory/dead_share_matrix", "memory/similarity_matrix",
+    }  # fmt: skip
+    use = memory_use(network, held_out)["inpaint_block.memory"]
+    assert figures["memory/dead_share_queue"] == pytest.approx(use.dead_share)
+    again = Diary(tmp_path, held_out)
+    again.add(network, 9)  # of a run that died after its checkpoint of epoch 3
+    again.add(network, 3)
+    strips = np.load(tmp_path / "pictures/reconstructions.npz")
+    assert sorted(strips) == ["00002", "00004"]
+    shown = again.shown
+    assert shown.labels.tolist() == [0, 0, 1, 1]
+    with torch.no_grad():
+        recon = network.eval()(shown.batch(slice(0, 4)))["recon"][:, 0]
+    np.testing.assert_allclose(strips["00004"], recon.numpy() * 255, atol=0.51)
+    for name in ("reconstructions.png", "memory.png"):
+        with Image.open(tmp_path / "pictures" / name) as picture:
+            assert np.asarray(picture.convert("L")).std() > 10
+    table = json.loads((tmp_path / "pictures/memory.json").read_text())
+    assert table["inpaint_block.memory"]["slots"] == 7
+
+
+def test_nothing_to_draw_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no memories"):
+        draw_memory({}, tmp_path / "x.png")
+
+
+def test_training_and_the_verb_draw(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        folder = tmp_path / "data" / split / "NORMAL"
+        folder.mkdir(parents=True)
+        for i, image in enumerate(images(20).images):
+            Image.fromarray(image[0].numpy()).save(folder / f"{i}.png")
+    data, run = ("--data", tmp_path / "data"), tmp_path / "run"
+    options = ("--preset", "small", "--epochs", 1, "--batch-size", 10, "--device", "cpu")
+    squid("train", *data, "--out", run, *options)
+    assert (run / "pictures/reconstructions.png").exists()
+    log = (run / "metrics.csv").read_text()
+    assert "memory/similarity_queue" in log
+    done = squid("diagnose", run, *data, "--out", tmp_path / "look", "--json")
+    assert json.loads(done.stdout)["inpaint_block.memory"]["places"] == 9
+    assert (tmp_path / "look/memory.png").exists()

@@ -1,0 +1,374 @@
+"""Scorer, calibration, bundle, conversion of published checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import squid_fast
+from squid_fast import reference
+from squid_fast.data import ImageSet
+from squid_fast.inference import calibrate
+from squid_fast.inference.bundle import BundleError, load_published
+from squid_fast.inference.scores import SCORES
+from tests.processor import needs_bf16
+
+SIDE = 48
+ARGUMENTS = {
+    "num_in_ch": 1,
+    "features_root": 4,
+    "shrink_thres": 3,
+    "num_slots": 12,
+    "level": 2,
+    "memory_channel": 144,
+    "dist": True,
+    "initial_combine": 1,
+    "ops": ["concat", "none"],
+    "decoder_memory": [None, None],
+}
+
+
+def image_set(n: int, seed: int = 0, labels: torch.Tensor | None = None) -> ImageSet:
+    images = torch.randint(0, 256, (n, 1, SIDE, SIDE), generator=torch.manual_seed(seed))
+    labels = torch.zeros(n, dtype=torch.int64) if labels is None else labels
+    return ImageSet(images.to(torch.uint8), labels, [str(i) for i in range(n)])
+
+
+@pytest.fixture
+def pair() -> tuple[squid_fast.SQUID, squid_fast.Discriminator]:
+    torch.manual_seed(0)
+    model, discriminator = squid_fast.SQUID(**ARGUMENTS), squid_fast.Discriminator(2)
+    with torch.no_grad():  # a forward in training mode gives the running statistics values
+        model.out_conv.conv.weight *= 30  # else all reconstructions look the same to float32
+        discriminator(model(image_set(8).batch(slice(0, 8)))["recon"])
+    model.inpaint_block.memory.update()
+    return model.eval(), discriminator.eval()
+
+
+@pytest.fixture
+def bundle(pair: tuple[squid_fast.SQUID, squid_fast.Discriminator]) -> squid_fast.Bundle:
+    calibration = calibrate(*pair, image_set(30), image_set(40, seed=5), 0.1, "float32", "cpu")
+    return squid_fast.Bundle(*pair, calibration, about={"preset": "test"})
+
+
+# --- scores ---------------------------------------------------------------------------------------
+
+
+def test_the_discriminators_scores_are_the_references(bundle: squid_fast.Bundle) -> None:
+    images = image_set(6, seed=9).batch(slice(0, 6))
+    plain = reference.SQUID(**ARGUMENTS).double()
+    plain.load_state_dict(bundle.model.state_dict())
+    judge = reference.Discriminator(2).double()
+    judge.load_state_dict(bundle.discriminator.state_dict())
+    with torch.no_grad():
+        recon = plain.eval()(images.double())["recon"]
+        raw = {
+            f"discriminator_{mode}": reference.discriminator_logits(judge.eval(), recon, mode)
+            for mode in ("instance", "running")
+        }
+        raw["discriminator_image"] = reference.discriminator_logits(
+            judge, images.double(), "instance"
+        )
+    for name, expected in raw.items():
+        scorer = squid_fast.Scorer(
+            bundle.model, bundle.discriminator, bundle.calibration, name, "float32", "cpu"
+        )
+        scores = scorer.score(images, reconstruction=True)
+        own = bundle.calibration.scores[name]
+        torch.testing.assert_close(scores.raw.double(), expected, rtol=1e-4, atol=1e-4)
+        exact = scores.raw.double()
+        z = reference.z_score(exact, own.mean, own.std)
+        torch.testing.assert_close(scores.z_score, z.float())
+        anomaly = 1 - torch.sigmoid((exact - own.mean) / own.std)
+        torch.testing.assert_close(scores.anomaly_score, anomaly.float())
+        torch.testing.assert_close(scores.reconstruction.double(), recon, rtol=1e-5, atol=1e-5)
+
+
+def test_error_scores_against_their_definition(bundle: squid_fast.Bundle) -> None:
+    images = image_set(5, seed=3)
+    scorer = squid_fast.Scorer(bundle.model, bundle.discriminator, bundle.calibration, device="cpu")
+    batch = images.batch(slice(0, 5))
+    recon = scorer.score(batch, reconstruction=True).reconstruction
+    raw = scorer.raw_scores(images)
+    squared = (recon - batch).square()[:, 0]
+    torch.testing.assert_close(raw["reconstruction_error"], squared.mean(dim=(1, 2)))
+    half = SIDE // 2
+    quarters = squared.unflatten(1, (2, half)).unflatten(3, (2, half)).mean(dim=(2, 4)).flatten(1)
+    mean, std = (
+        torch.tensor(v) for v in (bundle.calibration.patch_mean, bundle.calibration.patch_std)
+    )
+    torch.testing.assert_close(raw["patch_error"], ((quarters - mean) / std).amax(dim=1))
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_float32_scores_are_the_same_to_the_bit_in_any_batch_and_order(
+    bundle: squid_fast.Bundle, score: str
+) -> None:
+    scorer = squid_fast.Scorer(
+        bundle.model, bundle.discriminator, bundle.calibration, score, "float32", "cpu"
+    )
+    images = image_set(37, seed=2).batch(slice(0, 37))
+    whole = scorer.score(images).raw
+    for size in (1, 2, 3, 7, 8, 9, 16, 36):
+        parts = [scorer.score(part).raw for part in images.split(size)]
+        assert torch.equal(torch.cat(parts), whole), size
+    order = torch.randperm(37, generator=torch.manual_seed(3))
+    assert torch.equal(scorer.score(images[order]).raw, whole[order])
+    assert scorer.score(images[:0]).raw.shape == (0,)
+
+
+@needs_bf16
+def test_bf16_scores_hardly_depend_on_the_batch(bundle: squid_fast.Bundle) -> None:
+    scorer = squid_fast.Scorer(
+        bundle.model, bundle.discriminator, bundle.calibration, precision="bf16", device="cpu"
+    )
+    images = image_set(20, seed=2).batch(slice(0, 20))
+    whole = scorer.score(images).raw
+    for size in (1, 3, 8):
+        parts = torch.cat([scorer.score(part).raw for part in images.split(size)])
+        assert (parts - whole).abs().max() <= 0.01 * whole.std()
+
+
+def test_bytes_are_images_too(bundle: squid_fast.Bundle) -> None:
+    scorer = squid_fast.Scorer(bundle.model, bundle.discriminator, bundle.calibration, device="cpu")
+    images = image_set(3)
+    as_floats = scorer.score(images.batch(slice(0, 3))).raw
+    assert torch.equal(scorer.score(images.images).raw, as_floats)
+    assert scorer.prefetch(images.images) is images.images
+    with pytest.raises(ValueError, match=r"images are torch\.int64; floating-point values"):
+        scorer.score(images.images.long())
+    with pytest.raises(ValueError, match=r"images are \[3, 48, 48\]; this model takes"):
+        scorer.score(images.images[:, 0])
+
+
+def test_a_fingerprint_says_what_made_a_score(bundle: squid_fast.Bundle, tmp_path: Path) -> None:
+    squid_fast.save_bundle(bundle, tmp_path)
+
+    def fingerprint(score: str | None = None) -> str:
+        return squid_fast.Scorer.load(tmp_path, score, "float32", "cpu").fingerprint
+
+    first = fingerprint()
+    assert fingerprint() == first == fingerprint("discriminator_instance")
+    others = {fingerprint("patch_error")}
+    with torch.no_grad():
+        bundle.discriminator.regressor.bias += 1e-3
+    squid_fast.save_bundle(bundle, tmp_path)
+    others.add(fingerprint())
+    calibration = json.loads((tmp_path / "calibration.json").read_text())
+    calibration["scores"]["discriminator_instance"]["threshold"] += 1
+    (tmp_path / "calibration.json").write_text(json.dumps(calibration))
+    others.add(fingerprint())
+    assert len(others | {first}) == 4
+
+
+@needs_bf16
+def test_a_fingerprint_says_the_precision(bundle: squid_fast.Bundle) -> None:
+    parts = bundle.model, bundle.discriminator, bundle.calibration, "patch_error"
+    scorers = [squid_fast.Scorer(*parts, name, "cpu") for name in ("bf16", "float32")]
+    assert scorers[0].fingerprint != scorers[1].fingerprint
+
+
+def test_calibration_of_normal_images(bundle: squid_fast.Bundle) -> None:
+    scorer = squid_fast.Scorer(
+        bundle.model, bundle.discriminator, bundle.calibration, precision="float32", device="cpu"
+    )
+    training, validation = scorer.raw_scores(image_set(30)), scorer.raw_scores(image_set(40, 5))
+    assert bundle.calibration.threshold_images == "validation"
+    for name in SCORES:
+        z = scorer.z_score(name, training[name])
+        assert abs(float(z.mean())) < 1e-3
+        assert float(z.std()) == pytest.approx(1, abs=1e-3)
+        held_out = scorer.z_score(name, validation[name])
+        own = bundle.calibration.scores[name]
+        flagged = (held_out > own.threshold).float().mean()
+        assert flagged <= 0.1
+        assert own.false_positive_rate == 0.1
+        np.testing.assert_allclose(own.reference_z, np.sort(held_out), atol=1e-3)
+
+
+def test_too_few_validation_images_leave_the_threshold_to_training(
+    pair: tuple[squid_fast.SQUID, squid_fast.Discriminator],
+) -> None:
+    calibration = calibrate(*pair, image_set(30), image_set(5), 0.1, device="cpu")
+    assert calibration.threshold_images == "training"
+    with pytest.raises(ValueError, match="rate is 0; it must lie"):
+        calibrate(*pair, image_set(30), None, 0)
+    with pytest.raises(ValueError, match="1 normal images cannot calibrate"):
+        calibrate(*pair, image_set(1), None, 0.5)
+
+
+def test_evaluate_ranks_by_z_score(bundle: squid_fast.Bundle) -> None:
+    labels = torch.tensor([0, 1] * 10)
+    images = image_set(20, 4, labels)
+    images.images[labels == 1] //= 2  # another kind of image
+    scorer = squid_fast.Scorer(bundle.model, bundle.discriminator, bundle.calibration, device="cpu")
+    evaluations, z = scorer.evaluate(images)
+    assert evaluations.keys() == z.keys() == SCORES.keys()
+    for name, evaluation in evaluations.items():
+        better = np.sign(z[name][1::2][:, None] - z[name][::2][None])
+        assert evaluation.auroc == pytest.approx((better.mean() + 1) / 2)
+        assert evaluation.calibrated.threshold == bundle.calibration.scores[name].threshold
+
+
+def test_an_uncalibrated_scorer_says_so(
+    pair: tuple[squid_fast.SQUID, squid_fast.Discriminator],
+) -> None:
+    scorer = squid_fast.Scorer(*pair, device="cpu")
+    with pytest.raises(ValueError, match="no calibration"):
+        scorer.score(torch.rand(1, 1, SIDE, SIDE))
+    with pytest.raises(ValueError, match="score is 'magic'; it must be one of"):
+        squid_fast.Scorer(*pair, score="magic")
+    with pytest.raises(ValueError, match="precision is 'int4'"):
+        squid_fast.Scorer(*pair, precision="int4")
+
+
+@needs_bf16
+def test_bf16_stays_close(bundle: squid_fast.Bundle) -> None:
+    images = image_set(4, seed=8).batch(slice(0, 4))
+    recon = [
+        squid_fast.Scorer(
+            bundle.model, bundle.discriminator, bundle.calibration, "patch_error", precision, "cpu"
+        )
+        .score(images, reconstruction=True)
+        .reconstruction
+        for precision in ("float32", "bf16")
+    ]
+    assert recon[1].dtype == torch.float32
+    assert 0 < (recon[0] - recon[1]).abs().max() < 0.02
+
+
+# --- bundle ---------------------------------------------------------------------------------------
+
+
+def test_a_bundle_comes_back_as_it_was(bundle: squid_fast.Bundle, tmp_path: Path) -> None:
+    squid_fast.save_bundle(bundle, tmp_path / "b")
+    back = squid_fast.load_bundle(tmp_path / "b")
+    for module, other in ((bundle.model, back.model), (bundle.discriminator, back.discriminator)):
+        for name, value in module.state_dict().items():
+            assert torch.equal(value, other.state_dict()[name]), name
+    assert int(back.model.inpaint_block.memory.ptr) == 8
+    assert back.calibration == bundle.calibration
+    assert (back.score, back.about) == (bundle.score, bundle.about)
+    assert sorted(p.name for p in (tmp_path / "b").iterdir()) == [
+        "calibration.json",
+        "config.json",
+        "discriminator.safetensors",
+        "model.safetensors",
+    ]
+    assert (tmp_path / "b/model.safetensors").stat().st_mode & 0o444 == (
+        (tmp_path / "b/config.json").stat().st_mode & 0o444
+    )
+    images = image_set(3).batch(slice(0, 3))
+    ours = squid_fast.Scorer(bundle.model, bundle.discriminator, bundle.calibration, device="cpu")
+    loaded = squid_fast.Scorer.load(tmp_path / "b", device="cpu")
+    assert torch.equal(ours.score(images).raw, loaded.score(images).raw)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda b: (b / "config.json").unlink(), "config.json is missing"),
+        (lambda b: (b / "config.json").write_text("{"), "config.json cannot be read"),
+        (lambda b: (b / "model.safetensors").unlink(), "model.safetensors is missing"),
+        (
+            lambda b: (b / "model.safetensors").write_bytes(b"x" * 100),
+            "model.safetensors cannot be read as safetensors",
+        ),
+        (
+            lambda b: shutil.copy(b / "model.safetensors", b / "discriminator.safetensors"),
+            "discriminator.safetensors do not fit",
+        ),
+        (lambda b: (b / "calibration.json").write_text("{}"), "calibration.json is damaged"),
+    ],
+)
+def test_a_damaged_bundle_is_refused(
+    bundle: squid_fast.Bundle, tmp_path: Path, damage, message: str
+) -> None:
+    squid_fast.save_bundle(bundle, tmp_path)
+    damage(tmp_path)
+    with pytest.raises(BundleError, match=message):
+        squid_fast.load_bundle(tmp_path)
+
+
+def test_a_bundle_of_another_format_is_refused(bundle: squid_fast.Bundle, tmp_path: Path) -> None:
+    squid_fast.save_bundle(bundle, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"format": 99}))
+    with pytest.raises(BundleError, match="has format 99; this version of squid_fast reads"):
+        squid_fast.load_bundle(tmp_path)
+    with pytest.raises(BundleError, match="is not a folder"):
+        squid_fast.load_bundle(tmp_path / "config.json")
+
+
+# --- published checkpoints ------------------------------------------------------------------------
+
+
+def test_published_checkpoints_become_models(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    plain, judge = reference.SQUID(**ARGUMENTS).eval(), reference.Discriminator(2).eval()
+    torch.save({f"module.{k}": v for k, v in plain.state_dict().items()}, tmp_path / "g.pth")
+    torch.save(judge.state_dict(), tmp_path / "d.pth")
+    model, discriminator = load_published(tmp_path / "g.pth", tmp_path / "d.pth", ARGUMENTS)
+    images = torch.rand(2, 1, SIDE, SIDE)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images)["recon"], plain(images)["recon"])
+        torch.testing.assert_close(discriminator(images), judge(images))
+
+
+def test_checkpoints_with_code_or_of_other_models_are_refused(tmp_path: Path) -> None:
+    plain, judge = reference.SQUID(**ARGUMENTS), reference.Discriminator(2)
+    torch.save(plain.state_dict(), tmp_path / "g.pth")
+    torch.save(judge.state_dict(), tmp_path / "d.pth")
+    torch.save(judge, tmp_path / "code.pth")
+    with pytest.raises(BundleError, match="cannot be read as a checkpoint of plain tensors"):
+        load_published(tmp_path / "g.pth", tmp_path / "code.pth", ARGUMENTS)
+    with pytest.raises(BundleError, match="do not fit the configuration"):
+        load_published(tmp_path / "d.pth", tmp_path / "d.pth", ARGUMENTS)
+    state = judge.state_dict()
+    state["regressor.bias"][0] = float("nan")
+    torch.save(state, tmp_path / "nan.pth")
+    with pytest.raises(BundleError, match=r"NaN or infinite weights in regressor\.bias"):
+        load_published(tmp_path / "g.pth", tmp_path / "nan.pth", ARGUMENTS)
+
+
+# --- on a GPU -------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("score", ["discriminator_instance", "reconstruction_error"])
+def test_a_gpu_scores_as_a_cpu_does(bundle: squid_fast.Bundle, score: str) -> None:
+    cpu, gpu = (
+        squid_fast.Scorer(
+            bundle.model, bundle.discriminator, bundle.calibration, score, "float32", device
+        )
+        for device in ("cpu", "cuda")
+    )
+    images = image_set(12, seed=11).images
+    expected = cpu.score(images, reconstruction=True)
+    for size in (12, 5, 12, 1):  # captured, captured anew, replayed
+        # The next part is on its way while one is scored, as in screening.
+        ahead = [gpu.prefetch(part) for part in images.split(size)]
+        found = [gpu.score(part, reconstruction=True) for part in ahead]
+        raw = torch.cat([part.raw for part in found])
+        torch.testing.assert_close(raw, expected.raw, rtol=1e-2, atol=1e-3)
+        recon = torch.cat([part.reconstruction for part in found])
+        torch.testing.assert_close(recon, expected.reconstruction, rtol=1e-3, atol=1e-3)
+
+
+def test_a_calibration_older_than_a_score_goes_on_serving_the_others(
+    bundle: squid_fast.Bundle,
+) -> None:
+    scores = {k: v for k, v in bundle.calibration.scores.items() if k != "discriminator_image"}
+    older = dataclasses.replace(bundle.calibration, scores=scores)
+    pair = bundle.model, bundle.discriminator
+    images = image_set(6, seed=9)
+    images.labels[:3] = 1
+    assert squid_fast.Scorer(*pair, older).evaluate(images)[0].keys() == scores.keys()
+    with pytest.raises(ValueError, match="lacks 'discriminator_image': it is older"):
+        squid_fast.Scorer(*pair, older, "discriminator_image").score(images.batch(slice(0, 1)))

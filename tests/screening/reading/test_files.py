@@ -1,0 +1,170 @@
+"""Lists of files: every name has its row, and none leads out of the list's root."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from squid_fast.screening import find_files, read_list
+from squid_fast.screening.reading.pool.files import explain_no_file
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    root = tmp_path / "root"
+    (root / "sub").mkdir(parents=True)
+    for name in ("b.png", "a.png", "sub/c.png", "scan[1].png", "scan1.png"):
+        (root / name).touch()
+    (tmp_path / "secret.png").touch()
+    return root
+
+
+def names(paths: list[str], root: Path) -> list[str]:
+    return [os.path.relpath(path, root) for path in paths]
+
+
+def test_folders_give_their_shards(tmp_path: Path) -> None:
+    for name in ("shard-00000.arrow", "shard-00001.arrow.new", "x.ARROW", "a.png"):
+        (tmp_path / name).touch()
+    assert names(find_files(tmp_path), tmp_path) == ["a.png", "shard-00000.arrow", "x.ARROW"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"b.png\nsub/c.png\na.png\nmissing.png\ncaf\xe9.png\n",
+        b"\xef\xbb\xbfb.png\r\n\r\nsub/c.png\r\n  \r\na.png\r\nmissing.png\r\ncaf\xe9.png",
+        b"b.png\0sub/c.png\0./sub/../a.png\0missing.png\0caf\xe9.png\0",
+    ],
+    ids=["lines", "windows", "print0"],
+)
+def test_text_lists_keep_order_and_bytes(root: Path, content: bytes) -> None:
+    (root / "list.txt").write_bytes(content)
+    listed = read_list(root / "list.txt")
+    expected = ["b.png", "sub/c.png", "a.png", "missing.png", os.fsdecode(b"caf\xe9.png")]
+    assert listed == [str(root / name) for name in expected]
+    assert find_files([*listed, *listed]) == listed
+    assert [explain_no_file(path) for path in listed] == [None] * 5
+
+
+def test_names_of_find_print0_may_hold_newlines(root: Path) -> None:
+    (root / "two\nlines.png").touch()
+    (root / "list").write_bytes(b"two\nlines.png\0a.png\0")
+    assert names(read_list(root / "list"), root) == ["two\nlines.png", "a.png"]
+
+
+def test_tables_give_their_image_paths(root: Path) -> None:
+    table = root / "labels.csv"
+    table.write_bytes(
+        b'\xef\xbb\xbflabel, Image_Path\r\n0,b.png\r\n\r\n1,"sub/c.png"\r\n,"a\xe2\x80\xa8.png"\r\n'
+    )
+    assert names(read_list(table), root) == ["b.png", "sub/c.png", "a\u2028.png"]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"path,label\na.png,0\n", "lacks the column image_path; it has path, label"),
+        (b"", "lacks the column image_path; it has none"),
+        (b"image_path,label\na.png,0\n,1\n", "line 3 has no image_path"),
+        (b"label,image_path\n0,a.png\n1\n", "line 3 has no image_path"),
+        (b"image_path\na.png\0b.png\n", "holds NUL bytes"),
+        (b"image_path\n" + b"x" * 200_000 + b"\n", "line 2 cannot be read as CSV"),
+    ],
+)
+def test_tables_that_do_not_name_images_are_refused(
+    tmp_path: Path, content: bytes, reason: str
+) -> None:
+    (tmp_path / "labels.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=reason):
+        read_list(tmp_path / "labels.csv")
+
+
+def test_standard_input_is_relative_to_the_current_folder(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(root)
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(b"sub/c.png\n../x.png\n")))
+    inside, outside = read_list("-")
+    assert inside == "sub/c.png"
+    assert explain_no_file(outside) == f"{str(root.parent / 'x.png')!r}, named in a list, lies " + (
+        "outside of '.'"
+    )
+
+
+def test_root_may_be_another_folder_than_the_lists(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text(f"a.png\n{root / 'sub' / 'c.png'}\n{tmp_path}/secret.png\n")
+    a, c, secret = read_list(tmp_path / "list.txt", root)
+    assert (a, c) == (str(root / "a.png"), str(root / "sub" / "c.png"))
+    assert "lies outside" in (explain_no_file(secret) or "")
+    everything = read_list(tmp_path / "list.txt", "/")
+    assert everything[1:] == [str(root / "sub" / "c.png"), str(tmp_path / "secret.png")]
+
+
+def test_names_that_leave_the_root_are_explained_and_nothing_else_is(
+    root: Path, tmp_path: Path
+) -> None:
+    (root / "link.png").symlink_to(tmp_path / "secret.png")
+    (root / "out").symlink_to(tmp_path)
+    (root / "in").symlink_to(root / "sub")
+    (root / "inner.png").symlink_to("sub/c.png")
+    (root / "loop.png").symlink_to("loop.png")
+    bad = [
+        "../secret.png",
+        "sub/../../secret.png",
+        str(tmp_path / "secret.png"),
+        "/etc/hostname",
+        "link.png",
+        "out/secret.png",
+        "../root-2/a.png",
+        "../secret.png/./../root/././b.png/../../../secret.png",
+        "..",
+        "../*",
+    ]
+    good = ["a.png", f"../{root.name}/b.png", "in/c.png", "inner.png", "loop.png", "gone.png"]
+    mixed = [name for pair in zip(bad, [*good, *good], strict=False) for name in pair]
+    (root / "list.txt").write_text("\n".join(mixed))
+    listed = read_list(root / "list.txt")
+    assert len(listed) == 2 * len(bad)
+    reasons = [explain_no_file(path) for path in listed]
+    assert reasons[1::2] == [None] * len(bad)
+    for name, reason in zip(bad, reasons[::2], strict=True):
+        place = os.path.abspath(root / name)
+        assert reason == f"{place!r}, named in a list, lies outside of {str(root)!r}"
+    places = [os.path.abspath(path) for path in listed]
+    assert list(map(os.path.abspath, find_files(listed))) == list(dict.fromkeys(places))
+
+
+def test_refused_name_does_not_hide_the_file_of_the_same_name_inside(root: Path) -> None:
+    (root / "etc").mkdir()
+    (root / "etc" / "hostname").touch()
+    (root / "list.txt").write_text("/etc/hostname\netc/hostname\n")
+    outside, inside = find_files(read_list(root / "list.txt"))
+    assert "lies outside" in (explain_no_file(outside) or "")
+    assert inside == str(root / "etc" / "hostname")
+
+
+def test_a_name_stands_for_one_file(root: Path) -> None:
+    (root / "list.txt").write_text("sub\n.\n*.png\nscan[1].png\nscan[2].png\n")
+    listed = read_list(root / "list.txt")
+    assert find_files(listed) == listed
+    sub, here, pattern, scan, no_scan = listed
+    assert explain_no_file(sub) == f"{str(root / 'sub')!r} is a directory; a list names files"
+    assert explain_no_file(here) == f"{str(root)!r} is a directory; a list names files"
+    assert scan == str(root / "scan[1].png")
+    for missing in (pattern, no_scan):
+        assert explain_no_file(missing) is None
+        assert not os.path.exists(missing)
+
+
+def test_list_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"gone\.txt"):
+        read_list(tmp_path / "gone.txt")
+    with pytest.raises(IsADirectoryError):
+        read_list(tmp_path)
+    (tmp_path / "empty.txt").touch()
+    assert read_list(tmp_path / "empty.txt") == []
