@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from bench.accuracy.accuracy.accuracy import together
 
 from bench import pages as readme
-from bench.accuracy.accuracy import tables as accuracy_tables
+from bench.accuracy import tables as accuracy_tables
+from bench.accuracy.accuracy import together
 from bench.measurements import commit
 from bench.operations import micro, roofline, timing
 from bench.operations.cases import OPERATIONS, Case, cases

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("triton")
 pytest.importorskip("rich")
 
-from bench.machine_code.compilers.compile_report import problems
+from bench.machine_code.compile_report import problems
 
 ROOT = Path(__file__).parents[2]
 

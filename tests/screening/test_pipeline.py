@@ -18,8 +18,8 @@ import torch
 
 from squid_fast.screening import find_files, pipeline, screen
 from squid_fast.screening.pipeline import score_batch, screen_listing
-from squid_fast.screening.reading.pool.packing import pack
-from squid_fast.screening.reading.pool.pool import Decoded
+from squid_fast.screening.reading.packing import pack
+from squid_fast.screening.reading.pool import Decoded
 
 SIZE = 8
 

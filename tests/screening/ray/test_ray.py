@@ -21,9 +21,9 @@ from squid_fast.data import ImageSet
 from squid_fast.inference.bundle import Bundle, BundleError, save_bundle
 from squid_fast.modules import discriminator_size
 from squid_fast.screening import ScreenRow, screen, write_table
-from squid_fast.screening.ray.ray import images as ray_images
-from squid_fast.screening.ray.ray.ray import gather_table, score_dataset, screen_with_ray
-from squid_fast.screening.reading.pool.packing import pack
+from squid_fast.screening.ray import images as ray_images
+from squid_fast.screening.ray.ray import gather_table, score_dataset, screen_with_ray
+from squid_fast.screening.reading.packing import pack
 from squid_fast.screening.results import arrow_batch
 
 # Batches of other sizes add in another order: a few units in the last place of float32.

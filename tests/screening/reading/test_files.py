@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from squid_fast.screening import find_files, read_list
-from squid_fast.screening.reading.pool.files import explain_no_file
+from squid_fast.screening.reading.files import explain_no_file
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from squid_fast.data import Record, load_images
-from squid_fast.screening.reading.pool import worker as reader
-from squid_fast.screening.reading.pool.pool import Decoded, read_ahead
+from squid_fast.screening.reading import worker as reader
+from squid_fast.screening.reading.pool import Decoded, read_ahead
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
 

@@ -22,10 +22,10 @@ CliRunner = pytest.importorskip("typer.testing").CliRunner
 import squid_fast  # noqa: E402
 from squid_fast.cli import app  # noqa: E402
 from squid_fast.data import ImageSet, load_image  # noqa: E402
-from squid_fast.screening.reading.pool import packing  # noqa: E402
-from squid_fast.screening.reading.pool.packing import pack  # noqa: E402
-from squid_fast.screening.reading.pool.pool import Decoded  # noqa: E402
-from squid_fast.screening.reading.pool.shards import count_rows, is_shard, read_shard  # noqa: E402
+from squid_fast.screening.reading import packing  # noqa: E402
+from squid_fast.screening.reading.packing import pack  # noqa: E402
+from squid_fast.screening.reading.pool import Decoded  # noqa: E402
+from squid_fast.screening.reading.shards import count_rows, is_shard, read_shard  # noqa: E402
 
 SIZE = 8
 

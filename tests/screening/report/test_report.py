@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from squid_fast.screening import ScreenRow, Summary, screen, summarise, write_report
-from squid_fast.screening.report.report.histogram import Histogram, draw_histogram
+from squid_fast.screening.report.histogram import Histogram, draw_histogram
 
 pytest.importorskip("jinja2")
 pil_image = pytest.importorskip("PIL.Image")
