@@ -1,4 +1,4 @@
-"""Programs that measure; figures go to ``bench/results/``."""
+"""Programs that measure: ``python -m bench --help``. Figures go to ``bench/results``."""
 
 from squid_fast.utils.threads import limit_spinning
 

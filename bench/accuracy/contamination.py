@@ -1,16 +1,14 @@
 """AUROC over the share of abnormal images among those that training takes for normal.
 
-``python -m bench accuracy contamination --data DIR --contaminants DIR`` trains SQUID at every rate
-and writes ``contamination.json`` and its curve ``contamination.svg`` under ``bench/results/accuracy``. Rates that
-are in the file with the same settings are not run again.
+SQUID is trained at every share. Figures go to ``contamination.json`` and their curve to
+``contamination.svg``. Shares that are in the file with the same settings are not run again.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 import tempfile
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +21,24 @@ from squid_fast.data.contamination import check_apart, contaminated
 from squid_fast.inference.scores import PAPER_SCORE
 from squid_fast.presets import Preset
 from squid_fast.training import load_splits, train_bundle
-from squid_fast.utils.atomic import write_json
 
-from ..measurements import describe
+from ..arguments import add_data, add_output, add_seed, add_threads
+from ..measurements import RESULTS, Results
+from .data import SPLITS, held_out
 
-RESULTS = Path(__file__).parents[1] / "results" / "accuracy" / "contamination.json"
 SCORES = (PAPER_SCORE, "discriminator_image")
 
 
 def run(
-    preset: Preset, train_set: ImageSet, held_out: dict[str, ImageSet], seed: int
+    preset: Preset, train_set: ImageSet, splits: dict[str, ImageSet], seed: int
 ) -> dict[str, Any]:
     """Train on these images and evaluate on the splits by name."""
     with tempfile.TemporaryDirectory() as folder:
         trained = train_bundle(
-            preset, train_set, Path(folder), validation_set=held_out["val"], seed=seed
+            preset, train_set, Path(folder), validation_set=splits["val"], seed=seed
         )
         scorer = Scorer.load(folder)
-    found = {split: scorer.evaluate(images)[0] for split, images in held_out.items()}
+    found = {split: scorer.evaluate(images)[0] for split, images in splits.items()}
     return {
         "minutes": round(trained.minutes, 2),
         "evaluation": {
@@ -50,13 +48,13 @@ def run(
     }
 
 
-def draw(results: dict[str, Any], path: Path) -> None:
+def draw(runs: dict[str, Any], path: Path) -> None:
     """AUROC on test images over the rate, with its 95 % interval."""
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.add_subplot()
     for colour, score in enumerate(SCORES):
-        rates = sorted(results["runs"], key=float)
-        found = [results["runs"][rate]["evaluation"]["test"][score] for rate in rates]
+        rates = sorted(runs, key=float)
+        found = [runs[rate]["evaluation"]["test"][score] for rate in rates]
         areas = [figures["auroc"] for figures in found]
         below = [a - f["auroc_interval"][0] for a, f in zip(areas, found, strict=True)]
         above = [f["auroc_interval"][1] - a for a, f in zip(areas, found, strict=True)]
@@ -70,42 +68,59 @@ def draw(results: dict[str, Any], path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
-def main() -> None:
-    """Run the rates and merge their figures into the results file."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--contaminants", type=Path, required=True)
-    parser.add_argument("--rates", type=float, nargs="+", default=[0.0, 0.1, 0.2])
-    parser.add_argument("--preset", default="zhanglab_cpu", choices=list(PRESETS))
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    options = parser.parse_args()
+def add_arguments(parser: ArgumentParser) -> None:
+    add_data(parser)
+    parser.add_argument(
+        "--contaminants",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="Folder of abnormal images, none of which may be in the splits 'val' and 'test'.",
+    )
+    parser.add_argument(
+        "--rates",
+        type=float,
+        nargs="+",
+        default=[0.0, 0.1, 0.2],
+        metavar="SHARE",
+        help="Shares of abnormal images. Default: 0 0.1 0.2.",
+    )
+    parser.add_argument(
+        "--preset",
+        choices=PRESETS,
+        default="zhanglab_cpu",
+        help="Preset that is trained. Default: zhanglab_cpu.",
+    )
+    parser.add_argument(
+        "--epochs", type=int, default=10, metavar="N", help="Number of epochs. Default: 10."
+    )
+    add_threads(parser)
+    add_seed(parser)
+    add_output(parser, RESULTS / "accuracy")
+    parser.set_defaults(run=main)
+
+
+def main(options: Namespace) -> None:
+    """Run the shares and merge their figures into the results file."""
     torch.set_num_threads(options.threads)
     base, epochs = PRESETS[options.preset], options.epochs
     recipe = dataclasses.replace(base.recipe, epochs=epochs, validate_every=epochs)
     preset = dataclasses.replace(base, recipe=recipe)
     records, others = find_records(options.data), find_records(options.contaminants)
-    held_out_records = {split: select(records, split) for split in ("val", "test")}
-    check_apart([r.path for r in others], [r.path for s in held_out_records.values() for r in s])
+    seen = [record.path for split in SPLITS for record in select(records, split)]
+    check_apart([record.path for record in others], seen)
     normal, _ = load_splits(records, base.image_size)
     odd = load_images(others, base.image_size)
-    held_out = {s: load_images(found, base.image_size) for s, found in held_out_records.items()}
+    splits = held_out(records, base.image_size)
     settings = {"preset": base.name, "epochs": epochs, "seed": options.seed, "normal": len(normal)}
-    results: dict[str, Any] = {"settings": settings, "runs": {}}
-    if options.output.exists():
-        known = json.loads(options.output.read_text())
-        results = known if known["settings"] == settings else results
-    for rate in (rate for rate in options.rates if f"{rate:g}" not in results["runs"]):
+    path = options.output / "contamination.json"
+    results = Results(path, torch.device("cpu"), {"settings": settings})
+    results.resume("settings")
+    runs = results.figures.setdefault("runs", {})
+    for rate in (rate for rate in options.rates if f"{rate:g}" not in runs):
         mixed = contaminated(normal, odd, rate, options.seed)[0] if rate else normal
-        results["runs"][f"{rate:g}"] = run(preset, mixed, held_out, options.seed)
-        results |= describe(torch.device("cpu"))
-        write_json(results, options.output)
-        found = results["runs"][f"{rate:g}"]["evaluation"]["test"]
-        print(rate, {name: round(found[name]["auroc"], 4) for name in SCORES}, flush=True)
-    draw(results, options.output.with_suffix(".svg"))
-
-
-if __name__ == "__main__":
-    main()
+        found = runs[f"{rate:g}"] = run(preset, mixed, splits, options.seed)
+        results.write()
+        areas = {name: round(x["auroc"], 4) for name, x in found["evaluation"]["test"].items()}
+        print(rate, areas, flush=True)
+    draw(runs, path.with_suffix(".svg"))

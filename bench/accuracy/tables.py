@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
-import json
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from squid_fast.experiments.ablation import as_markdown
 from squid_fast.experiments.baselines import METHODS
+from squid_fast.experiments.demo import HELD_OUT_GRIDS, SCORE
 from squid_fast.inference.scores import PAPER_SCORE
 from squid_fast.presets import Recipe
 from squid_fast.training import learning_rate
 
-RESULTS = Path(__file__).parents[1] / "results" / "accuracy"
+from .. import measurements
+from ..markdown import not_measured, table
+from .data import SPLITS
 
 
-def _read(name: str) -> dict[str, Any] | None:
-    path = RESULTS / name
-    return json.loads(path.read_text()) if path.is_file() else None
+def _folder() -> Path:
+    return measurements.RESULTS / "accuracy"
+
+
+def _read(name: str) -> dict[str, Any]:
+    return measurements.read(_folder() / name)
 
 
 def _missing(name: str) -> str:
-    return f"Not measured yet: there is no `bench/results/accuracy/{name}`."
+    return not_measured(f"accuracy/{name}")
+
+
+def _labelled(score: str) -> str:
+    return f"`{score}`" + (" (the paper's)" if score == PAPER_SCORE else "")
 
 
 def _area(figures: dict[str, Any]) -> str:
@@ -42,51 +53,46 @@ def _training_time(about: dict[str, Any]) -> str:
 
 def accuracy() -> str:
     """All scores of the preset's runs on ZhangLab, one by one and together."""
-    paths = sorted(RESULTS.glob("zhanglab_cpu-seed*.json"))
-    runs = [json.loads(path.read_text()) for path in paths]
+    paths = sorted(_folder().glob("zhanglab_cpu-seed*.json"))
+    runs = [measurements.read(path) for path in paths]
     if not runs:
         return _missing("zhanglab_cpu-seed0.json")
     several = _read("together.json")
     if several and sorted(several["runs"]) != [path.stem for path in paths]:
         raise ValueError(
             f"together.json is of the runs {', '.join(several['runs'])}, but there are results of "
-            f"{', '.join(path.stem for path in paths)}: run bench accuracy on all of these at once."
+            f"{', '.join(path.stem for path in paths)}: give all of these to one call of "
+            "python -m bench accuracy runs."
         )
     heads = [f"seed {run['about']['seed']}" for run in runs] + ["together"] * bool(several)
-    lines = [
-        f"| score | val, mean | test: {' | '.join(heads)} |",
-        "|---|--:|" + "--:|" * len(heads),
-    ]
+    rows = []
     for score in runs[0]["evaluation"]["test"]:
-        label = f"`{score}`" + (" (the paper's)" if score == PAPER_SCORE else "")
-        mean = sum(run["evaluation"]["val"][score]["auroc"] for run in runs) / len(runs)
+        mean = statistics.fmean(run["evaluation"]["val"][score]["auroc"] for run in runs)
         cells = [f"{mean:.3f}"] + [_area(run["evaluation"]["test"][score]) for run in runs]
         if several:
             both = several["evaluation"]["test"].get(score)
             cells.append(_area(both) if both else "")
-        lines.append(f"| {label} | {' | '.join(cells)} |")
+        rows.append([_labelled(score), *cells])
     tests = [run["evaluation"]["test"] for run in [*runs, *([several] if several else [])]]
     paper = [test[PAPER_SCORE]["paper_best_test_accuracy"] for test in tests]
     about = runs[0]["about"]
     times = ", ".join(_training_time(run["about"]) for run in runs)
     together = "*Together* is the mean of the runs' z-scores. " if several else ""
     accuracies = ", ".join(f"{p['accuracy']:.3f} / {p['f1']:.3f}" for p in paper)
-    lines += [
-        "",
+    note = (
         f"AUROC and its 95 % interval; {about['training_images']} normal training images, "
         f"{about['recipe']['epochs']} epochs, {times}. {together}Accuracy and F1 of the paper's "
         "score by the paper's protocol, at the threshold that is best on the test labels: "
-        f"{accuracies}.",
-    ]
-    return "\n".join(lines)
+        f"{accuracies}."
+    )
+    return table(["score", "val, mean", f"test: {heads[0]}", *heads[1:]], rows, note=note)
 
 
 def runs() -> str:
     """The paper's score at every validation of every run, with and without the average."""
-    lines = ["| run | averaging | rate | minutes | kept | test | averaged | as it is |"]
-    lines.append("|---|--:|--:|--:|--:|--:|---|---|")
-    for path in sorted(RESULTS.glob("*-seed*.json")):
-        run = json.loads(path.read_text())
+    rows = []
+    for path in sorted(_folder().glob("*-seed*.json")):
+        run = measurements.read(path)
         about, recipe = run["about"], Recipe(**run["about"]["recipe"])
         last = learning_rate(recipe, recipe.epochs - 1)
         cells = [
@@ -101,33 +107,34 @@ def runs() -> str:
             " ".join(f"{area:.2f}" for _, area in run["curves"][f"{name}/auroc_{PAPER_SCORE}"])
             for name in ("validation", "unaveraged")
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) if len(lines) > 2 else _missing("zhanglab_cpu-seed0.json")
+        rows.append(cells)
+    head = ["run", "averaging", "rate", "minutes", "kept", "test", "averaged", "as it is"]
+    return table(head, rows, text=(0, 6, 7)) if rows else _missing("zhanglab_cpu-seed0.json")
 
 
 def comparison() -> str:
     """What SQUID is compared with."""
     found = _read("comparison.json")
-    if found is None:
+    if not found:
         return _missing("comparison.json")
-    lines = ["| method | val | test | minutes |", "|---|--:|--:|--:|"]
+    rows = []
     for name, (_, meaning) in METHODS.items():
         if name in found:
             row = found[name]
             areas = [_area(row["evaluation"][split]) for split in ("val", "test")]
             minutes = row["about"]["training_minutes"]
-            lines.append(f"| `{name}`: {meaning} | {' | '.join(areas)} | {minutes:.1f} |")
+            rows.append([f"`{name}`: {meaning}", *areas, f"{minutes:.1f}"])
     recipes = [row["about"]["recipe"] for row in found.values()]
     epochs = sorted({recipe["epochs"] for recipe in recipes if recipe})
     networks = f", networks trained for {' or '.join(map(str, epochs))} epochs" if epochs else ""
-    lines += ["", f"ZhangLab, AUROC and its 95 % interval; one seed each{networks}."]
-    return "\n".join(lines)
+    note = f"ZhangLab, AUROC and its 95 % interval; one seed each{networks}."
+    return table(["method", "val", "test", "minutes"], rows, note=note)
 
 
 def ablation() -> str:
     """What each part of SQUID contributes."""
     found = _read("ablation.json")
-    if found is None:
+    if not found:
         return _missing("ablation.json")
     settings = found["settings"]
     seeds = len({run["seed"] for run in found["runs"]})
@@ -146,21 +153,71 @@ def ablation() -> str:
 def contamination() -> str:
     """AUROC over the share of abnormal training images."""
     found = _read("contamination.json")
-    if found is None:
+    if not found:
         return _missing("contamination.json")
     scores = (PAPER_SCORE, "discriminator_image")
-    lines = ["| abnormal | " + " | ".join(f"`{s}`: val | test" for s in scores) + " |"]
-    lines.append("|--:|" + "--:|--:|" * len(scores))
-    for rate, row in sorted(found["runs"].items(), key=lambda pair: float(pair[0])):
-        cells = [_area(row["evaluation"][sp][s]) for s in scores for sp in ("val", "test")]
-        lines.append(f"| {float(rate):.0%} | " + " | ".join(cells) + " |")
-    settings = found["settings"]
-    lines += [
-        "",
-        f"Preset `{settings['preset']}`, {settings['epochs']} epochs only, one seed, "
-        f"{settings['normal']} normal images.",
+    rows = [
+        [f"{float(rate):.0%}", *(_area(row["evaluation"][sp][s]) for s in scores for sp in SPLITS)]
+        for rate, row in sorted(found["runs"].items(), key=lambda pair: float(pair[0]))
     ]
-    return "\n".join(lines)
+    settings = found["settings"]
+    note = (
+        f"Preset `{settings['preset']}`, {settings['epochs']} epochs only, one seed, "
+        f"{settings['normal']} normal images."
+    )
+    head = [cell for score in scores for cell in (f"`{score}`: val", "test")]
+    return table(["abnormal", *head], rows, text=0, note=note)
+
+
+def demo() -> str:
+    """AUROC of every score for every kind of anomaly: mean and range over the demo's runs."""
+    figures = measurements.read(measurements.RESULTS / "demo.json")
+    runs = figures["runs"]
+    alone, beside = ([run for run in runs if bool(run["busy"]) is busy] for busy in (False, True))
+    kinds = list(next(iter(runs[0]["aurocs"].values())))
+    rows = []
+    for name in runs[0]["aurocs"]:
+        label = _labelled(name)
+        shown = {label: runs}
+        if name == SCORE:
+            shown = {f"{label}, alone": alone, f"{label}, beside a busy process": beside}
+        for row, of in shown.items():
+            values = ([run["aurocs"][name][kind] for run in of] for kind in kinds)
+            rows.append([row, *map(_mean_and_range, values)])
+    times = [
+        f"{where} {_range([run['trained_grids'] for run in of], ',.0f')} grids and "
+        f"{_range([run['seconds'] for run in of], '.0f')} s in all"
+        for where, of in (("alone", alone), ("beside a busy process", beside))
+    ]
+    note = (
+        f"Mean and range over {len(runs)} runs, {len(alone)} alone and {len(beside)} beside a busy "
+        f"process; {figures['minutes']:g} minutes until training ends: {', '.join(times)}. "
+        f"{HELD_OUT_GRIDS} unseen normal grids against {HELD_OUT_GRIDS} of each kind. "
+        f"{figures['threads']} cores ({figures['device']}, {figures['instructions']})."
+    )
+    return table(["score", *kinds], rows, note=note)
+
+
+def _mean_and_range(values: Sequence[float]) -> str:
+    return f"{statistics.mean(values):.2f} ({_range(values, '.2f')})"
+
+
+def _range(values: Sequence[float], style: str) -> str:
+    return f"{min(values):{style}}-{max(values):{style}}"
+
+
+def trials() -> str:
+    """What was tried for the small preset."""
+    figures = measurements.read(measurements.RESULTS / "demo_trials.json")
+    score = "patch_error"
+    rows = []
+    for name, trial in figures["trials"].items():
+        own = [f"{area:.2f}" for area in trial["auroc"][score].values()]
+        paper = _range(list(trial["auroc"][PAPER_SCORE].values()), ".2f")
+        rows.append([f"{name}: {trial['about']}", str(trial["grids"]), *own, paper])
+    kinds = next(iter(figures["trials"].values()))["auroc"][score]
+    note = f"AUROC of `{score}`, {figures['seconds']:.0f} s of training each."
+    return table(["variant", "grids seen", *kinds, "paper's score"], rows, note=note)
 
 
 TABLES = {
@@ -169,4 +226,6 @@ TABLES = {
     "comparison": comparison,
     "ablation": ablation,
     "contamination": contamination,
+    "demo": demo,
+    "trials": trials,
 }

@@ -17,6 +17,7 @@ OPERATIONS = (
     "inpaint_block",
 )
 CONTENDERS = ("eager", "squid_fast", "compiled")  # reference eager, ours, reference compiled
+SELECTIONS = ("tiny", "core", "all")
 DIRECTIONS = ("forward", "forward_backward", "forward_backward_slots")
 
 

@@ -7,8 +7,9 @@ import time
 import pytest
 import torch
 
-from bench.operations import micro
+from bench.arguments import thread_count
 from bench.operations.cases import schedule
+from bench.operations.micro import Runner, Timings
 from bench.operations.timing import DeviceClock
 from squid_fast.utils.devices import choose_device
 
@@ -39,18 +40,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> torch.device:
-    micro.pin_threads()
+    torch.set_num_threads(thread_count())
     return _device(request.config)
 
 
 @pytest.fixture(scope="session")
-def results(request: pytest.FixtureRequest, device: torch.device) -> micro.Results:
-    return micro.Results(request.config.option.bench_results, device)
+def timings(request: pytest.FixtureRequest, device: torch.device) -> Timings:
+    return Timings(request.config.option.bench_results, device)
 
 
 @pytest.fixture(scope="session")
-def runner(device: torch.device) -> micro.Runner:
-    return micro.Runner(device)
+def runner(device: torch.device) -> Runner:
+    return Runner(device)
 
 
 @pytest.fixture(scope="session")

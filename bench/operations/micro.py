@@ -1,21 +1,17 @@
-"""Microbenchmarks: every operation, reference eager and compiled beside squid_fast.
+"""Time of every operation: squid_fast beside the reference, eager and compiled.
 
-``pytest --benchmark`` runs them through pytest-benchmark; ``python -m bench operations`` runs the
-same cases by itself, where pytest-benchmark is missing. Both verify a contender against the float64
-reference before they time it, and both write ``micro_cpu.json`` or ``micro_cuda.json``: device,
-versions, commit, and a row for each contender. Rows of another run stay in the file if device,
-versions and commit are the same.
+Every contender is verified against the reference in float64 before it is timed. Figures go to
+``micro_cpu.json``, or ``micro_cuda.json`` on a GPU; rows of an earlier run stay in the file if
+device, versions and commit are the same. ``pytest --benchmark`` times the same by pytest-benchmark.
 
-Times on a shared CPU mean little by themselves; ratios in one run do.
+On a CPU that does other work too, times mean little, but ratios of one run do.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import sys
 import time
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -26,44 +22,29 @@ from torch import Tensor
 
 from squid_fast.utils.devices import choose_device
 
-from ..measurements import describe
+from ..arguments import add_device, add_output, thread_count
+from ..measurements import Results
 from . import timing
 from .cases import CONTENDERS, OPERATIONS, Case, schedule
 from .problems import Problem, call_of, function_of, problem
-from .roofline import Ceilings, measure, work_of
+from .roofline import Ceilings, floors, measure, work_of
 from .verify import verify
 
 Row = dict[str, Any]
 
 
-def pin_threads() -> None:
-    """As many threads as the environment says, or as this process may use."""
-    able = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or able or 1))
-
-
-class Results:
+class Timings:
     """Rows of a run, and their file ``micro_<device>.json`` in ``folder``."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
-        self.path = folder / f"micro_{device.type}.json"
         self.device = device
-        self.header: dict[str, Any] = describe(device)
-        self.rows: dict[str, Row] = {}
-        self.failures: dict[str, str] = {}
-        self._ceilings: Ceilings | None = None
-        self._read()
-
-    def _read(self) -> None:
-        if not self.path.is_file():
-            return
-        found = json.loads(self.path.read_text())
-        if any(found.get(key) != self.header[key] for key in self.header if key != "date"):
-            return
-        self.rows = {_key(row): row for row in found["rows"]}
-        self.failures = found["failures"]
-        if found["ceilings"]:
-            self._ceilings = Ceilings(**found["ceilings"])
+        self.results = Results(folder / f"micro_{device.type}.json", device)
+        self.results.resume()
+        known = self.results.figures
+        self.rows: dict[str, Row] = {_key(row): row for row in known.get("rows", [])}
+        self.failures: dict[str, str] = known.get("failures", {})
+        ceilings = known.get("ceilings")
+        self._ceilings: Ceilings | None = Ceilings(**ceilings) if ceilings else None
 
     @property
     def ceilings(self) -> Ceilings:
@@ -118,15 +99,13 @@ class Results:
                 row["ratio_to_eager"] = _rounded(eager["median_us"] / row["median_us"], 3)
 
     def write(self) -> None:
-        """Write the file anew: the header, then a line for each row."""
-        head = self.header | {"ceilings": self._ceilings and asdict(self._ceilings)}
-        lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
-        failures = dict(sorted(self.failures.items()))
-        lines.append(f' "failures": {json.dumps(failures, indent=2)}')
-        rows = ",\n".join(f"  {json.dumps(r)}" for r in sorted(self.rows.values(), key=_order))
-        lines.append(f' "rows": [\n{rows}\n ]')
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        """Write the file."""
+        self.results.figures = {
+            "ceilings": self._ceilings and asdict(self._ceilings),
+            "failures": dict(sorted(self.failures.items())),
+            "rows": sorted(self.rows.values(), key=_order),
+        }
+        self.results.write()
 
 
 def _rounded(x: float, digits: int = 4) -> float:
@@ -134,11 +113,8 @@ def _rounded(x: float, digits: int = 4) -> float:
 
 
 def _key(row: Row) -> str:
-    sizes = tuple(row["sizes"].items())
-    return (
-        f"{Case(row['operation'], row['direction'], row['dtype'], sizes).group} "
-        + (row["contender"])
-    )
+    case = Case(row["operation"], row["direction"], row["dtype"], tuple(row["sizes"].items()))
+    return f"{case.group} {row['contender']}"
 
 
 def _order(row: Row) -> tuple[Any, ...]:
@@ -178,11 +154,11 @@ class Runner:
 def run(
     device: torch.device,
     selection: str,
-    results: Results | None,
+    timings: Timings | None,
     operations: tuple[str, ...] = (),
     seconds: float = float("inf"),
 ) -> int:
-    """Verify, and with ``results`` time, what is asked for; the number of failures."""
+    """Verify, and with ``timings`` time, what is asked for; the number of failures."""
     started, failed = time.monotonic(), 0
     runner = Runner(device)
     for case, contender in schedule(device, selection):
@@ -190,42 +166,69 @@ def run(
             continue
         name = f"{case.group} {contender}"
         if time.monotonic() - started > seconds:
-            if results:
-                results.fail(case, contender, "skipped: the time was up")
+            if timings:
+                timings.fail(case, contender, "skipped: the time was up")
             continue
         try:
             call, error = runner.prepare(case, contender)
-            if results is None:
-                print(f"{name}: right to {error:.1e}", flush=True)
+            if timings is None:
+                print(f"{name}: correct to {error:.1e}", flush=True)
                 continue
             timed = timing.on_cuda(call) if device.type == "cuda" else timing.on_cpu(call)
         except Exception as error:  # whatever it is, the others go on
             failed += 1
             print(f"{name}: FAILED, {type(error).__name__}: {error}", flush=True)
-            if results:
-                results.fail(case, contender, error)
+            if timings:
+                timings.fail(case, contender, error)
         else:
-            row = results.add(case, contender, error, timed)
+            row = timings.add(case, contender, error, timed)
             print(f"{name}: {row['median_us']} µs", flush=True)
     return failed
 
 
-def main() -> None:
-    """Run the benchmarks without pytest."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--device")
-    parser.add_argument("--sizes", choices=("tiny", "core", "all"), default="core")
-    parser.add_argument("--operation", action="append", choices=OPERATIONS, default=[])
-    parser.add_argument("--output", type=Path, default=Path(".benchmarks"))
-    parser.add_argument("--seconds", type=float, default=float("inf"))
-    parser.add_argument("--check", action="store_true", help="verify and compile, time nothing")
-    options = parser.parse_args()
-    pin_threads()
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--operation",
+        action="append",
+        choices=OPERATIONS,
+        default=[],
+        help="Operation to time, which may be given more than once. Default: all.",
+    )
+    parser.add_argument(
+        "--sizes",
+        choices=SELECTIONS,
+        default="core",
+        help="Sizes: tiny ones for a trial, core ones for minutes, all published ones for longer. "
+        "Default: core.",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=float("inf"),
+        metavar="S",
+        help="Time after which nothing more is begun. Default: none.",
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--check", action="store_true", help="Compilation and verification alone, without times."
+    )
+    what.add_argument(
+        "--floors",
+        action="store_true",
+        help="The least time that each operation can take on this device, in place of the times.",
+    )
+    add_device(parser)
+    add_output(parser, Path(".benchmarks"))
+    parser.set_defaults(run=main)
+
+
+def main(options: Namespace) -> None:
+    """Run the benchmarks without pytest; exit with 1 if a contender failed."""
+    torch.set_num_threads(thread_count())
     device = choose_device(options.device)
-    results = None if options.check else Results(options.output, device)
+    if options.floors:
+        print(floors(device, options.sizes))
+        return
+    timings = None if options.check else Timings(options.output, device)
     operations = tuple(options.operation)
-    sys.exit(min(run(device, options.sizes, results, operations, options.seconds), 1))
-
-
-if __name__ == "__main__":
-    main()
+    sys.exit(min(run(device, options.sizes, timings, operations, options.seconds), 1))

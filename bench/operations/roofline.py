@@ -1,8 +1,5 @@
 """The least time an operation can take: its bytes and operations over the device's ceilings.
 
-``python -m bench roofline`` measures the ceilings, prints the floors of the benchmarked sizes and
-writes both to ``roofline_cpu.json`` or ``roofline_cuda.json`` in ``--output`` (.benchmarks).
-
 Counted is what no implementation can do without: in each pass (forward, backward) every input is
 read once and every output written once, whatever lies between stays on the chip; sums and products
 of matrices count 2 operations per multiplication, and are counted only where the result depends on
@@ -16,18 +13,15 @@ element.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 
-from ..measurements import describe
+from ..markdown import table
 from .cases import Case, cases
 
 ELEMENT = {"bfloat16": 2, "float16": 2, "float32": 4}  # bytes
@@ -251,55 +245,20 @@ def measure(device: torch.device) -> Ceilings:
     return Ceilings(bandwidth, bfloat16, float32)
 
 
-def _print(ceilings: Ceilings, device: torch.device, floors: list[dict[str, object]]) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"Floors on {describe(device)['device']}", box=SIMPLE_HEAD)
-    for name in ("operation", "direction", "sizes", "dtype", "MB", "GFLOP", "µs", "bound by"):
-        table.add_column(name, justify="right" if name in ("MB", "GFLOP", "µs") else "left")
-    for row in floors:
-        table.add_row(*(f"{x:.2f}" if isinstance(x, float) else str(x) for x in row.values()))
-    console = Console(width=150)
-    console.print(table)
-    console.print(
-        f"Ceilings: {ceilings.bytes_per_s / 1e9:.0f} GB/s, bfloat16 {ceilings.bfloat16 / 1e12:.3g} "
-        f"TFLOP/s, float32 {ceilings.float32 / 1e12:.3g} TFLOP/s"
-    )
-
-
-def main() -> None:
-    """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--sizes", choices=("tiny", "core", "all"), default="all")
-    parser.add_argument("--output", type=Path, default=Path(".benchmarks"))
-    options = parser.parse_args()
-    device = torch.device(options.device)
+def floors(device: torch.device, selection: str) -> str:
+    """The ceilings of a device and, as a table, the floors of a selection of cases."""
     ceilings = measure(device)
-    floors: list[dict[str, object]] = []
-    for case in cases(device, options.sizes):
-        work, seconds = work_of(case), ceilings.floor(work_of(case), case.dtype)
-        memory_bound = work.bytes / ceilings.bytes_per_s >= seconds
-        floors.append(
-            {
-                "operation": case.operation,
-                "direction": case.direction,
-                "sizes": case.label,
-                "dtype": case.dtype,
-                "MB": work.bytes / 1e6,
-                "GFLOP": work.flops / 1e9,
-                "floor_us": seconds * 1e6,
-                "bound": "bytes" if memory_bound else "operations",
-            }
-        )
-    _print(ceilings, device, floors)
-    options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / f"roofline_{device.type}.json"
-    content = describe(device) | {"ceilings": asdict(ceilings), "floors": floors}
-    path.write_text(json.dumps(content, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    rows = []
+    for case in cases(device, selection):
+        work = work_of(case)
+        seconds = ceilings.floor(work, case.dtype)
+        bound = "bytes" if work.bytes / ceilings.bytes_per_s >= seconds else "operations"
+        figures = (work.bytes / 1e6, work.flops / 1e9, seconds * 1e6)
+        cells = (case.operation, case.direction, case.label, case.dtype)
+        rows.append([*cells, *(f"{x:.2f}" for x in figures), bound])
+    head = ["operation", "direction", "sizes", "dtype", "MB", "GFLOP", "µs", "bound by"]
+    note = (
+        f"Ceilings: {ceilings.bytes_per_s / 1e9:.0f} GB/s, bfloat16 "
+        f"{ceilings.bfloat16 / 1e12:.3g} TFLOP/s, float32 {ceilings.float32 / 1e12:.3g} TFLOP/s"
+    )
+    return table(head, rows, text=(0, 1, 2, 3, 7), note=note)

@@ -13,7 +13,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from bench.operations import timing
 from bench.operations.cases import Case
 from bench.operations.conftest import CLOCK
-from bench.operations.micro import Results, Runner
+from bench.operations.micro import Runner, Timings
 
 
 def test_speed(
@@ -21,12 +21,12 @@ def test_speed(
     contender: str,
     device: torch.device,
     runner: Runner,
-    results: Results,
+    timings: Timings,
     in_time: bool,
     benchmark: BenchmarkFixture,
 ) -> None:
     if not in_time:
-        results.fail(case, contender, "skipped: the time was up")
+        timings.fail(case, contender, "skipped: the time was up")
         pytest.skip("the time was up")
     benchmark.group = case.group
     try:
@@ -42,6 +42,6 @@ def test_speed(
             benchmark(call)
             timed = timing.Timing(list(benchmark.stats.stats.data), [])
     except Exception as failure:
-        results.fail(case, contender, failure)
+        timings.fail(case, contender, failure)
         raise
-    benchmark.extra_info.update(results.add(case, contender, error, timed))
+    benchmark.extra_info.update(timings.add(case, contender, error, timed))

@@ -1,39 +1,43 @@
-"""What screening 10^6, 10^8 and 10^9 images costs, from measured rates.
+"""Time and price of screening 10^6, 10^8 and 10^9 images, from measured rates.
 
-``python -m bench costs`` prints the tables of ``bench/results/scale.md``; its options replace the
-assumptions: rates of disk and network, cores, machines, prices. The rates come from ``bench speed``
-and ``bench decoding``.
+Prints the tables of ``bench/results/scale.md`` for other assumptions than those made there. The
+rates are those that the commands ``speed`` and ``decoding`` have measured.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-RESULTS = Path(__file__).parents[1] / "results"
+from ..markdown import table
+from ..measurements import RESULTS, read
+
 COUNTS = {"10⁶": 10**6, "10⁸": 10**8, "10⁹": 10**9}
 
 Limits = dict[str, float]  # images/s by what allows no more
+
+
+def _assumed(default: float, meaning: str) -> Any:
+    return field(default=default, metadata={"meaning": meaning})
 
 
 @dataclass(frozen=True)
 class Assumptions:
     """What is not measured; every field is an option of the command."""
 
-    disk_mb: float = 500  # MB/s that one machine reads from its disk
-    network_gbit: float = 10  # Gbit/s of one machine's network
-    store_gbit: float = 100  # Gbit/s that the storage shared by a cluster gives to all
-    gpu_cores: int = 16  # cores beside one GPU
-    cluster_cores: int = 64  # cores of one machine of a cluster
-    machines: int = 10  # of a cluster
-    core_hour: float = 0.05  # USD
-    terabyte_month: float = 20.0  # USD
+    disk_mb: float = _assumed(500.0, "MB/s that one machine reads from its disk")
+    network_gbit: float = _assumed(10.0, "Gbit/s of the network of one machine")
+    store_gbit: float = _assumed(100.0, "Gbit/s of the storage that a cluster shares")
+    gpu_cores: int = _assumed(16, "Number of cores beside one GPU")
+    cluster_cores: int = _assumed(64, "Number of cores of one machine of a cluster")
+    machines: int = _assumed(10, "Number of machines of a cluster")
+    core_hour: float = _assumed(0.05, "Price of a core-hour in USD")
+    terabyte_month: float = _assumed(20.0, "Price of a terabyte-month in USD")
 
 
 @dataclass(frozen=True)
@@ -66,16 +70,16 @@ class Rates:
 
 def read_rates(folder: Path = RESULTS) -> Rates:
     """The rates in a folder of results."""
-    decoding = json.loads((folder / "decoding_cpu.json").read_text())
+    decoding = read(folder / "decoding_cpu.json")
     formats = {
         name: Format(row["bytes"], 1 / row["files_per_second"])
         for name, row in decoding["files"].items()
     }
     side = decoding["side"]
     formats[f"packed {side} × {side}"] = Format(side**2, 0.0)
-    cpu = json.loads((folder / "speed_cpu.json").read_text())["evaluation"]
-    cuda = folder / "speed_cuda.json"
-    gpu = _best(json.loads(cuda.read_text())["evaluation"]) if cuda.is_file() else None
+    cpu = read(folder / "speed_cpu.json")["evaluation"]
+    cuda = read(folder / "speed_cuda.json")
+    gpu = _best(cuda["evaluation"]) if cuda else None
     return Rates(formats, cpu["threads"], _best(cpu), gpu, cpu["device"], decoding["device"])
 
 
@@ -123,7 +127,7 @@ def inputs(rates: Rates, a: Assumptions) -> str:
         ("price of a core-hour", f"{a.core_hour:g} USD", "assumed"),
         ("price of a terabyte-month", f"{a.terabyte_month:g} USD", "assumed"),
     ]
-    return _table(["input", "value", "from"], rows, text=3)
+    return table(["input", "value", "from"], rows, text=3)
 
 
 def storage(rates: Rates, a: Assumptions) -> str:
@@ -136,7 +140,7 @@ def storage(rates: Rates, a: Assumptions) -> str:
         rows.append((name, *sizes, _time(most / (a.network_gbit * 1e9 / 8)), price))
     last = list(COUNTS)[-1]
     head = ["format", *COUNTS, f"{last} at {a.network_gbit:g} Gbit/s", f"{last} for a month"]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def laptop(rates: Rates, a: Assumptions) -> str:
@@ -146,7 +150,7 @@ def laptop(rates: Rates, a: Assumptions) -> str:
         limit, speed = first_limit(ceilings(rates, form, rates.cores, True, a))
         hours = rates.cores * COUNTS["10⁶"] / speed / 3600
         rows.append((name, f"{speed:,.1f}", limit, *_times(speed), f"{hours:,.0f}"))
-    return _table(["format", "images/s", "limit", *COUNTS, "core-hours for 10⁶"], rows)
+    return table(["format", "images/s", "limit", *COUNTS, "core-hours for 10⁶"], rows)
 
 
 def one_gpu(rates: Rates, a: Assumptions) -> str:
@@ -168,7 +172,7 @@ def one_gpu(rates: Rates, a: Assumptions) -> str:
         "allow. A GPU that scores more images/s than the first limit waits for them; one that "
         "scores fewer takes longer than this in the same ratio."
     )
-    return _table(["format", *head], rows) + f"\n\n{note}"
+    return table(["format", *head], rows, note=note)
 
 
 def cluster(rates: Rates, a: Assumptions) -> str:
@@ -184,7 +188,7 @@ def cluster(rates: Rates, a: Assumptions) -> str:
         cells = (f"{total:,.0f}", limit, f"{store / speed:,.0f}", *_times(total))
         rows.append((name, *cells, f"{hours:,.0f}", f"{hours * a.core_hour:,.2f} USD"))
     head = [f"images/s of {a.machines} machines", "limit", "machines that the storage feeds"]
-    return _table(["format", *head, *COUNTS, "core-hours for 10⁶", "price of 10⁶"], rows)
+    return table(["format", *head, *COUNTS, "core-hours for 10⁶", "price of 10⁶"], rows)
 
 
 TABLES: dict[str, Callable[[Rates, Assumptions], str]] = {
@@ -194,17 +198,6 @@ TABLES: dict[str, Callable[[Rates, Assumptions], str]] = {
     "scale_gpu": one_gpu,
     "scale_cluster": cluster,
 }
-
-
-def table(name: str) -> str:
-    """One of ``TABLES`` from the results at hand and the assumptions as they stand."""
-    return TABLES[name](read_rates(), Assumptions())
-
-
-def _table(head: list[str], rows: list[tuple[str, ...]], text: int = 1) -> str:
-    """A table whose first ``text`` columns are words, the others figures."""
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * text + "--:|" * (len(head) - text)]
-    return "\n".join(lines + [f"| {' | '.join(cells)} |" for cells in rows])
 
 
 def _times(speed: float) -> list[str]:
@@ -226,18 +219,20 @@ def _time(seconds: float) -> str:
     return f"{seconds:.1f} s"
 
 
-def main() -> None:
+def add_arguments(parser: ArgumentParser) -> None:
+    for assumed in fields(Assumptions):
+        parser.add_argument(
+            f"--{assumed.name.replace('_', '-')}",
+            type=type(assumed.default),
+            default=assumed.default,
+            metavar="X",
+            help=f"{assumed.metadata['meaning']}. Default: {assumed.default:g}.",
+        )
+    parser.set_defaults(run=main)
+
+
+def main(options: Namespace) -> None:
     """Print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    for field in fields(Assumptions):
-        option = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(option, type=type(field.default), default=field.default)
-    options = parser.parse_args()
-    names = [field.name for field in fields(Assumptions)]
-    assumed = replace(Assumptions(), **{name: getattr(options, name) for name in names})
+    assumptions = Assumptions(**{x.name: getattr(options, x.name) for x in fields(Assumptions)})
     rates = read_rates()
-    print("\n\n".join(make(rates, assumed) for make in TABLES.values()))
-
-
-if __name__ == "__main__":
-    main()
+    print("\n\n".join(make(rates, assumptions) for make in TABLES.values()))

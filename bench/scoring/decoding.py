@@ -1,16 +1,15 @@
-"""How fast one core decodes radiographs: ``python -m bench decoding``.
+"""How many radiographs one core decodes in a second, from files of several kinds.
 
-Writes ``bench/results/decoding_cpu.json``. The files lie in memory: the disk does not count.
+The files lie in memory, so that the disk does not count. Figures go to ``decoding_cpu.json``.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import statistics
 import tempfile
 import time
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +17,9 @@ import torch
 
 from squid_fast.data.readers import load_bytes, load_image
 
-from ..measurements import ROOT, describe
+from ..arguments import add_output
+from ..measurements import ROOT, Results
 
-RESULTS = ROOT / "bench" / "results" / "decoding_cpu.json"
 SHARED = Path(os.environ.get("SQUID_FAST_SHARED") or ROOT.parent / "shared")
 SIDE = 128
 _LARGE = 2048
@@ -36,7 +35,7 @@ def measure(images: Path, rounds: int = _ROUNDS) -> dict[str, dict[str, float]]:
     """
     found = sorted(path for path in images.rglob("*") if path.suffix in (".jpeg", ".jpg"))[:200]
     if not found:
-        raise SystemExit(f"{images} holds no JPEG; --images names a folder of radiographs")
+        raise SystemExit(f"{images} holds no JPEG files; --images takes a folder of radiographs.")
     with tempfile.TemporaryDirectory() as folder:
         jpeg, dicom = large_files(found[0], Path(folder))
         kinds = {
@@ -85,18 +84,24 @@ def large_files(source: Path, folder: Path) -> tuple[Path, Path]:
     return jpeg, dicom
 
 
-def main() -> None:
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--images",
+        type=Path,
+        default=SHARED / "data" / "zhanglab" / "test",
+        metavar="FOLDER",
+        help="Folder of radiographs as JPEG files. Default: ZhangLab's test set in the folder "
+        "that SQUID_FAST_SHARED names.",
+    )
+    add_output(parser)
+    parser.set_defaults(run=main)
+
+
+def main(options: Namespace) -> None:
     """Measure and write the results file."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=Path, default=SHARED / "data" / "zhanglab" / "test")
-    options = parser.parse_args()
     torch.set_num_threads(1)
-    files = measure(options.images)
-    results = describe(torch.device("cpu")) | {"rounds": _ROUNDS, "side": SIDE, "files": files}
-    text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
-    RESULTS.write_text(text, encoding="utf-8")
-    print(text)
-
-
-if __name__ == "__main__":
-    main()
+    path, settings = options.output / "decoding_cpu.json", {"rounds": _ROUNDS, "side": SIDE}
+    results = Results(path, torch.device("cpu"), settings)
+    results.figures["files"] = measure(options.images)
+    results.write()
+    print(path.read_text(encoding="utf-8"))

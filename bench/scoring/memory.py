@@ -1,30 +1,28 @@
-"""What a screening run holds in memory, by the number of files.
+"""Peak memory of a screening run, and of its largest reader, by the number of files.
 
-``python -m bench memory`` screens 1,000, 10,000 and 100,000 files, links to some hundred images,
-with a tiny model, and writes the peak memory of the run and of its largest reader to
-``bench/results/memory.json``. Linux only.
+The files are links to some hundred images, and the model is tiny. Figures go to ``memory.json``.
+Linux only.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..measurements import describe
+from ..arguments import add_output
+from ..measurements import Results
 from .images import make_images
 from .soak import make_bundle
-
-RESULTS = Path(__file__).parents[1] / "results" / "memory.json"
 
 
 def peak(pid: int) -> float:
@@ -63,21 +61,27 @@ def measure(files: int, folder: Path) -> dict[str, Any]:
     return {"files": files, "seconds": seconds, "run_mb": round(run), "reader_mb": round(reader)}
 
 
-def main() -> None:
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--files",
+        type=int,
+        nargs="+",
+        default=[1000, 10_000, 100_000],
+        metavar="N",
+        help="Numbers of files, each a run of its own. Default: 1000 10000 100000.",
+    )
+    add_output(parser)
+    parser.set_defaults(run=main)
+
+
+def main(options: Namespace) -> None:
     """Measure and write the results file."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--files", type=int, nargs="+", default=[1000, 10_000, 100_000])
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    options = parser.parse_args()
-    runs = []
+    path, settings = options.output / "memory.json", {"cores": os.cpu_count()}
+    results = Results(path, torch.device("cpu"), settings)
+    runs = results.figures["runs"] = []
     for files in options.files:
         with tempfile.TemporaryDirectory() as folder:
             make_bundle(Path(folder) / "bundle", seed=0)
             runs.append(measure(files, Path(folder)))
         print(json.dumps(runs[-1]), flush=True)
-    results = describe(torch.device("cpu")) | {"cores": os.cpu_count(), "runs": runs}
-    options.output.write_text(json.dumps(results, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    results.write()

@@ -1,14 +1,14 @@
-"""Kills a screening run again and again, and looks whether every file has its row, once.
+"""A screening run that is killed again and again: whether every file has its row, once.
 
-``python -m bench soak --files 20000 --broken 0.05 --kills 5 --seed 0 1`` makes a folder of small
-images, broken ones of ten kinds among them, for each seed, screens it once undisturbed and once
-being killed with SIGKILL at random moments, and compares. By turns the whole process group is
-killed and the parent alone, whose readers then have to end by themselves. Linux only.
+For each seed, a folder of small images is made, with broken ones of ten kinds among them. It is
+screened once undisturbed and once killed with SIGKILL at random moments and resumed, and the two
+tables are compared. By turns the whole process group is killed, or the parent alone, whose readers
+then have to end by themselves. Figures go to ``soak.json``; the exit code is 1 if a row is missing,
+doubled or wrong. Linux only.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import secrets
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from argparse import ArgumentParser, Namespace
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,10 @@ from squid_fast import PRESETS, SQUID, Bundle, Discriminator, calibrate, save_bu
 from squid_fast.data import ImageSet
 from squid_fast.screening import utf8_text
 
-from ..measurements import describe
+from ..arguments import add_output
+from ..measurements import Results
 from .images import ImageFolder, make_images
 
-RESULTS = Path(__file__).parents[1] / "results" / "soak.json"
 _MARK = "SQUID_FAST_SOAK"  # in the environment of all processes of a run
 _TINY = PRESETS["small"].model | {"features_root": 4, "num_slots": 12, "memory_channel": 32}
 _SAID = "said.txt"
@@ -218,26 +219,42 @@ def check(images: ImageFolder, whole: Path, table: Path, result: Soak) -> None:
         problems.append("flags differ from those of the undisturbed run")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--files", type=int, default=20_000)
-    parser.add_argument("--broken", type=float, default=0.05, help="share of the files")
-    parser.add_argument("--kills", type=int, default=5)
-    parser.add_argument("--seed", type=int, nargs="+", default=[0])
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    options = parser.parse_args()
-    results = []
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--files", type=int, default=20_000, metavar="N", help="Number of files. Default: 20000."
+    )
+    parser.add_argument(
+        "--broken",
+        type=float,
+        default=0.05,
+        metavar="SHARE",
+        help="Share of the files that are broken. Default: 0.05.",
+    )
+    parser.add_argument(
+        "--kills", type=int, default=5, metavar="N", help="Number of kills. Default: 5."
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        nargs="+",
+        default=[0],
+        metavar="N",
+        help="Seeds, each of them a soak. Default: 0.",
+    )
+    add_output(parser)
+    parser.set_defaults(run=main)
+
+
+def main(options: Namespace) -> None:
+    """Soak and write the results file; exit with 1 if something was wrong."""
+    results = Results(options.output / "soak.json", torch.device("cpu"))
+    soaks = results.figures["soaks"] = []
     for seed in options.seed:
         with tempfile.TemporaryDirectory() as folder:
             result = soak(options.files, options.broken, options.kills, seed, Path(folder))
         verdict = "failed" if result.problems else "every file once, in order"
-        results.append(asdict(result) | {"verdict": verdict})
-        print(json.dumps(results[-1], indent=2), flush=True)
-    report = {**describe(torch.device("cpu")), "soaks": results}
-    options.output.write_text(json.dumps(report, indent=2) + "\n")
-    if any(result["problems"] for result in results):
+        soaks.append(asdict(result) | {"verdict": verdict})
+        print(json.dumps(soaks[-1], indent=2), flush=True)
+    results.write()
+    if any(result["problems"] for result in soaks):
         sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()

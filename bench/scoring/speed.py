@@ -1,15 +1,14 @@
-"""The published way beside squid_fast: evaluation, screening and training of the zhanglab preset.
+"""Evaluation, screening and training of the zhanglab preset: the published way and squid_fast.
 
-``python -m bench speed`` alternates the contenders round by round on the same images and writes
-medians and ratios to ``bench/results/speed_cpu.json`` (``speed_cuda.json`` on a GPU): of every part
-machine, settings and ``rows``. Evaluation and screening are what ``squid-fast bench`` measures.
+The contenders take turns, round by round, on the same images. Medians and ratios go to
+``speed_cpu.json``, or ``speed_cuda.json`` on a GPU, which holds machine, settings and ``rows`` of
+every part. Evaluation and screening are what ``squid-fast bench`` measures.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 import torch
@@ -22,12 +21,11 @@ from squid_fast.modules import discriminator_size
 from squid_fast.training import Trainer, make_optimizers
 from squid_fast.training.ema import Average
 from squid_fast.training.graphs import Losses, StepGraphs
-from squid_fast.utils.atomic import write_json
 from squid_fast.utils.devices import choose_device, choose_layout, choose_precision, to_layout
 
-from ..measurements import commit
+from ..arguments import add_device, add_output, add_threads
+from ..measurements import Results
 
-RESULTS = Path(__file__).parents[1] / "results"
 PRESET = PRESETS["zhanglab"]
 PARTS = (*benchmark.PARTS, "training")
 
@@ -94,24 +92,43 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def main() -> None:
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--part", choices=PARTS, help="One part to measure, in place of all; others are kept."
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=9, metavar="N", help="Number of rounds. Default: 9."
+    )
+    parser.add_argument(
+        "--batch",
+        type=int,
+        default=16,
+        metavar="N",
+        help="Number of images in a batch. Default: 16, as published.",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=10.0,
+        metavar="S",
+        help="Duration of a screening run, which decides the number of files. Default: 10.",
+    )
+    parser.add_argument(
+        "--bundle", type=Path, metavar="FOLDER", help="Trained model. Default: random weights."
+    )
+    parser.add_argument(
+        "--data", type=Path, metavar="FOLDER", help="Images to screen. Default: made up."
+    )
+    add_device(parser)
+    add_threads(parser)
+    add_output(parser)
+    parser.set_defaults(run=main)
+
+
+def main(options: Namespace) -> None:
     """Measure and write the results file."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--seconds", type=float, default=10.0, help="of a run over files")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--device")
-    parser.add_argument("--batch", type=int, default=16, help="as published")
-    parser.add_argument("--bundle", type=Path, help="a trained model; else random weights")
-    parser.add_argument("--data", type=Path, help="a folder of images; else they are made up")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--part", choices=PARTS, help="only this; others stay in the file")
-    options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = choose_device(options.device)
-    options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / f"speed_{device.type}.json"
-    parts = [options.part] if options.part else PARTS
     scoring = Benchmark(
         load_bundle(options.bundle) if options.bundle else random_bundle(PRESET),
         device,
@@ -120,17 +137,14 @@ def main() -> None:
         seconds=options.seconds,
         data=options.data,
     )
-    results = scoring.run([part for part in parts if part in benchmark.PARTS])
+    parts = [options.part] if options.part else PARTS
+    measured = scoring.run([part for part in parts if part in benchmark.PARTS])
     if "training" in parts:
         contenders = training(device, options.batch)
-        results["training"] = figures(contenders, compare(contenders, options.rounds))
-    rows = {part: results.pop(part) for part in parts}
-    measured = {part: {"commit": commit(), **results, "rows": rows[part]} for part in parts}
-    known = json.loads(path.read_text()) if path.is_file() else {}
-    everything = known | measured
-    write_json({part: everything[part] for part in PARTS if part in everything}, path)
-    print(json.dumps(measured, indent=2))
-
-
-if __name__ == "__main__":
-    main()
+        measured["training"] = figures(contenders, compare(contenders, options.rounds))
+    rows = {part: measured.pop(part) for part in parts}
+    for part in parts:
+        results = Results(options.output / f"speed_{device.type}.json", device, measured, part)
+        results.figures["rows"] = rows[part]
+        results.write()
+    print(json.dumps(measured | rows, indent=2))

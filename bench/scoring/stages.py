@@ -1,23 +1,19 @@
 """Where the time of scoring goes, stage by stage, and what each precision does to the ranking.
 
-``python -m bench stages --bundle RUN --data ZHANGLAB`` times every stage of the published model and
-of the frozen one in each precision, on the same images, and compares scores with those of the
-published model on the test images. Results go to ``bench/results/stages_cpu.json``. Without
-``--bundle`` only the times are taken, of random weights.
+Every stage of the published model and of the frozen one, in each precision, is timed on the same
+images. With a trained bundle and labelled images, scores are compared with those of the published
+model on the test images. Figures go to ``stages_cpu.json``.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
-import os
 import statistics
 import time
+from argparse import ArgumentParser, Namespace
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +26,9 @@ from squid_fast.inference.scores import PAPER_SCORE, SCORES
 from squid_fast.metrics import image_auroc
 from squid_fast.utils.devices import has_fast_bf16
 
-from ..measurements import describe
+from ..arguments import add_data, add_output, add_threads
+from ..measurements import Results
 
-RESULTS = Path(__file__).parents[1] / "results" / "stages_cpu.json"
 PRECISIONS = ("float32", "bf16", "int8")
 # Names of the modules that do the same work in the published model and in the frozen one.
 STAGES = {
@@ -166,34 +162,41 @@ def ranking(bundle: Bundle, test: ImageSet) -> dict[str, dict[str, dict[str, flo
     return found
 
 
-def main() -> None:
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--bundle",
+        type=Path,
+        metavar="FOLDER",
+        help="Trained model. Default: random weights, of which only times are taken.",
+    )
+    add_data(parser, required=False)
+    parser.add_argument(
+        "--batch", type=int, default=16, metavar="N", help="Images in a batch. Default: 16."
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=9, metavar="N", help="Number of rounds. Default: 9."
+    )
+    add_threads(parser)
+    add_output(parser)
+    parser.set_defaults(run=main)
+
+
+def main(options: Namespace) -> None:
     """Measure and write the results file."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--bundle", type=Path)
-    parser.add_argument("--data", type=Path, help="labelled images, of which the test split")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.bundle:
         bundle = load_bundle(options.bundle)
     else:
         bundle = Bundle(SQUID(**PRESETS["zhanglab"].model).eval(), Discriminator(4).eval())
-    results: dict[str, Any] = describe(torch.device("cpu"))
-    results |= {"batch": options.batch, "rounds": options.rounds, "about": bundle.about}
     known = bundle.calibration and bundle.calibration.quantization
-    results["stages_in_bytes"] = known.stages if known else None
-    results["milliseconds"] = times(bundle, options.batch, options.rounds)
+    settings = {"batch": options.batch, "rounds": options.rounds, "about": bundle.about}
+    path = options.output / "stages_cpu.json"
+    results = Results(path, torch.device("cpu"), settings)
+    results.figures["stages_in_bytes"] = known.stages if known else None
+    results.figures["milliseconds"] = times(bundle, options.batch, options.rounds)
     if options.bundle and options.data:
         records = [r for r in select(find_records(options.data), "test") if r.label is not None]
         test = load_images(records, bundle.model.image_size)
-        results["images"] = len(test)
-        results["ranking"] = ranking(bundle, test)
-    options.output.write_text(json.dumps(results, indent=2) + "\n")
-    print(json.dumps(results, indent=2))
-
-
-if __name__ == "__main__":
-    main()
+        results.figures |= {"images": len(test), "ranking": ranking(bundle, test)}
+    results.write()
+    print(path.read_text(encoding="utf-8"))

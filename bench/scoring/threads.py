@@ -1,41 +1,39 @@
-"""Time of a training step alone and beside busy processes: ``python -m bench threads``.
+"""Time of a training step alone and beside busy processes, by number of threads.
 
 Every way is timed in a process of its own, since OpenMP reads how threads wait when it is loaded:
 
-- ``before``: all threads, which spin as long as GNU's OpenMP lets them by itself;
-- ``limited``: all threads, which spin as ``squid_fast.utils.threads`` has it;
+- ``before``: all threads, which spin as long as GNU's OpenMP lets them by default;
+- ``limited``: all threads, which spin as long as ``squid_fast.utils.threads`` lets them;
 - ``one``: one thread;
 - ``chosen``: the number of threads that ``squid_fast.utils.threads`` finds fastest.
 
-Figures go to ``bench/results/threads_cpu.json``.
+Figures go to ``threads_cpu.json``.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from squid_fast import SQUID
-from squid_fast.presets import preset
+from squid_fast.presets import PRESETS, preset
 from squid_fast.training.state import Run, Settings
-from squid_fast.utils.atomic import write_json
 from squid_fast.utils.devices import Precision, choose_precision
 from squid_fast.utils.threads import SPIN, fastest_threads, threads
 
-from ..measurements import ROOT, describe
+from ..arguments import add_output
+from ..measurements import ROOT, Results
 
-RESULTS = ROOT / "bench" / "results" / "threads_cpu.json"
 WAYS = ("before", "limited", "one", "chosen")
 BUSY = (0, 1, 2, 4)
 _SPIN_BY_ITSELF = "300000"  # of GNU's OpenMP, see its function initialize_env
@@ -92,22 +90,46 @@ def busy(processes: int) -> Iterator[None]:
             other.wait()
 
 
-def main() -> None:
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--preset",
+        choices=PRESETS,
+        default="small",
+        help="Preset that is trained. Default: small.",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "bf16", "float32"),
+        default="auto",
+        help="Precision of training. Default: auto, which is bf16 where the processor has it.",
+    )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=3,
+        metavar="N",
+        help="Number of rounds, of which the upper median is kept. Default: 3.",
+    )
+    parser.add_argument(
+        "--way",
+        choices=WAYS,
+        help="One way, timed in this process and printed as JSON, in place of all.",
+    )
+    add_output(parser)
+    parser.set_defaults(run=main)
+
+
+def main(options: Namespace) -> None:
     """Measure all ways beside all numbers of busy processes and write the results file."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--preset", default="small")
-    parser.add_argument("--precision", choices=("auto", "bf16", "float32"), default="auto")
-    parser.add_argument("--rounds", type=int, default=3, help="of which the median is kept")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--way", choices=WAYS, help="only this, in this process; prints JSON")
-    options = parser.parse_args()
     precision = choose_precision(options.precision, CPU)
     if options.way:
         print(json.dumps(steps(options.preset, options.way, precision)))
         return
-    command = [sys.executable, "-m", "bench.scoring.threads", "--preset", options.preset]
+    settings = {"preset": options.preset, "precision": precision, "rounds": options.rounds}
+    results = Results(options.output / "threads_cpu.json", CPU, settings)
+    rows = results.figures["rows"] = []
+    command = [sys.executable, "-m", "bench", "threads", "--preset", options.preset]
     command += ["--precision", precision, "--way"]
-    rows = []
     for processes in BUSY:
         found: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
         with busy(processes):
@@ -127,9 +149,4 @@ def main() -> None:
         for way, times in found.items():
             middle = sorted(times, key=lambda row: row["mean"])[len(times) // 2]
             rows.append({"busy": processes, "way": way, **middle})
-    about = {"preset": options.preset, "precision": precision, "rounds": options.rounds}
-    write_json(describe(CPU) | about | {"rows": rows}, options.output)
-
-
-if __name__ == "__main__":
-    main()
+    results.write()

@@ -1,16 +1,15 @@
-"""What trained runs reach on labelled images: ``python -m bench accuracy RUN ... --data DIR``.
+"""What trained runs reach on the splits ``val`` and ``test``, by every score.
 
-For every run folder that ``squid-fast train`` left, all scores are evaluated on the splits ``val``
-and ``test`` and written to ``bench/results/accuracy/<name>.json``, with the run's configuration and
-its curves, and ``<name>.svg`` shows the curves. The name is the folder's. Of several runs, the mean
-of their z-scores is evaluated too, into ``together.json``.
+The figures of a run go to ``NAME.json``, with its configuration and curves, and ``NAME.svg`` shows
+the curves; the name is that of the run's folder. Of several runs, the mean of their z-scores is
+evaluated too, into ``together.json``.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
+from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,18 +20,18 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from squid_fast import SQUID
-from squid_fast.data import ImageSet, find_records, load_images, select
+from squid_fast.data import ImageSet, find_records
 from squid_fast.experiments.research_scores import COMBINATIONS, evaluate_others
 from squid_fast.inference import Scorer
 from squid_fast.inference.bundle import load_bundle
 from squid_fast.inference.scores import PAPER_SCORE
 from squid_fast.metrics import evaluate
-from squid_fast.utils.atomic import write_json
 
-from ..measurements import describe
+from ..arguments import add_data, add_output
+from ..measurements import RESULTS, Results
+from .data import held_out
 
-RESULTS = Path(__file__).parents[1] / "results" / "accuracy"
-SPLITS = ("val", "test")
+CPU = torch.device("cpu")
 PAPER_AUROC = 0.876  # SQUID on ZhangLab's own split, quoted from memory
 
 
@@ -86,51 +85,43 @@ def draw(figures: dict[str, Any], path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
-def show(name: str, figures: dict[str, Any]) -> None:
-    """Print the areas on test images."""
-    test = figures["evaluation"]["test"]
-    print(name, json.dumps({key: round(test[key]["auroc"], 4) for key in test}), flush=True)
+def finish(results: Results) -> None:
+    """Write the results file and print the areas on test images."""
+    results.write()
+    test = results.figures["evaluation"]["test"]
+    areas = {name: round(figures["auroc"], 4) for name, figures in test.items()}
+    print(results.path.stem, json.dumps(areas), flush=True)
 
 
-def main() -> None:
-    """Evaluate the runs and write a file for each."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    options = parser.parse_args()
-    options.output.mkdir(parents=True, exist_ok=True)
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="Folders that squid-fast train has made."
+    )
+    add_data(parser)
+    add_output(parser, RESULTS / "accuracy")
+    parser.set_defaults(run=main)
+
+
+def main(options: Namespace) -> None:
+    """Evaluate the runs and write a file for each, and one for all."""
     bundles = [load_bundle(run) for run in options.runs]
-    side = bundles[0].model.image_size
-    labelled = [record for record in find_records(options.data) if record.label is not None]
-    held_out = {split: load_images(select(labelled, split), side) for split in SPLITS}
-    z_scores = []
+    images = held_out(find_records(options.data), bundles[0].model.image_size)
+    z_scores: dict[str, list[Mapping[str, NDArray[np.float32]]]] = {split: [] for split in images}
     for run, bundle in zip(options.runs, bundles, strict=True):
         pair = bundle.model, bundle.discriminator
         scorer = Scorer(*pair, bundle.calibration, bundle.score)
-        found = {s: evaluated(scorer, bundle.model, images) for s, images in held_out.items()}
-        z_scores.append({split: z for split, (_, z) in found.items()})
-        figures = {
-            **describe(torch.device("cpu")),
-            "about": bundle.about,
-            "evaluation": {split: own for split, (own, _) in found.items()},
-            "curves": curves(run),
-        }
-        write_json(figures, options.output / f"{run.name}.json")
-        draw(figures, options.output / f"{run.name}.svg")
-        show(run.name, figures)
+        results = Results(options.output / f"{run.name}.json", CPU)
+        evaluation = {}
+        for split, labelled in images.items():
+            evaluation[split], z = evaluated(scorer, bundle.model, labelled)
+            z_scores[split].append(z)
+        results.figures |= {"about": bundle.about, "evaluation": evaluation, "curves": curves(run)}
+        finish(results)
+        draw(results.figures, results.path.with_suffix(".svg"))
     if len(options.runs) > 1:
-        figures = {
-            **describe(torch.device("cpu")),
+        results = Results(options.output / "together.json", CPU)
+        results.figures |= {
             "runs": [run.name for run in options.runs],
-            "evaluation": {
-                split: together(images, [z[split] for z in z_scores])
-                for split, images in held_out.items()
-            },
+            "evaluation": {split: together(images[split], z_scores[split]) for split in images},
         }
-        write_json(figures, options.output / "together.json")
-        show("together", figures)
-
-
-if __name__ == "__main__":
-    main()
+        finish(results)

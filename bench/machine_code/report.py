@@ -1,16 +1,14 @@
 """Every shipped kernel configuration in machine code for cards that need not be there.
 
-``python -m bench machine-code`` makes the calls of ``cases`` for an A100 (sm_80),
-an H100 (sm_90) and an MI300X (gfx942), and compiles what the launchers would launch instead of
-launching it. It prints registers, spilled bytes, shared memory, matrix instructions and code size
-of each configuration, writes them to ``bench/results/compile_report.json`` (with ``--only``,
-``--arch`` or ``--every``, only to what ``--output`` names), and exits with 1 if a configuration
-spills, asks for more shared memory than the card has, or lacks matrix instructions.
+The calls listed in ``bench/machine_code/cases.py`` are made for an A100 (sm_80), an H100 (sm_90)
+and an MI300X (gfx942), and what the launchers would launch is compiled in place of being launched.
+Registers, spilled bytes, shared memory, matrix instructions and code size of each configuration are
+printed and go to ``compile_report.json``. The exit code is 1 if a configuration spills, asks for
+more shared memory than the card has, or lacks matrix instructions.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import itertools
 import json
@@ -19,6 +17,7 @@ import os
 import pkgutil
 import sys
 import time
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from fnmatch import fnmatch
@@ -33,10 +32,10 @@ from rich.table import Table
 
 from squid_fast import kernels
 
+from ..measurements import RESULTS, write
 from .cases import cases
 from .compilers import CARDS, Launch, Row, describe, measure, recorded
 
-RESULTS = Path(__file__).parents[1] / "results" / "compile_report.json"
 WARPGROUP_ROWS = 64  # that sm_90's warpgroup instructions multiply at once
 
 
@@ -74,7 +73,7 @@ def collect(archs: list[str], pattern: str) -> tuple[dict[Launch, list[str]], li
                 launches.setdefault(launch, []).append(case.label)
     if len(archs) == len(CARDS):  # some kernels may suit some cards only
         failures += [
-            f"{name} is launched by no call of bench/compile_cases.py; list one."
+            f"{name} is launched by no call of bench/machine_code/cases.py; list one."
             for name in sorted(wanted - reached)
         ]
     return launches, failures
@@ -259,37 +258,37 @@ def measure_all(launches: list[Launch], workers: int) -> Iterator[tuple[Launch, 
             yield futures[future], future.result()
 
 
-def write(rows: list[Row], path: Path) -> None:
-    """As JSON, a line for each configuration, the same whenever the machine code is the same."""
-    lines = ",\n".join(json.dumps(row) for row in rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f'{{"triton": "{triton.__version__}", "configurations": [\n{lines}\n]}}\n')
-
-
-def main() -> None:
-    """Compile, print and write; exit with 1 if something is wrong."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--only",
         default="",
         metavar="PATTERN",
-        help="part of a kernel's name, or a pattern with * and ?",
+        help="Part of the names of the kernels to compile, or a pattern with * and ?.",
     )
-    parser.add_argument("--arch", choices=CARDS, help="one target instead of all three")
+    parser.add_argument("--arch", choices=CARDS, help="One card, in place of all three.")
     parser.add_argument(
-        "--every", action="store_true", help="compile all variants, not only the hardest"
+        "--every", action="store_true", help="All variants, in place of the hardest ones."
     )
-    parser.add_argument("--brief", action="store_true", help="one line for each kernel and card")
+    parser.add_argument("--brief", action="store_true", help="One line for each kernel and card.")
     parser.add_argument(
         "--output",
         type=Path,
-        metavar="PATH",
-        help=f"JSON file; without --only, --arch and --every {RESULTS.name}",
+        metavar="FOLDER",
+        help="Folder of the results file. Default: bench/results, but none with --only, --arch or "
+        "--every.",
     )
     parser.add_argument(
-        "--workers", type=int, default=os.cpu_count(), help="compilations side by side"
+        "--workers",
+        type=int,
+        default=os.cpu_count(),
+        metavar="N",
+        help="Number of compilations at a time. Default: %(default)s, that of the cores.",
     )
-    options = parser.parse_args()
+    parser.set_defaults(run=main)
+
+
+def main(options: Namespace) -> None:
+    """Compile, print and write; exit with 1 if something is wrong."""
     if triton.knobs.runtime.interpret:
         sys.exit("TRITON_INTERPRET is set: kernels would be interpreted, not compiled. Unset it.")
     started = time.monotonic()
@@ -304,7 +303,9 @@ def main() -> None:
     rows.sort(key=lambda row: (row["file"], row["kernel"], row["arch"], json.dumps(row)))
     narrowed = options.only or options.arch or options.every
     if output := options.output or (None if narrowed else RESULTS):
-        write(rows, output)
+        # Without machine and date: the file is the same whenever the machine code is the same.
+        content = {"triton": triton.__version__, "configurations": rows}
+        write(content, output / "compile_report.json")
     # In logs there is no window to fit into.
     console = Console(width=None if sys.stdout.isatty() else 120)
     for shown in [brief_table(rows)] if options.brief else full_tables(rows):
@@ -320,7 +321,3 @@ def main() -> None:
     if not rows:
         print(f"Nothing was compiled: no kernel's name has {options.only!r} in it.")
     sys.exit(bool(failures) or not rows)
-
-
-if __name__ == "__main__":
-    main()

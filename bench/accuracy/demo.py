@@ -1,0 +1,61 @@
+"""How far the results of the demo spread, alone and beside a busy process.
+
+``squid-fast demo`` is run with seed after seed, in turn alone and beside a process that computes
+all the time. Figures go to ``demo.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..arguments import add_output
+from ..measurements import ROOT, Results
+from ..scoring.threads import busy
+
+KEPT = ("aurocs", "trained_grids", "training_seconds", "seconds")
+
+
+def run(minutes: float, seed: int, others: int) -> dict[str, Any]:
+    """One demo beside so many busy processes: what is kept of its result."""
+    with tempfile.TemporaryDirectory() as folder, busy(others):
+        command = [sys.executable, "-m", "squid_fast", "demo", "--json", "--seed", str(seed)]
+        command += ["--minutes", str(minutes), "--out", str(Path(folder) / "demo")]
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    found = json.loads(done.stdout)
+    kept = {name: found[name] for name in KEPT} | {"threads": found["machine"]["threads"]}
+    return {"seed": seed, "busy": others, **kept}
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        default=5,
+        metavar="N",
+        help="Number of seeds, each run alone and beside a busy process. Default: 5.",
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=4.0, metavar="M", help="Minutes of a demo. Default: 4."
+    )
+    add_output(parser)
+    parser.set_defaults(run=main)
+
+
+def main(options: Namespace) -> None:
+    """Run the demos and write the results file after each."""
+    settings = {"minutes": options.minutes}
+    results = Results(options.output / "demo.json", torch.device("cpu"), settings)
+    runs = results.figures["runs"] = []
+    for seed in range(options.seeds):
+        for others in (0, 1):
+            runs.append(run(options.minutes, seed, others))
+            results.write()
+            print(json.dumps(runs[-1]), flush=True)
