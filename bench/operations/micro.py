@@ -25,7 +25,7 @@ from squid_fast.utils.devices import choose_device
 from ..arguments import add_device, add_output, thread_count
 from ..measurements import Results
 from . import timing
-from .cases import CONTENDERS, OPERATIONS, Case, schedule
+from .cases import CONTENDERS, OPERATIONS, SELECTIONS, Case, schedule
 from .problems import Problem, call_of, function_of, problem
 from .roofline import Ceilings, floors, measure, work_of
 from .verify import verify

@@ -20,6 +20,7 @@ from .cases import Case
 
 KEEP = 0.95  # the published chance of a position to be in-painted
 HEADS = 8
+THRESHOLD = 2.0  # of hard shrinkage: between the logits of ``_logits`` that are kept and the others
 
 Function = Callable[..., Tensor]
 
@@ -88,18 +89,50 @@ def _memory_lookup(case: Case, device: torch.device) -> Problem:
     )
 
 
-def _gumbel_shrinkage(case: Case, device: torch.device) -> Problem:
+def _projected_lookup(case: Case, device: torch.device) -> Problem:
+    """A lookup whose answers are made of projected slots, three times as wide, as in evaluation."""
+    made = _memory_lookup(case, device)
+    _, memory = made.inputs
+    k = dict(case.sizes)["k"]
+    N, M, C = memory.shape
+
+    def plain(query: Tensor, memory: Tensor, values: Tensor) -> Tensor:
+        logits = torch.einsum("bnc,nmc->bnm", query, memory)
+        return torch.einsum("bnm,nmd->bnd", reference.gumbel_shrinkage(logits, k), values)
+
+    made.inputs.append(torch.randn(N, M, 3 * C, device=device))
+    made.reference = plain
+    made.ours = lambda q, m, v: ops.memory_lookup(q, m, k, values=v)
+    return made
+
+
+def _logits(case: Case, device: torch.device) -> Tensor:
+    """Logits [B, N, M] of which k stand clear of the others."""
     s = dict(case.sizes)
     B, N, M, k = (s[name] for name in "BNMk")
     logits = 0.3 * torch.randn(B, N, M, device=device)
     heights = torch.linspace(9, 6, k, device=device)
     heights[-1] = 3.0
-    logits.scatter_(-1, torch.rand_like(logits).topk(k, dim=-1).indices, heights.expand(B, N, k))
+    chosen = torch.rand_like(logits).topk(k, dim=-1).indices
+    return logits.scatter_(-1, chosen, heights.expand(B, N, k))
+
+
+def _gumbel_shrinkage(case: Case, device: torch.device) -> Problem:
+    k = dict(case.sizes)["k"]
     return Problem(
-        [logits],
+        [_logits(case, device)],
         [0],
         lambda x: reference.gumbel_shrinkage(x, k),
         lambda x: ops.gumbel_shrinkage(x, k),
+    )
+
+
+def _hard_shrinkage(case: Case, device: torch.device) -> Problem:
+    return Problem(
+        [_logits(case, device)],
+        [0],
+        lambda x: reference.hard_shrinkage(x, THRESHOLD),
+        lambda x: ops.hard_shrinkage(x, THRESHOLD),
     )
 
 
@@ -192,7 +225,9 @@ def _inpaint_block(case: Case, device: torch.device) -> Problem:
 
 BUILDERS = {
     "memory_lookup": _memory_lookup,
+    "projected_lookup": _projected_lookup,
     "gumbel_shrinkage": _gumbel_shrinkage,
+    "hard_shrinkage": _hard_shrinkage,
     "masked_shortcut": _masked_shortcut,
     "neighbourhood_attention": _neighbourhood_attention,
     "inpaint_block": _inpaint_block,

@@ -90,6 +90,14 @@ def _replay(graph: torch.cuda.CUDAGraph) -> float:
     return start.elapsed_time(end) / 1e3
 
 
+def graph_seconds(call: Call, device: torch.device, repeats: int = REPEATS) -> float:
+    """Median seconds of a call in a CUDA graph of its own; on a CPU, of a call by the clock."""
+    if device.type == "cpu":
+        return on_cpu(call, seconds=0, least=1).median
+    graph = _graph(call)
+    return statistics.median(_replay(graph) for _ in range(repeats))
+
+
 def _flush() -> Call:
     """Reads four times what the L2 cache holds."""
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())

@@ -13,7 +13,7 @@ from .problems import Problem, WrongResultError
 
 # Of the root mean square. Wide enough for half precision as the eager contender computes it: logits
 # of 9 are rounded to 0.03.
-TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2}
+TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 # Of the gradients of a whole block, in which a ReLU whose input is nearly zero may be open in one
 # precision and shut in the other: one of n entries is an error of 1 / sqrt(n).
 BLOCK_TOLERANCES = {"float32": 1e-2, "bfloat16": 2e-1}

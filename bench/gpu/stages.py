@@ -1,0 +1,241 @@
+"""Tests and measurements of a machine with a GPU, in stages.
+
+- ``tests``: the tests that call kernels or CUDA graphs, on the device;
+- ``contact``: every operation once at published sizes, against float64;
+- ``levers``: where scoring spends its time, and what changes of the network would give;
+- ``steps``: the same for training;
+- ``peers``: what TF32, bf16 and ``torch.compile`` give to the published way;
+- ``speed``: scoring and training beside the published way;
+- ``operations``: every operation beside the reference, eager and compiled.
+
+A stage is one or more steps. Each step runs within the time that is left, and one that fails does
+not stop the others. Exit codes: 0 if all steps passed, 1 if one failed, 2 if there is no GPU.
+Figures go to files of the stages, exit codes and seconds of the steps to ``summary.json``, and what
+the steps print to ``log.txt``.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from ..arguments import add_output
+from ..measurements import RESULTS, ROOT, Results
+from ..operations.cases import OPERATIONS
+from ..scoring.speed import PARTS
+
+TESTS = ("tests/kernels", "tests/ops", "tests/inference", "tests/training/test_graphs.py")
+_REHEARSED = ("tests/kernels/test_gumbel_shrinkage.py", "-k", "equals_reference and float32")
+_WORKERS = 13  # test processes; compiling takes most of their time
+_SHOWN = 12  # last lines that a step has printed
+_GRACE = 8.0  # seconds in which an interrupted process has to end
+_OUT_OF_TIME = 124
+
+Command = Sequence[str]
+
+
+@dataclass(frozen=True)
+class Step:
+    """Commands that run side by side, for at most so many seconds."""
+
+    name: str
+    seconds: float
+    commands: Sequence[Command]
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def python(*arguments: str | Path) -> Command:
+    return [sys.executable, *map(str, arguments)]
+
+
+def _tests(options: Namespace) -> list[Step]:
+    chosen = options.tests or (TESTS if options.device == "cuda" else _REHEARSED)
+    command = [
+        *python("-m", "pytest", *chosen),
+        "-q",
+        "-rf",
+        "--tb=short",
+        "-p",
+        "no:cacheprovider",
+    ]
+    if options.device == "cuda" and find_spec("xdist"):
+        command += ["-n", f"{_WORKERS}", "--dist", "worksteal"]
+    # Without it cuBLAS warns of results that are not deterministic, and warnings are errors.
+    steps = [Step("tests", 300, [command], {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"})]
+    sanitizer = shutil.which("compute-sanitizer")
+    if options.device == "cuda" and sanitizer:
+        case = "memory_lookup forward_backward bfloat16 B=16 N=4 M=200 C=2048 k=5"
+        checked = [sanitizer, "--tool", "memcheck", "--error-exitcode", "9", "--print-limit", "5"]
+        checked += python("-m", "bench.gpu.contact", "--case", case)
+        steps.append(Step("sanitizer", 60, [checked], {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}))
+    return steps
+
+
+def _program(name: str, seconds: int) -> Callable[[Namespace], list[Step]]:
+    """The stage of a program of this folder that stops by itself before the time is up."""
+
+    def steps(options: Namespace) -> list[Step]:
+        command = python("-m", f"bench.gpu.{name}", *_common(options))
+        if name != "contact":
+            command = [*command, "--seconds", f"{seconds - 5}"]
+        return [Step(name, seconds, [command])]
+
+    return steps
+
+
+def _speed(options: Namespace) -> list[Step]:
+    command = python("-m", "bench", "speed", *_common(options))
+    if options.device == "cpu":
+        tiny = ["--part", "training", "--rounds", "1", "--batch", "2", "--threads", "1"]
+        return [Step("speed", 60, [[*command, *tiny]])]
+    command = [*command, "--rounds", "15"]
+    return [Step(f"speed: {part}", 60, [[*command, "--part", part]]) for part in PARTS]
+
+
+def _operations(options: Namespace) -> list[Step]:
+    command = python("-m", "bench", "operations", *_common(options))
+    if options.device == "cpu":
+        return [Step("operations", 60, [[*command, "--sizes", "tiny"]])]
+    # Compiled side by side, while nothing is timed; the steps after it find the code in the caches.
+    each = {name: [*command, "--operation", name] for name in OPERATIONS}
+    steps = [Step("operations: compile", 150, [[*one, "--check"] for one in each.values()])]
+    steps.append(Step("operations: floors", 30, [[*command, "--floors"]]))
+    for name, one in each.items():
+        steps.append(Step(f"operations: {name}", 60, [[*one, "--seconds", "45"]]))
+    return steps
+
+
+def _common(options: Namespace) -> Command:
+    return ["--device", options.device, "--output", str(options.output)]
+
+
+STAGES: dict[str, Callable[[Namespace], list[Step]]] = {
+    "tests": _tests,
+    "contact": _program("contact", 90),
+    "levers": _program("levers", 90),
+    "steps": _program("steps", 90),
+    "peers": _program("peers", 60),
+    "speed": _speed,
+    "operations": _operations,
+}
+
+
+def run(step: Step, seconds: float, log: Path) -> int:
+    """Run a step within the seconds, and log what it prints: the exit code."""
+    deadline = time.monotonic() + min(step.seconds, seconds)
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"} | dict(step.environment)
+    code, text = 0, ""
+    with ExitStack() as stack:
+        running = []
+        for command in step.commands:
+            output = stack.enter_context(tempfile.TemporaryFile())
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # so that the processes it starts end with it
+            )
+            running.append((process, output))
+        for process, output in running:
+            try:
+                code = process.wait(max(deadline - time.monotonic(), 0)) or code
+            except subprocess.TimeoutExpired:
+                code = _OUT_OF_TIME
+                _end(process)
+            output.seek(0)
+            text += output.read().decode(errors="replace")
+    with log.open("a", encoding="utf-8") as file:
+        file.write(f"== {step.name}\n{text}\n")
+    print("\n".join(line[:300] for line in text.splitlines()[-_SHOWN:]), flush=True)
+    return code
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Interrupt a process, after which pytest says what has failed, and kill what is left."""
+    for number in (signal.SIGINT, signal.SIGKILL):
+        os.killpg(process.pid, number)
+        try:
+            process.wait(_GRACE)
+        except subprocess.TimeoutExpired:
+            continue
+        return
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "stages",
+        nargs="*",
+        metavar="STAGE",
+        help=f"Stages to run, of {', '.join(STAGES)}. Default: all.",
+    )
+    parser.add_argument(
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda",
+        help="Device: cuda, or cpu for a rehearsal at tiny sizes. Default: cuda.",
+    )
+    parser.add_argument(
+        "--limit",
+        type=float,
+        default=540.0,
+        metavar="S",
+        help="Seconds that all stages may take. Default: 540.",
+    )
+    parser.add_argument(
+        "--tests",
+        nargs="+",
+        metavar="PATH",
+        help="Arguments of pytest in the stage 'tests', in place of the usual ones.",
+    )
+    add_output(parser, RESULTS / "gpu")
+    parser.set_defaults(run=main)
+
+
+def main(options: Namespace) -> None:
+    """Run the stages."""
+    if unknown := set(options.stages) - set(STAGES):
+        sys.exit(f"There is no stage {', '.join(sorted(unknown))}; there are {', '.join(STAGES)}.")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("PyTorch sees no GPU here; --device cpu rehearses the stages.", file=sys.stderr)
+        sys.exit(2)
+    if options.device == "cpu":  # at tiny sizes threads would only wait for one another
+        os.environ["OMP_NUM_THREADS"] = "1"
+    started = time.monotonic()
+    options.output = options.output.resolve()
+    options.output.mkdir(parents=True, exist_ok=True)
+    log = options.output / "log.txt"
+    log.unlink(missing_ok=True)
+    settings = {"limit_s": options.limit}
+    summary = Results(options.output / "summary.json", torch.device(options.device), settings)
+    print(summary.header, flush=True)
+    rows = summary.figures["steps"] = []
+    for stage in options.stages or STAGES:
+        for step in STAGES[stage](options):
+            begun = time.monotonic()
+            left = options.limit - (begun - started)
+            print(f"\n== {step.name}", flush=True)
+            code = run(step, left, log) if left > 5 else _OUT_OF_TIME
+            seconds = round(time.monotonic() - begun, 1)
+            rows.append({"step": step.name, "exit_code": code, "seconds": seconds})
+            summary.write()
+    print()
+    for row in rows:
+        state = {0: "passed", _OUT_OF_TIME: "FAILED: out of time"}
+        ended = state.get(row["exit_code"], f"FAILED: exit code {row['exit_code']}")
+        print(f"{row['step']:30} {row['seconds']:6.1f} s  {ended}")
+    sys.exit(any(row["exit_code"] for row in rows))
