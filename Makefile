@@ -1,5 +1,5 @@
 # Everything here needs only make and a Python from 3.10 to 3.13; the rest goes into .venv.
-#   make test ARGS="-k memory"     hands arguments on (test, bench, speed, compile, demo)
+#   make test ARGS="-k memory"     hands arguments on (test, bench, speed, compile, demo, gpu)
 #   make setup PYTHON=python3.12   chooses the Python that .venv is made with
 
 PYTHON ?= python3
@@ -10,10 +10,10 @@ READY := $(VENV)/.ready
 SOURCES := conftest.py squid_fast kernels reference bench tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test avx2 lint format types compile bench speed clean
+.PHONY: help setup demo test avx2 lint format types compile bench speed gpu rehearsal clean
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(READY)  ## Build .venv from constraints.txt (done by the others when needed)
 
@@ -51,6 +51,12 @@ bench: $(READY)  ## Time every operation beside the reference, eager and compile
 
 speed: $(READY)  ## Time training and scoring beside the published way
 	@$(BIN)/python -m bench speed $(ARGS)
+
+gpu: $(READY)  ## Test and measure everything on a machine with a GPU
+	@$(BIN)/python -m bench gpu $(ARGS)
+
+rehearsal: $(READY)  ## Rehearse `make gpu` without a GPU, at tiny sizes
+	@$(BIN)/python -m bench gpu --device cpu --output build/gpu
 
 clean:  ## Remove what make has made: .venv, build folders, caches
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

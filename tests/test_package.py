@@ -121,7 +121,10 @@ def test_reference_stands_alone() -> None:
 
 def test_figures_in_documents_are_the_measured_ones() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "bench.pages", "--check"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "bench", "pages", "--check"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
 

@@ -108,7 +108,8 @@ def _speed(options: Namespace) -> list[Step]:
 def _operations(options: Namespace) -> list[Step]:
     command = python("-m", "bench", "operations", *_common(options))
     if options.device == "cpu":
-        return [Step("operations", 60, [[*command, "--sizes", "tiny"]])]
+        tiny = ["--operation", "memory_lookup", "--sizes", "tiny"]
+        return [Step("operations", 60, [[*command, *tiny]])]
     # Compiled side by side, while nothing is timed; the steps after it find the code in the caches.
     each = {name: [*command, "--operation", name] for name in OPERATIONS}
     steps = [Step("operations: compile", 150, [[*one, "--check"] for one in each.values()])]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from bench import pages as readme
-from bench.accuracy import tables as accuracy_tables
-from bench.accuracy.accuracy import together
-from bench.measurements import commit
+import squid_fast
+from bench import measurements, pages
+from bench.__main__ import COMMANDS, main
+from bench.accuracy.runs import together
+from bench.measurements import Results, commit
 from bench.operations import micro, roofline, timing
 from bench.operations.cases import OPERATIONS, Case, cases
-from bench.operations.micro import Results, Runner
+from bench.operations.micro import Runner, Timings
 from bench.operations.problems import WrongResultError as Wrong
 from bench.operations.problems import call_of, function_of, problem
 from bench.operations.roofline import Ceilings, Work
@@ -155,7 +156,7 @@ def test_cold_times_are_what_the_call_adds_to_the_flush(monkeypatch: pytest.Monk
 
 def test_rows_of_a_gpu_are_held_against_the_floor(tmp_path: Path) -> None:
     case = tiny("gumbel_shrinkage")
-    results = Results(tmp_path, CPU)
+    results = Timings(tmp_path, CPU)
     results._ceilings = Ceilings(bytes_per_s=1e9, bfloat16=1e12, float32=1e12)
     row = results.add(case, "eager", 0.0, timing.Timing([2e-6], [4e-6]))
     moved = 2 * 4 * (2 * 4 * 7)  # bytes: 448
@@ -167,47 +168,47 @@ def test_rows_of_a_gpu_are_held_against_the_floor(tmp_path: Path) -> None:
 
 def test_results_keep_rows_of_the_same_commit_and_drop_others(tmp_path: Path) -> None:
     case = tiny("gumbel_shrinkage")
-    results = Results(tmp_path, CPU)
+    results = Timings(tmp_path, CPU)
     results.add(case, "eager", 1e-7, timing.Timing([4e-6], []))
-    row = Results(tmp_path, CPU).add(case, "squid_fast", 1e-7, timing.Timing([2e-6], []))
+    row = Timings(tmp_path, CPU).add(case, "squid_fast", 1e-7, timing.Timing([2e-6], []))
     assert row["ratio_to_eager"] == 2.0
-    written = json.loads(results.path.read_text())
+    written = json.loads(results.results.path.read_text())
     assert [r["contender"] for r in written["rows"]] == ["eager", "squid_fast"]
     assert written["torch"] == torch.__version__
-    again = Results(tmp_path, CPU)
+    again = Timings(tmp_path, CPU)
     again.fail(case, "squid_fast", Wrong("off"))
     assert list(again.failures.values()) == ["WrongResultError: off"]
-    assert len(json.loads(results.path.read_text())["rows"]) == 1
+    assert len(json.loads(results.results.path.read_text())["rows"]) == 1
     written["commit"] = "another"
-    results.path.write_text(json.dumps(written))
-    assert Results(tmp_path, CPU).rows == {}
+    results.results.path.write_text(json.dumps(written))
+    assert Timings(tmp_path, CPU).rows == {}
 
 
 def test_the_table_of_microbenchmarks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readme, "RESULTS", tmp_path)
-    assert readme.TABLES["micro_cuda"]().startswith("Not measured yet")
+    monkeypatch.setattr(measurements, "RESULTS", tmp_path)
+    assert pages.TABLES["micro_cuda"]().startswith("Not measured yet")
     case = tiny("gumbel_shrinkage", "forward_backward")
-    results = Results(tmp_path, CPU)
+    results = Timings(tmp_path, CPU)
     results.add(case, "eager", 1e-7, timing.Timing([4e-6], []))
     results.add(case, "squid_fast", 1e-7, timing.Timing([2e-6], []))
     line = "| gumbel shrinkage, forward + backward | B 2, N 4, M 7, k 5 | float32 | 4 |  | 2.00 × |"
-    assert line in readme.TABLES["micro_cpu"]().splitlines()
+    assert line in pages.TABLES["micro_cpu"]().splitlines()
 
 
 def test_the_table_of_speed_says_of_every_part_how_it_was_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    monkeypatch.setattr(measurements, "RESULTS", tmp_path)
     how = {"device": "That", "threads": 2, "precision": "int8", "torch": "3", "rounds": 4}
     part = how | {"rows": {"ours": {"images_per_second": 8.0, "ratio": 2.0}}}
     path = tmp_path / "speed_cpu.json"
     path.write_text(json.dumps({"evaluation": part, "training": part}))
-    alike = readme.TABLES["speed"]().splitlines()
+    alike = pages.TABLES["speed"]().splitlines()
     assert "| training: ours | 8.0 | 2.0 × |" in alike
     said = "2 cores (That), int8, torch 3, medians of 4 interleaved rounds."
     assert alike[-2:] == ["", said]
     path.write_text(json.dumps({"evaluation": part, "training": part | {"rounds": 9}}))
-    apart = readme.TABLES["speed"]().splitlines()
+    apart = pages.TABLES["speed"]().splitlines()
     assert apart[-3:] == [f"Evaluation: {said}", "", f"Training: {said.replace('4', '9')}"]
 
 
@@ -219,10 +220,9 @@ def test_a_part_measured_anew_leaves_the_others(
     kept = {"commit": "x", "rows": {"a": 1}}
     path.write_text(json.dumps({"training": {"rows": {"old": 1}}, "screening": kept}))
     options = ["--rounds=1", "--batch=2", "--threads=1", "--device=cpu", "--part=training"]
-    monkeypatch.setattr(sys, "argv", ["speed", *options, f"--output={tmp_path}"])
-    speed.main()
+    main(["speed", *options, f"--output={tmp_path}"])
     written = json.loads(path.read_text())
-    assert list(written) == ["screening", "training"]
+    assert set(written) == {"screening", "training"}
     assert written["screening"] == kept
     training = written["training"]
     assert (training["commit"], training["rounds"]) == (commit(), 1)
@@ -233,6 +233,93 @@ def test_a_part_measured_anew_leaves_the_others(
     assert second["ratio"] == pytest.approx(
         first["milliseconds"] / second["milliseconds"], rel=0.01
     )
+
+
+def test_every_command_describes_itself_and_each_of_its_options(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    commands = [[name] for name in COMMANDS]
+    commands += [["accuracy", name] for name in ("runs", "baselines", "contamination", "demo")]
+    for command in commands:
+        with pytest.raises(SystemExit) as ended:
+            main([*command, "--help"])
+        assert ended.value.code == 0
+        usage, about, *rest = capsys.readouterr().out.split("\n\n")
+        assert usage.startswith(f"usage: python -m bench {' '.join(command)} ")
+        assert re.match(r"[A-Z].*[.:]$", about.splitlines()[0]), about
+        options = "\n\n".join(rest).partition("options:\n")[2]
+        for option in re.findall(r"^  (--.*(?:\n {4,}.*)*)", options, re.MULTILINE):
+            assert re.search(r"\s{2,}[A-Z][^ ]*( .*)?", option), f"{command}: {option}"
+            assert option.rstrip().endswith("."), f"{command}: {option}"
+
+
+def test_an_unknown_command_names_those_that_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["sped"])
+    assert ended.value.code == 2
+    assert "'operations', 'machine-code', 'speed'" in capsys.readouterr().err
+
+
+def test_results_say_where_they_come_from_and_keep_what_has_the_same_settings(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "folder" / "figures.json"
+    results = Results(path, CPU, {"settings": {"epochs": 2}})
+    results.figures["runs"] = {"0.1": [1, 2]}
+    results.write()
+    written = json.loads(path.read_text())
+    assert written == {**measurements.describe(CPU), **results.header, **results.figures}
+    assert (written["commit"], written["settings"]) == (commit(), {"epochs": 2})
+
+    path.write_text(json.dumps(written | {"torch": "1.0"}))
+    again = Results(path, CPU, {"settings": {"epochs": 2}})
+    again.resume("settings")  # whatever else has changed
+    assert again.figures == results.figures
+    again = Results(path, CPU, {"settings": {"epochs": 2}})
+    again.resume()
+    assert again.figures == {}
+    again = Results(path, CPU, {"settings": {"epochs": 3}})
+    again.resume("settings")
+    assert again.figures == {}
+
+
+def test_results_of_a_part_leave_the_other_parts(tmp_path: Path) -> None:
+    path = tmp_path / "figures.json"
+    for part, rate in {"one": 1.0, "other": 2.0, "one ": 3.0}.items():
+        results = Results(path, CPU, {"rounds": 4}, part=part.strip())
+        results.figures["rate"] = rate
+        results.write()
+    written = json.loads(path.read_text())
+    assert {part: found["rate"] for part, found in written.items()} == {"one": 3.0, "other": 2.0}
+    assert written["other"]["rounds"] == 4
+    assert written["other"]["torch"] == torch.__version__
+
+
+def test_a_file_of_figures_has_a_line_for_each_row_and_never_nan(tmp_path: Path) -> None:
+    path = tmp_path / "figures.json"
+    content = {"µ": "×", "rows": [{"a": 1}, {"a": [2, {"b": 3}]}], "none": [], "x": {"y": [1]}}
+    measurements.write(content, path)
+    assert measurements.read(path) == content
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert {'{"a": 1},', '{"a": [2, {"b": 3}]}', '"µ": "×",'} <= set(lines)
+    with pytest.raises(ValueError, match="JSON"):
+        measurements.write({"rows": [float("nan")]}, path)
+    assert measurements.read(path) == content
+    assert measurements.read(tmp_path / "absent.json") == {}
+
+
+def test_pages_give_the_citation_the_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = tmp_path / "CITATION.cff"
+    page.write_text("cff-version: 1.2.0\nversion: 0.0.1\n")
+    monkeypatch.setattr(pages, "PAGES", (page,))
+    monkeypatch.setattr(pages, "ROOT", tmp_path)
+    with pytest.raises(SystemExit, match=r"CITATION.cff: figures are out of date"):
+        main(["pages", "--check"])
+    main(["pages"])
+    assert page.read_text() == f"cff-version: 1.2.0\nversion: {squid_fast.__version__}\n"
+    main(["pages", "--check"])
 
 
 def test_plain_pytest_collects_no_benchmarks() -> None:
@@ -261,7 +348,7 @@ def test_the_flag_runs_benchmarks_alone(tmp_path: Path) -> None:
 def test_the_runner_without_pytest_does_the_same(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    results = Results(tmp_path, CPU)
+    results = Timings(tmp_path, CPU)
     monkeypatch.setattr(timing, "on_cpu", lambda call: timing.Timing([1e-6], []))
     assert micro.run(CPU, "tiny", results, ("gumbel_shrinkage",)) == 0
     assert len(results.rows) == 4
@@ -283,24 +370,26 @@ def test_runs_together_are_ranked_by_the_mean_of_their_z_scores() -> None:
 def test_the_table_of_accuracy_is_of_the_runs_that_it_shows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(accuracy_tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(measurements, "RESULTS", tmp_path)
+    tmp_path = tmp_path / "accuracy"
+    tmp_path.mkdir()
     labels, z = np.repeat([0, 1], 20), np.arange(40.0)
     split = {PAPER_SCORE: evaluate(labels, z, score_name=PAPER_SCORE).to_json()}
     about = {"seed": 0, "training_images": 9, "recipe": {"epochs": 2}, "training_minutes": 3.0}
     run = {"evaluation": {"val": split, "test": split}, "about": about, "threads": 7}
     (tmp_path / "zhanglab_cpu-seed0.json").write_text(json.dumps(run))
-    assert "2 epochs, 3 minutes. Accuracy" in accuracy_tables.accuracy()
+    assert "2 epochs, 3 minutes. Accuracy" in pages.TABLES["accuracy"]()
     about["machine"] = {"device": "That", "threads": 2}
     (tmp_path / "zhanglab_cpu-seed1.json").write_text(json.dumps(run))
-    said = accuracy_tables.accuracy()
+    said = pages.TABLES["accuracy"]()
     assert "2 epochs, 3 minutes, 3 minutes on 2 cores (That). Accuracy" in said
     both = {"runs": ["zhanglab_cpu-seed0", "zhanglab_cpu-seed1"], **run}
     (tmp_path / "together.json").write_text(json.dumps(both))
-    assert "| together |" in accuracy_tables.accuracy()
+    assert "| together |" in pages.TABLES["accuracy"]()
     both["runs"].append("zhanglab_cpu-seed2")
     (tmp_path / "together.json").write_text(json.dumps(both))
-    with pytest.raises(ValueError, match=r"seed2, but there are .*seed1: run bench accuracy"):
-        accuracy_tables.accuracy()
+    with pytest.raises(ValueError, match=r"seed2, but there are .*seed1: give all"):
+        pages.TABLES["accuracy"]()
 
 
 def test_a_step_is_timed_with_the_threads_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,33 +407,3 @@ def test_busy_processes_end_with_the_block(monkeypatch: pytest.MonkeyPatch) -> N
     with threads.busy(2):
         assert [other.poll() for other in started] == [None, None]
     assert all(other.poll() is not None for other in started)
-
-
-def gpu_script(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = ["bash", str(ROOT / "bench" / "gpu.sh"), *arguments]
-    variables = os.environ | {"PYTHON": sys.executable} | environment
-    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_gpu_script_says_that_there_is_no_gpu(tmp_path: Path) -> None:
-    done = gpu_script(str(tmp_path / "out"))
-    assert done.returncode == 2
-    assert "PyTorch sees no GPU" in done.stderr
-    assert not (tmp_path / "out").exists()
-
-
-def test_gpu_script_goes_on_after_a_failure(tmp_path: Path) -> None:
-    done = gpu_script(
-        "--cpu",
-        str(tmp_path),
-        BENCH_ONLY="environment|kernel|gumbel",
-        BENCH_TESTS="tests/kernels/absent.py",
-    )
-    assert done.returncode == 1, done.stdout
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    codes = {step["step"]: step["rc"] for step in summary["steps"]}
-    assert codes == {"environment": 0, "kernel tests": 4, "microbenchmarks: gumbel_shrinkage": 0}
-    assert "FAILED (4)" in (tmp_path / "summary.txt").read_text()
-    assert len(json.loads((tmp_path / "micro_cpu.json").read_text())["rows"]) == 4
-    assert "absent.py" in (tmp_path / "log.txt").read_text()

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("triton")
 pytest.importorskip("rich")
 
-from bench.machine_code.compile_report import problems
+from bench.machine_code.report import problems
 
 ROOT = Path(__file__).parents[2]
 
@@ -52,7 +52,7 @@ def hoard(x_ptr, out_ptr, steps, N: tl.constexpr):
 
 JUDGE = """
 import json, sys, torch, bad
-from bench.machine_code.compile_report import problems
+from bench.machine_code.report import problems
 from bench.machine_code.compilers import CARDS, measure, recorded
 
 def judge(arch, launch):
@@ -153,20 +153,12 @@ def test_bad_kernels_are_found_in_their_machine_code(tmp_path: Path) -> None:
 
 
 def test_the_report_of_one_kernel(tmp_path: Path) -> None:
-    path = tmp_path / "report.json"
-    arguments = (
-        "-m",
-        "bench.machine_code.compile_report",
-        "--arch",
-        "sm_90",
-        "--output",
-        str(path),
-    )
-    done = run(*arguments, "--only", "masked_shortcut_forward")
+    options = ["--arch", "sm_90", "--only", "masked_shortcut_forward", "--output", str(tmp_path)]
+    done = run("-m", "bench", "machine-code", *options)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "sm_90" in done.stdout
     assert "0 problems" in done.stdout
-    rows = json.loads(path.read_text())["configurations"]
+    rows = json.loads((tmp_path / "compile_report.json").read_text())["configurations"]
     assert {row["dtypes"][0] for row in rows} == {"fp32", "bf16", "fp16"}
     for row in rows:
         assert row["kernel"] == "_masked_shortcut_forward_kernel"
@@ -179,13 +171,13 @@ def test_the_report_of_one_kernel(tmp_path: Path) -> None:
 
 
 def test_nothing_compiled_is_no_success() -> None:
-    done = run("-m", "bench.machine_code.compile_report", "--only", "no such kernel")
+    done = run("-m", "bench", "machine-code", "--only", "no such kernel")
     assert done.returncode == 1
     assert "no such kernel" in done.stdout
 
 
 def test_the_interpreter_cannot_compile() -> None:
-    done = run("-m", "bench.machine_code.compile_report", TRITON_INTERPRET="1")
+    done = run("-m", "bench", "machine-code", TRITON_INTERPRET="1")
     assert done.returncode == 1
     assert "TRITON_INTERPRET is set" in done.stderr
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bench.__main__ import main
 from bench.scoring import costs, decoding
 from squid_fast.data import read_image
 
@@ -83,11 +84,8 @@ def test_rates_come_from_the_results(tmp_path: Path) -> None:
     assert costs.read_rates(tmp_path).gpu == 7.0
 
 
-def test_options_replace_assumptions(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("sys.argv", ["costs", "--disk-mb", "123", "--machines", "7"])
-    costs.main()
+def test_options_replace_assumptions(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["costs", "--disk-mb", "123", "--machines", "7"])
     printed = capsys.readouterr().out
     assert "| disk of one machine | 123 MB/s | assumed |" in printed
     assert "7 machines of 64 cores" in printed

@@ -1,0 +1,146 @@
+"""The stages for a machine with a GPU, on one without."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bench.__main__ import main
+from bench.gpu import contact, stages
+from bench.gpu.stages import Step
+from bench.gpu.trials import Trials, tf32
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_it_says_that_there_is_no_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["gpu", "--output", str(tmp_path / "out")])
+    assert ended.value.code == 2
+    assert "PyTorch sees no GPU" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_stage_names_those_that_there_are() -> None:
+    with pytest.raises(SystemExit, match="no stage lever; there are tests, contact, levers"):
+        main(["gpu", "lever"])
+
+
+def test_stages_go_on_after_a_failure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    options = ["--device=cpu", f"--output={tmp_path}", "--tests", "tests/kernels/absent.py"]
+    with pytest.raises(SystemExit) as ended:
+        main(["gpu", "tests", "operations", *options])
+    assert ended.value.code == 1
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    codes = {step["step"]: step["exit_code"] for step in summary["steps"]}
+    assert codes == {"tests": 4, "operations": 0}
+    assert summary["torch"] == torch.__version__
+    assert "FAILED: exit code 4" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "micro_cpu.json").read_text())["rows"]) == 6
+    assert "absent.py" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_step_that_takes_too_long_is_ended_with_what_it_has_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "_GRACE", 0.5)
+    child = f"import time; time.sleep(3); open({str(tmp_path / 'outlived')!r}, 'w')"
+    deaf = (
+        "import signal, subprocess, sys, time; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+        f"subprocess.Popen([sys.executable, '-c', {child!r}]); print('begun', flush=True); "
+        "time.sleep(60)"
+    )
+    quick = [sys.executable, "-c", "print('done')"]
+    step = Step("slow", 1.0, [quick, [sys.executable, "-c", deaf]])
+    started = time.monotonic()
+    assert stages.run(step, 60, tmp_path / "log.txt") == 124
+    assert time.monotonic() - started < 20
+    assert (tmp_path / "log.txt").read_text() == "== slow\ndone\nbegun\n\n"
+    time.sleep(max(0, 4 - (time.monotonic() - started)))
+    assert not (tmp_path / "outlived").exists()
+
+
+def test_every_stage_names_programs_that_there_are(tmp_path: Path) -> None:
+    for device in ("cuda", "cpu"):
+        options = SimpleNamespace(device=device, output=tmp_path, tests=None)
+        steps = [step for stage in stages.STAGES.values() for step in stage(options)]
+        assert len({step.name for step in steps}) == len(steps)
+        for command in (command for step in steps for command in step.commands):
+            if "bench" in command:
+                assert command[:3] == [sys.executable, "-m", "bench"]
+            else:
+                module = command[2]
+                path = Path(*module.split(".")).with_suffix(".py")
+                assert module == "pytest" or (stages.ROOT / path).is_file()
+    for tests in stages.TESTS:
+        assert (stages.ROOT / tests).exists()
+
+
+@pytest.mark.parametrize("name", ["projected_lookup", "hard_shrinkage", "masked_shortcut"])
+def test_contact_finds_what_is_wrong(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = next(x for x in contact.cases(CPU) if x.startswith(name) and "float32" in x)
+    row = contact.check(case, CPU)
+    assert row["same_bits"]
+    assert row["error"] < 1e-5
+    made = contact.problem
+
+    def worse(*arguments: object) -> object:
+        problem = made(*arguments)
+        ours, calls = problem.ours, iter(range(9))
+        problem.ours = lambda *inputs: ours(*inputs) * (1.1 + next(calls))
+        return problem
+
+    monkeypatch.setattr(contact, "problem", worse)
+    row = contact.check(case, CPU)
+    assert not row["same_bits"]
+    assert "problem" in row
+
+
+def test_trials_keep_what_they_found_when_one_fails(tmp_path: Path) -> None:
+    options = SimpleNamespace(device="cpu", output=tmp_path, seconds=60.0)
+    trials = Trials("some", options)
+    trials.attempt("a", lambda: {16: 2.5})
+    trials.attempt("b", lambda: 1 / 0)
+    trials.attempt("c", lambda: float("nan"))  # which JSON cannot say
+    trials.attempt("d", lambda: 4)
+    late = Trials("late", SimpleNamespace(device="cpu", output=tmp_path, seconds=1.0))
+    late.attempt("e", lambda: 5)
+    found = json.loads((tmp_path / "some_cpu.json").read_text())
+    assert (found["a"], found["d"]) == ({"16": 2.5}, 4)
+    assert found["b"] == "failed: ZeroDivisionError: division by zero"
+    assert found["c"].startswith("failed: ValueError")
+    assert trials.failures == ["b", "c"]
+    skipped = json.loads((tmp_path / "late_cpu.json").read_text())["e"]
+    assert skipped == "skipped: the time was up"
+
+
+def test_tf32_is_as_it_was_after_the_block() -> None:
+    def flags() -> tuple[bool, bool]:
+        return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+    before = flags()
+    with tf32(False, products=True):
+        assert flags() == (False, True)
+    assert flags() == before
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 1, 1), (2, 5, 3, 7)])
+@pytest.mark.parametrize("skipped", [0, 4])
+def test_the_resize_equals_that_of_pytorch(shape: tuple[int, ...], skipped: int) -> None:
+    up2 = pytest.importorskip("bench.gpu.up2", reason="needs Triton")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # or its interpreter
+    B, _, H, W = shape
+    x = torch.randn(shape, device=device)
+    skip = torch.randn(B, skipped, 2 * H, 2 * W, device=device) if skipped else None
+    found = up2.up2(x, skip)
+    torch.testing.assert_close(found, up2.resized(x, skip), rtol=1e-6, atol=1e-6)
