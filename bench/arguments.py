@@ -1,29 +1,41 @@
-"""Options that several commands have."""
+"""Options of commands, each in a line."""
 
 from __future__ import annotations
 
 import os
 from argparse import ArgumentParser
 from pathlib import Path
+from typing import Any
 
 from .measurements import RESULTS, ROOT
 
+_METAVARS = {int: "N", float: "X", Path: "FOLDER"}
+
+
+def add_option(parser: ArgumentParser, name: str, default: Any, help: str, **settings: Any) -> None:
+    """Add an option that has the type of its default, which its help names."""
+    kind = Path if isinstance(default, Path) else type(default)
+    shown = os.path.relpath(default, ROOT) if kind is Path else default
+    settings = {"type": kind, "help": f"{help}. Default: {shown}."} | settings
+    if "choices" not in settings:
+        settings.setdefault("metavar", _METAVARS[kind])
+    parser.add_argument(name, default=default, **settings)
+
+
+def add_folder(parser: ArgumentParser, name: str, help: str, required: bool = False) -> None:
+    """Add an option that takes a folder and has no default."""
+    parser.add_argument(name, type=Path, metavar="FOLDER", help=help, required=required)
+
 
 def add_output(parser: ArgumentParser, folder: Path = RESULTS) -> None:
-    """The folder of the results file."""
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=folder,
-        metavar="FOLDER",
-        help=f"Folder of the results file. Default: {os.path.relpath(folder, ROOT)}.",
-    )
+    """Add the folder of the results file."""
+    add_option(parser, "--output", folder, "Folder of the results file")
 
 
 def add_device(parser: ArgumentParser) -> None:
-    """The device that is measured."""
-    help = "Device to measure, cpu or cuda. Default: the GPU if there is one."
-    parser.add_argument("--device", metavar="DEVICE", help=help)
+    """Add the device that is measured."""
+    help = "Device to measure. Default: the GPU if there is one."
+    parser.add_argument("--device", choices=("cpu", "cuda"), help=help)
 
 
 def thread_count() -> int:
@@ -33,18 +45,16 @@ def thread_count() -> int:
 
 
 def add_threads(parser: ArgumentParser) -> None:
-    """The number of PyTorch threads."""
-    help = "Number of PyTorch threads. Default: that of the cores, or OMP_NUM_THREADS."
-    parser.add_argument("--threads", type=int, default=thread_count(), metavar="N", help=help)
+    """Add the number of PyTorch threads."""
+    add_option(parser, "--threads", thread_count(), "Number of PyTorch threads")
 
 
 def add_seed(parser: ArgumentParser) -> None:
-    """The seed of everything random."""
-    help = "Seed of everything random. Default: %(default)s."
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help=help)
+    """Add the seed of everything random."""
+    add_option(parser, "--seed", 0, "Seed of everything random")
 
 
 def add_data(parser: ArgumentParser, required: bool = True) -> None:
-    """The labelled images."""
+    """Add the labelled images."""
     help = "Folder of labelled images, in a layout that squid-fast knows."
-    parser.add_argument("--data", type=Path, required=required, metavar="FOLDER", help=help)
+    add_folder(parser, "--data", help, required)

@@ -24,7 +24,7 @@ from squid_fast.experiments.baselines import (
 from squid_fast.inference.bundle import read_json
 from squid_fast.training import load_splits
 
-from ..arguments import add_data, add_output, add_seed, add_threads
+from ..arguments import add_data, add_option, add_output, add_seed, add_threads
 from ..measurements import RESULTS, Results
 from .data import held_out
 
@@ -51,28 +51,13 @@ def measure(
 
 def add_arguments(parser: ArgumentParser) -> None:
     add_data(parser)
+    names = ", ".join(METHODS)
+    help = f"Methods to measure; the others stay in the file. Default: all of {names}."
     parser.add_argument(
-        "--methods",
-        nargs="*",
-        choices=METHODS,
-        default=list(METHODS),
-        help=f"Methods to measure. Default: all of {', '.join(METHODS)}.",
-        metavar="METHOD",
+        "--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD", help=help
     )
-    parser.add_argument(
-        "--epochs",
-        type=int,
-        default=RECIPE.epochs,
-        metavar="N",
-        help="Number of epochs of the methods that train a network. Default: %(default)s.",
-    )
-    parser.add_argument(
-        "--size",
-        type=int,
-        default=128,
-        metavar="PIXELS",
-        help="Width and height of the images. Default: 128.",
-    )
+    add_option(parser, "--epochs", RECIPE.epochs, "Number of epochs of a network")
+    add_option(parser, "--size", 128, "Width and height of the images in pixels")
     add_threads(parser)
     add_seed(parser)
     add_output(parser, RESULTS / "accuracy")

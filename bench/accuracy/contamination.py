@@ -22,7 +22,7 @@ from squid_fast.inference.scores import PAPER_SCORE
 from squid_fast.presets import Preset
 from squid_fast.training import load_splits, train_bundle
 
-from ..arguments import add_data, add_output, add_seed, add_threads
+from ..arguments import add_data, add_folder, add_option, add_output, add_seed, add_threads
 from ..measurements import RESULTS, Results
 from .data import SPLITS, held_out
 
@@ -70,30 +70,14 @@ def draw(runs: dict[str, Any], path: Path) -> None:
 
 def add_arguments(parser: ArgumentParser) -> None:
     add_data(parser)
+    help = "Folder of abnormal images, none of them in the splits 'val' and 'test' of the data."
+    add_folder(parser, "--contaminants", help, required=True)
+    help = "Shares of abnormal images. Default: 0 0.1 0.2."
     parser.add_argument(
-        "--contaminants",
-        type=Path,
-        required=True,
-        metavar="FOLDER",
-        help="Folder of abnormal images, none of which may be in the splits 'val' and 'test'.",
+        "--rates", type=float, nargs="+", default=[0.0, 0.1, 0.2], metavar="X", help=help
     )
-    parser.add_argument(
-        "--rates",
-        type=float,
-        nargs="+",
-        default=[0.0, 0.1, 0.2],
-        metavar="SHARE",
-        help="Shares of abnormal images. Default: 0 0.1 0.2.",
-    )
-    parser.add_argument(
-        "--preset",
-        choices=PRESETS,
-        default="zhanglab_cpu",
-        help="Preset that is trained. Default: zhanglab_cpu.",
-    )
-    parser.add_argument(
-        "--epochs", type=int, default=10, metavar="N", help="Number of epochs. Default: 10."
-    )
+    add_option(parser, "--preset", "zhanglab_cpu", "Preset that is trained", choices=PRESETS)
+    add_option(parser, "--epochs", 10, "Number of epochs")
     add_threads(parser)
     add_seed(parser)
     add_output(parser, RESULTS / "accuracy")

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..arguments import add_output
+from ..arguments import add_option, add_output
 from ..measurements import ROOT, Results
 from ..scoring.threads import busy
 
@@ -35,16 +35,8 @@ def run(minutes: float, seed: int, others: int) -> dict[str, Any]:
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--seeds",
-        type=int,
-        default=5,
-        metavar="N",
-        help="Number of seeds, each run alone and beside a busy process. Default: 5.",
-    )
-    parser.add_argument(
-        "--minutes", type=float, default=4.0, metavar="M", help="Minutes of a demo. Default: 4."
-    )
+    add_option(parser, "--seeds", 5, "Number of seeds, each run alone and beside a busy process")
+    add_option(parser, "--minutes", 4.0, "Minutes of a demo")
     add_output(parser)
     parser.set_defaults(run=main)
 

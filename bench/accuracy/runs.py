@@ -94,9 +94,8 @@ def finish(results: Results) -> None:
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="Folders that squid-fast train has made."
-    )
+    help = "Folders that squid-fast train has made."
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=help)
     add_data(parser)
     add_output(parser, RESULTS / "accuracy")
     parser.set_defaults(run=main)

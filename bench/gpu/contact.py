@@ -15,7 +15,6 @@ from argparse import ArgumentParser
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -109,14 +108,10 @@ def _in_a_process(names: list[str], device: torch.device) -> list[dict[str, Any]
 def main() -> None:
     """Check the cases; exit with 1 if something is wrong."""
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--case",
-        nargs="+",
-        metavar="NAME",
-        help="Cases to check in this process, printed as lines of JSON, in place of all.",
-    )
+    help = "Cases to check in this process, printed as lines of JSON. Default: all."
+    parser.add_argument("--case", nargs="+", metavar="NAME", help=help)
     add_device(parser)
-    add_output(parser, Path(".benchmarks"))
+    add_output(parser, ROOT / ".benchmarks")
     options = parser.parse_args()
     device = choose_device(options.device)
     if options.case:

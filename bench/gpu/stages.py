@@ -32,7 +32,7 @@ from pathlib import Path
 
 import torch
 
-from ..arguments import add_output
+from ..arguments import add_option, add_output
 from ..measurements import RESULTS, ROOT, Results
 from ..operations.cases import OPERATIONS
 from ..scoring.speed import PARTS
@@ -178,31 +178,13 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "stages",
-        nargs="*",
-        metavar="STAGE",
-        help=f"Stages to run, of {', '.join(STAGES)}. Default: all.",
-    )
-    parser.add_argument(
-        "--device",
-        choices=("cuda", "cpu"),
-        default="cuda",
-        help="Device: cuda, or cpu for a rehearsal at tiny sizes. Default: cuda.",
-    )
-    parser.add_argument(
-        "--limit",
-        type=float,
-        default=540.0,
-        metavar="S",
-        help="Seconds that all stages may take. Default: 540.",
-    )
-    parser.add_argument(
-        "--tests",
-        nargs="+",
-        metavar="PATH",
-        help="Arguments of pytest in the stage 'tests', in place of the usual ones.",
-    )
+    help = f"Stages to run, of {', '.join(STAGES)}. Default: all."
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help=help)
+    help = "Device; cpu rehearses the stages at tiny sizes"
+    add_option(parser, "--device", "cuda", help, choices=("cuda", "cpu"))
+    add_option(parser, "--limit", 540.0, "Seconds that all stages may take")
+    help = "Arguments of pytest in the stage 'tests', in place of the usual ones."
+    parser.add_argument("--tests", nargs="+", metavar="PATH", help=help)
     add_output(parser, RESULTS / "gpu")
     parser.set_defaults(run=main)
 

@@ -8,7 +8,6 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +20,8 @@ from squid_fast.inference import Scorer
 from squid_fast.presets import Preset
 from squid_fast.utils.devices import ScoringPrecision, choose_device
 
-from ..arguments import add_device, add_output
-from ..measurements import Results
+from ..arguments import add_device, add_option, add_output
+from ..measurements import ROOT, Results
 
 _LEAST_SECONDS = 5.0  # in which a trial may still be begun
 
@@ -30,15 +29,9 @@ _LEAST_SECONDS = 5.0  # in which a trial may still be begun
 def parse(description: str | None, arguments: Sequence[str] | None = None) -> Namespace:
     """The options of a program: device, output and seconds."""
     parser = ArgumentParser(description=description)
-    parser.add_argument(
-        "--seconds",
-        type=float,
-        default=60.0,
-        metavar="S",
-        help="Time after which no trial is begun. Default: 60.",
-    )
+    add_option(parser, "--seconds", 60.0, "Time after which no trial is begun")
     add_device(parser)
-    add_output(parser, Path(".benchmarks"))
+    add_output(parser, ROOT / ".benchmarks")
     return parser.parse_args(arguments)
 
 

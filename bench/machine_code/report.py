@@ -21,25 +21,21 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from fnmatch import fnmatch
-from pathlib import Path
 from typing import Any
 
 import triton
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from squid_fast import kernels
 
+from ..arguments import add_folder, add_option
+from ..markdown import table
 from ..measurements import RESULTS, write
 from .cases import cases
 from .compilers import CARDS, Launch, Row, describe, measure, recorded
 
 WARPGROUP_ROWS = 64  # that sm_90's warpgroup instructions multiply at once
-
-
-# --- what is compiled -----------------------------------------------------------------------------
 
 
 def shipped(pattern: str) -> set[str]:
@@ -112,9 +108,6 @@ def hardest(launches: dict[Launch, list[str]]) -> dict[Launch, list[str]]:
     return chosen
 
 
-# --- verdict --------------------------------------------------------------------------------------
-
-
 def _unit(dot: str, arch: str) -> str:
     """The instructions that a dot, "rows x depth x columns dtype", should become."""
     if CARDS[arch].is_amd:
@@ -159,9 +152,6 @@ def problems(row: Row) -> list[str]:
     return found
 
 
-# --- what people see ------------------------------------------------------------------------------
-
-
 def _title(row: Row) -> str:
     constants = " ".join(f"{name}={value}" for name, value in row["constants"].items())
     options = " ".join(f"{name}={value}" for name, value in row["options"].items())
@@ -173,28 +163,25 @@ def _span(values: list[int]) -> str:
     return f"{low}" if low == high else f"{low}-{high}"
 
 
-FIGURES = ("n", "registers", "spilled", "shared", "matrix", "code", "")
+HEAD = ("n", "registers", "spilled", "shared", "matrix", "code", "")
 CAPTION = (
     "n configurations of that layout; registers and spilled bytes of a thread, shared memory and "
     "code in KB, matrix instructions in the code."
 )
 
 
-def full_tables(rows: list[Row]) -> Iterator[Table]:
+def full_tables(rows: list[Row]) -> Iterator[str]:
     """For each kernel a line for each dtype, tile, warps and stages on each card."""
+    head = ("card", "dtype", "tile", "warps", "stages", *HEAD)
     for kernel, of_kernel in _grouped(rows, lambda row: row["kernel"]):
-        shown = _table(kernel, ("card", "dtype", "tile", "warps", "stages"))
-        for key, group in _grouped(of_kernel, _layout):
-            shown.add_row(*key, *_cells(group))
-        yield shown
+        lines = [(*key, *_cells(group)) for key, group in _grouped(of_kernel, _layout)]
+        yield f"{kernel}\n\n{table(head, lines, text=3)}"
 
 
-def brief_table(rows: list[Row]) -> Table:
+def brief_table(rows: list[Row]) -> str:
     """A line for each kernel and card."""
-    shown = _table("", ("kernel", "card"))
-    for key, group in _grouped(rows, lambda row: (row["kernel"], row["arch"])):
-        shown.add_row(*key, *_cells(group))
-    return shown
+    groups = _grouped(rows, lambda row: (row["kernel"], row["arch"]))
+    return table(("kernel", "card", *HEAD), [(*key, *_cells(group)) for key, group in groups], 2)
 
 
 def _grouped(rows: list[Row], key: Callable[[Row], Any]) -> Iterator[tuple[Any, list[Row]]]:
@@ -212,20 +199,9 @@ def _layout(row: Row) -> tuple[str, ...]:
     return row["arch"], "+".join(row["dtypes"]), tile, *launch
 
 
-def _table(title: str, names: tuple[str, ...]) -> Table:
-    table = Table(
-        title=title, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title_justify="left"
-    )
-    for name in names:
-        table.add_column(name, no_wrap=True)
-    for name in FIGURES:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
-
-
 def _cells(group: list[Row]) -> list[str]:
     """How many configurations, and the range or the largest of their figures."""
-    bad = "[red]bad[/]" if any(row["problems"] for row in group) else ""
+    bad = "bad" if any(row["problems"] for row in group) else ""
     good = [row for row in group if "error" not in row]
     if not good:
         return [str(len(group)), *["-"] * 5, bad]
@@ -259,31 +235,16 @@ def measure_all(launches: list[Launch], workers: int) -> Iterator[tuple[Launch, 
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--only",
-        default="",
-        metavar="PATTERN",
-        help="Part of the names of the kernels to compile, or a pattern with * and ?.",
-    )
-    parser.add_argument("--arch", choices=CARDS, help="One card, in place of all three.")
-    parser.add_argument(
-        "--every", action="store_true", help="All variants, in place of the hardest ones."
-    )
-    parser.add_argument("--brief", action="store_true", help="One line for each kernel and card.")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="FOLDER",
-        help="Folder of the results file. Default: bench/results, but none with --only, --arch or "
-        "--every.",
-    )
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=os.cpu_count(),
-        metavar="N",
-        help="Number of compilations at a time. Default: %(default)s, that of the cores.",
-    )
+    help = "Part of the names of the kernels to compile, or a pattern with * and ?. Default: all."
+    parser.add_argument("--only", default="", metavar="PATTERN", help=help)
+    parser.add_argument("--arch", choices=CARDS, help="Card. Default: all.")
+    help = "All variants, in place of the hardest ones."
+    parser.add_argument("--every", action="store_true", help=help)
+    help = "One line for each kernel and card."
+    parser.add_argument("--brief", action="store_true", help=help)
+    help = "Folder of the results file. Default: bench/results, if all kernels are compiled."
+    add_folder(parser, "--output", help)
+    add_option(parser, "--workers", os.cpu_count() or 1, "Number of compilations at a time")
     parser.set_defaults(run=main)
 
 
@@ -306,11 +267,9 @@ def main(options: Namespace) -> None:
         # Without machine and date: the file is the same whenever the machine code is the same.
         content = {"triton": triton.__version__, "configurations": rows}
         write(content, output / "compile_report.json")
-    # In logs there is no window to fit into.
-    console = Console(width=None if sys.stdout.isatty() else 120)
     for shown in [brief_table(rows)] if options.brief else full_tables(rows):
-        console.print(shown)
-    console.print(CAPTION)
+        print(shown, end="\n\n")
+    print(CAPTION)
     failures += [f"{_title(row)} {problem}" for row in rows for problem in row["problems"]]
     for failure in failures:
         print(failure)

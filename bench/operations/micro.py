@@ -22,8 +22,8 @@ from torch import Tensor
 
 from squid_fast.utils.devices import choose_device
 
-from ..arguments import add_device, add_output, thread_count
-from ..measurements import Results
+from ..arguments import add_device, add_option, add_output, thread_count
+from ..measurements import ROOT, Results
 from . import timing
 from .cases import CONTENDERS, OPERATIONS, SELECTIONS, Case, schedule
 from .problems import Problem, call_of, function_of, problem
@@ -48,13 +48,13 @@ class Timings:
 
     @property
     def ceilings(self) -> Ceilings:
-        """Measured when they are first needed."""
+        """Ceilings of the device, which are measured when they are first needed."""
         if self._ceilings is None:
             self._ceilings = measure(self.device)
         return self._ceilings
 
     def add(self, case: Case, contender: str, error: float, timed: timing.Timing) -> Row:
-        """Take a measurement into the file; the row."""
+        """Add a measurement to the file: its row."""
         row: Row = {
             "operation": case.operation,
             "direction": case.direction,
@@ -84,7 +84,7 @@ class Timings:
         return row
 
     def fail(self, case: Case, contender: str, error: BaseException | str) -> None:
-        """Note why there is no row; one of an earlier run goes."""
+        """Note why there is no row, in place of that of an earlier run."""
         key = f"{case.group} {contender}"
         if isinstance(error, BaseException):
             error = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
@@ -118,7 +118,7 @@ def _key(row: Row) -> str:
 
 
 def _order(row: Row) -> tuple[Any, ...]:
-    """Operations, contenders in their own order; the rest by the alphabet, numbers by size."""
+    """Operations and contenders in the order of their lists, sizes by number."""
     return (
         OPERATIONS.index(row["operation"]),
         row["direction"],
@@ -140,7 +140,7 @@ class Runner:
         """The call to time, and its error.
 
         Raises:
-            WrongResultError: it is not right.
+            WrongResultError: The contender disagrees with the reference.
         """
         if self._problem is None or self._case != case:
             self._problem = None  # before the next one takes its memory
@@ -187,38 +187,18 @@ def run(
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--operation",
-        action="append",
-        choices=OPERATIONS,
-        default=[],
-        help="Operation to time, which may be given more than once. Default: all.",
-    )
-    parser.add_argument(
-        "--sizes",
-        choices=SELECTIONS,
-        default="core",
-        help="Sizes: tiny ones for a trial, core ones for minutes, all published ones for longer. "
-        "Default: core.",
-    )
-    parser.add_argument(
-        "--seconds",
-        type=float,
-        default=float("inf"),
-        metavar="S",
-        help="Time after which nothing more is begun. Default: none.",
-    )
+    help = "Operation to time, which may be given more than once. Default: all."
+    parser.add_argument("--operation", action="append", choices=OPERATIONS, default=[], help=help)
+    help = "Sizes: tiny ones for a trial, core ones for minutes, or all, which takes longer"
+    add_option(parser, "--sizes", "core", help, choices=SELECTIONS)
+    add_option(parser, "--seconds", float("inf"), "Time after which nothing more is begun")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument(
-        "--check", action="store_true", help="Compilation and verification alone, without times."
-    )
-    what.add_argument(
-        "--floors",
-        action="store_true",
-        help="The least time that each operation can take on this device, in place of the times.",
-    )
+    help = "Compilation and verification alone, without times."
+    what.add_argument("--check", action="store_true", help=help)
+    help = "The least time that each operation can take on this device, in place of the times."
+    what.add_argument("--floors", action="store_true", help=help)
     add_device(parser)
-    add_output(parser, Path(".benchmarks"))
+    add_output(parser, ROOT / ".benchmarks")
     parser.set_defaults(run=main)
 
 

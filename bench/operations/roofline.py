@@ -177,9 +177,6 @@ def work_of(case: Case) -> Work:
     return COUNTS[case.operation](**s)
 
 
-# --- ceilings -------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Ceilings:
     """What a device does at best, measured: bytes/s copied (read and written), operations/s."""

@@ -44,7 +44,7 @@ class Timing:
 
 
 def on_cpu(call: Call, seconds: float = 0.3, least: int = 5) -> Timing:
-    """By the clock, for that long and at least so often."""
+    """Times by the clock, for that many seconds and at least that many calls."""
     call()
     times: list[float] = []
     while len(times) < least or sum(times) < seconds:
@@ -99,7 +99,7 @@ def graph_seconds(call: Call, device: torch.device, repeats: int = REPEATS) -> f
 
 
 def _flush() -> Call:
-    """Reads four times what the L2 cache holds."""
+    """A call that reads four times as much as the L2 cache holds."""
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     size = 4 * max(getattr(properties, "L2_cache_size", 0), 2**24)
     buffer, into = torch.ones(size // 4, device="cuda"), torch.empty((), device="cuda")
@@ -107,7 +107,7 @@ def _flush() -> Call:
 
 
 def on_cuda(call: Call, repeats: int = REPEATS) -> Timing:
-    """In CUDA graphs, so that no launch waits for the host: n calls a graph, timed by events.
+    """Times in CUDA graphs of n calls, by events, so that no launch waits for the host.
 
     Warm is a graph of n calls, divided by n. Cold is the difference of two graphs that are replayed
     in turn, divided by n: one reads a buffer four times as large as the L2 cache before each of n
@@ -127,7 +127,7 @@ def on_cuda(call: Call, repeats: int = REPEATS) -> Timing:
 
 
 class DeviceClock:
-    """A clock that shows what it is told, for pytest-benchmark to read device times from."""
+    """A clock that is set by hand, from which pytest-benchmark reads times of the device."""
 
     def __init__(self) -> None:
         self.now = 0.0

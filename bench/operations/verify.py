@@ -1,4 +1,4 @@
-"""Only what is right is timed: contenders against the reference in float64."""
+"""Contenders compared with the reference in float64, since only correct ones are timed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def verify(case: Case, made: Problem, call: Callable[[], list[Tensor]]) -> float
     Errors are root mean squares relative to that of what was expected.
 
     Raises:
-        WrongResultError: an error is beyond the tolerance of the dtype, or not a number.
+        WrongResultError: An error exceeds the tolerance of the dtype, or is not a number.
     """
     found = [x.detach().double() for x in call()]
     inputs = [x.detach().double() for x in made.inputs]

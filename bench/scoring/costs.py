@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ..arguments import add_option
 from ..markdown import table
 from ..measurements import RESULTS, read
 
@@ -221,13 +222,8 @@ def _time(seconds: float) -> str:
 
 def add_arguments(parser: ArgumentParser) -> None:
     for assumed in fields(Assumptions):
-        parser.add_argument(
-            f"--{assumed.name.replace('_', '-')}",
-            type=type(assumed.default),
-            default=assumed.default,
-            metavar="X",
-            help=f"{assumed.metadata['meaning']}. Default: {assumed.default:g}.",
-        )
+        name = f"--{assumed.name.replace('_', '-')}"
+        add_option(parser, name, assumed.default, assumed.metadata["meaning"])
     parser.set_defaults(run=main)
 
 

@@ -17,7 +17,7 @@ import torch
 
 from squid_fast.data.readers import load_bytes, load_image
 
-from ..arguments import add_output
+from ..arguments import add_option, add_output
 from ..measurements import ROOT, Results
 
 SHARED = Path(os.environ.get("SQUID_FAST_SHARED") or ROOT.parent / "shared")
@@ -85,14 +85,8 @@ def large_files(source: Path, folder: Path) -> tuple[Path, Path]:
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--images",
-        type=Path,
-        default=SHARED / "data" / "zhanglab" / "test",
-        metavar="FOLDER",
-        help="Folder of radiographs as JPEG files. Default: ZhangLab's test set in the folder "
-        "that SQUID_FAST_SHARED names.",
-    )
+    help = "Folder of radiographs as JPEG files, by default in the folder SQUID_FAST_SHARED"
+    add_option(parser, "--images", SHARED / "data" / "zhanglab" / "test", help)
     add_output(parser)
     parser.set_defaults(run=main)
 

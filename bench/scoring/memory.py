@@ -62,14 +62,9 @@ def measure(files: int, folder: Path) -> dict[str, Any]:
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--files",
-        type=int,
-        nargs="+",
-        default=[1000, 10_000, 100_000],
-        metavar="N",
-        help="Numbers of files, each a run of its own. Default: 1000 10000 100000.",
-    )
+    help = "Numbers of files, each screened in a run of its own. Default: 1000 10000 100000."
+    default = [1000, 10_000, 100_000]
+    parser.add_argument("--files", type=int, nargs="+", default=default, metavar="N", help=help)
     add_output(parser)
     parser.set_defaults(run=main)
 

@@ -30,7 +30,7 @@ from squid_fast import PRESETS, SQUID, Bundle, Discriminator, calibrate, save_bu
 from squid_fast.data import ImageSet
 from squid_fast.screening import utf8_text
 
-from ..arguments import add_output
+from ..arguments import add_option, add_output
 from ..measurements import Results
 from .images import ImageFolder, make_images
 
@@ -220,27 +220,11 @@ def check(images: ImageFolder, whole: Path, table: Path, result: Soak) -> None:
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--files", type=int, default=20_000, metavar="N", help="Number of files. Default: 20000."
-    )
-    parser.add_argument(
-        "--broken",
-        type=float,
-        default=0.05,
-        metavar="SHARE",
-        help="Share of the files that are broken. Default: 0.05.",
-    )
-    parser.add_argument(
-        "--kills", type=int, default=5, metavar="N", help="Number of kills. Default: 5."
-    )
-    parser.add_argument(
-        "--seed",
-        type=int,
-        nargs="+",
-        default=[0],
-        metavar="N",
-        help="Seeds, each of them a soak. Default: 0.",
-    )
+    add_option(parser, "--files", 20_000, "Number of files")
+    add_option(parser, "--broken", 0.05, "Share of the files that are broken")
+    add_option(parser, "--kills", 5, "Number of kills")
+    help = "Seeds, each of them a soak. Default: 0."
+    parser.add_argument("--seed", type=int, nargs="+", default=[0], metavar="N", help=help)
     add_output(parser)
     parser.set_defaults(run=main)
 

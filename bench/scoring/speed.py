@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
 
 import torch
 
@@ -23,7 +22,7 @@ from squid_fast.training.ema import Average
 from squid_fast.training.graphs import Losses, StepGraphs
 from squid_fast.utils.devices import choose_device, choose_layout, choose_precision, to_layout
 
-from ..arguments import add_device, add_output, add_threads
+from ..arguments import add_device, add_folder, add_option, add_output, add_threads
 from ..measurements import Results
 
 PRESET = PRESETS["zhanglab"]
@@ -93,32 +92,13 @@ def _wait(device: torch.device) -> None:
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--part", choices=PARTS, help="One part to measure, in place of all; others are kept."
-    )
-    parser.add_argument(
-        "--rounds", type=int, default=9, metavar="N", help="Number of rounds. Default: 9."
-    )
-    parser.add_argument(
-        "--batch",
-        type=int,
-        default=16,
-        metavar="N",
-        help="Number of images in a batch. Default: 16, as published.",
-    )
-    parser.add_argument(
-        "--seconds",
-        type=float,
-        default=10.0,
-        metavar="S",
-        help="Duration of a screening run, which decides the number of files. Default: 10.",
-    )
-    parser.add_argument(
-        "--bundle", type=Path, metavar="FOLDER", help="Trained model. Default: random weights."
-    )
-    parser.add_argument(
-        "--data", type=Path, metavar="FOLDER", help="Images to screen. Default: made up."
-    )
+    help = "Part to measure; the others stay in the file. Default: all."
+    parser.add_argument("--part", choices=PARTS, help=help)
+    add_option(parser, "--rounds", 9, "Number of rounds")
+    add_option(parser, "--batch", 16, "Number of images in a batch")
+    add_option(parser, "--seconds", 10.0, "Seconds that a screening run should last")
+    add_folder(parser, "--bundle", "Trained model. Default: random weights.")
+    add_folder(parser, "--data", "Images to screen. Default: made up.")
     add_device(parser)
     add_threads(parser)
     add_output(parser)

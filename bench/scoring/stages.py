@@ -13,7 +13,6 @@ import time
 from argparse import ArgumentParser, Namespace
 from collections import defaultdict
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +25,7 @@ from squid_fast.inference.scores import PAPER_SCORE, SCORES
 from squid_fast.metrics import image_auroc
 from squid_fast.utils.devices import has_fast_bf16
 
-from ..arguments import add_data, add_output, add_threads
+from ..arguments import add_data, add_folder, add_option, add_output, add_threads
 from ..measurements import Results
 
 PRECISIONS = ("float32", "bf16", "int8")
@@ -163,19 +162,10 @@ def ranking(bundle: Bundle, test: ImageSet) -> dict[str, dict[str, dict[str, flo
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--bundle",
-        type=Path,
-        metavar="FOLDER",
-        help="Trained model. Default: random weights, of which only times are taken.",
-    )
+    add_folder(parser, "--bundle", "Trained model. Default: random weights, which are only timed.")
     add_data(parser, required=False)
-    parser.add_argument(
-        "--batch", type=int, default=16, metavar="N", help="Images in a batch. Default: 16."
-    )
-    parser.add_argument(
-        "--rounds", type=int, default=9, metavar="N", help="Number of rounds. Default: 9."
-    )
+    add_option(parser, "--batch", 16, "Number of images in a batch")
+    add_option(parser, "--rounds", 9, "Number of rounds")
     add_threads(parser)
     add_output(parser)
     parser.set_defaults(run=main)

@@ -31,7 +31,7 @@ from squid_fast.training.state import Run, Settings
 from squid_fast.utils.devices import Precision, choose_precision
 from squid_fast.utils.threads import SPIN, fastest_threads, threads
 
-from ..arguments import add_output
+from ..arguments import add_option, add_output
 from ..measurements import ROOT, Results
 
 WAYS = ("before", "limited", "one", "chosen")
@@ -91,30 +91,12 @@ def busy(processes: int) -> Iterator[None]:
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--preset",
-        choices=PRESETS,
-        default="small",
-        help="Preset that is trained. Default: small.",
-    )
-    parser.add_argument(
-        "--precision",
-        choices=("auto", "bf16", "float32"),
-        default="auto",
-        help="Precision of training. Default: auto, which is bf16 where the processor has it.",
-    )
-    parser.add_argument(
-        "--rounds",
-        type=int,
-        default=3,
-        metavar="N",
-        help="Number of rounds, of which the upper median is kept. Default: 3.",
-    )
-    parser.add_argument(
-        "--way",
-        choices=WAYS,
-        help="One way, timed in this process and printed as JSON, in place of all.",
-    )
+    add_option(parser, "--preset", "small", "Preset that is trained", choices=PRESETS)
+    precisions = ("auto", "bf16", "float32")
+    add_option(parser, "--precision", "auto", "Precision of training", choices=precisions)
+    add_option(parser, "--rounds", 3, "Number of rounds, of which the upper median is kept")
+    help = "Way to time in this process, printed as JSON. Default: all, each in its own process."
+    parser.add_argument("--way", choices=WAYS, help=help)
     add_output(parser)
     parser.set_defaults(run=main)
 
