@@ -37,7 +37,13 @@ from ..measurements import RESULTS, ROOT, Results
 from ..operations.cases import OPERATIONS
 from ..scoring.speed import PARTS
 
-TESTS = ("tests/kernels", "tests/ops", "tests/inference", "tests/training/test_graphs.py")
+TESTS = (
+    "tests/kernels",
+    "tests/ops",
+    "tests/inference",
+    "tests/modules/test_golden.py",
+    "tests/training/test_graphs.py",
+)
 _REHEARSED = ("tests/kernels/test_gumbel_shrinkage.py", "-k", "equals_reference and float32")
 _WORKERS = 13  # test processes; compiling takes most of their time
 _SHOWN = 12  # last lines that a step has printed
