@@ -69,14 +69,8 @@ def python(*arguments: str | Path) -> Command:
 
 def _tests(options: Namespace) -> list[Step]:
     chosen = options.tests or (TESTS if options.device == "cuda" else _REHEARSED)
-    command = [
-        *python("-m", "pytest", *chosen),
-        "-q",
-        "-rf",
-        "--tb=short",
-        "-p",
-        "no:cacheprovider",
-    ]
+    command = [*python("-m", "pytest", *chosen), "-q", "-rf", "--tb=short"]
+    command += ["-p", "no:cacheprovider", "-p", "no:benchmark"]
     if options.device == "cuda" and find_spec("xdist"):
         command += ["-n", f"{_WORKERS}", "--dist", "worksteal"]
     # Without it cuBLAS warns of results that are not deterministic, and warnings are errors.
