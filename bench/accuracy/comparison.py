@@ -20,7 +20,7 @@ from squid_fast.data import ImageSet, find_records, load_images, select
 from squid_fast.experiments.baselines import (
     METHODS,
     RECIPE,
-    ComparisonScorer,
+    BaselineScorer,
     load_scorer,
     train_method,
 )
@@ -45,7 +45,7 @@ def measure(
         )  # fmt: skip
         about = read_json(Path(folder) / "config.json")["about"]
         scorer = load_scorer(folder)
-    assert isinstance(scorer, ComparisonScorer)
+    assert isinstance(scorer, BaselineScorer)
     found = {
         split: scorer.evaluate(images)[0][scorer.score_name].to_json()
         for split, images in held_out.items()

@@ -97,8 +97,11 @@ def frozen(bundle: Bundle, precision: str) -> tuple[Callable[[Tensor], Tensor], 
     scorer = Scorer(
         bundle.model, bundle.discriminator, bundle.calibration, PAPER_SCORE, precision, "cpu"
     )
-    clock = StageClock(scorer._generator)
-    return lambda images: scorer._look(images, [PAPER_SCORE])[0][PAPER_SCORE], clock
+
+    def score(images: Tensor) -> Tensor:
+        return scorer.measure(images, [PAPER_SCORE])[0][PAPER_SCORE]
+
+    return score, StageClock(scorer.model.generator)
 
 
 def computed_in(bundle: Bundle) -> list[str]:

@@ -90,7 +90,7 @@ def convert(
     if data is not None:
         with progress_bar("reading images") as advance:
             train_set, held_out = load_splits(find_records(data, layout), model.image_size, advance)
-        normal = None if held_out is None else held_out.subset(held_out.labels == 0)
+        normal = held_out.normal if held_out else None
         calibration = calibrate(model, judge, train_set, normal, false_positive_rate)
     about = {"converted_from": [generator.name, discriminator.name]}
     save_bundle(Bundle(model, judge, calibration, about=about), out)

@@ -28,6 +28,7 @@ from ..data.readers import load_bytes
 from ..inference import Scorer
 from ..inference.bundle import Bundle
 from ..inference.calibration import observe_ranges
+from ..inference.model import FrozenModel
 from ..inference.precision import can_use_int8
 from ..inference.quantization import has_int8
 from ..inference.scores import PAPER_SCORE, Calibration, Quantization, ScoreCalibration
@@ -51,7 +52,7 @@ PARTS = ("evaluation", "screening")
 _JPEG_SIDE = 224  # pixels, of the published ZhangLab files
 _ROUNDS_OF_FILES = 3  # a run over files is long enough to be steady by itself
 _MOST_MADE_UP = 8192  # files
-_BORNE_STAGES = ("downs.2", "downs.3", "ups.0", "ups.1", "ups.2")
+_INT8_STAGES = ("downs.2", "downs.3", "ups.0", "ups.1", "ups.2")
 _AGREED = 32  # images on which both ways have to agree
 _NO_CALIBRATION = Calibration({PAPER_SCORE: ScoreCalibration(0, 1, 0, 0.05, [])}, [], [], "")
 
@@ -239,10 +240,10 @@ def figures(contenders: Contenders, seconds: Seconds) -> Rows:
 
 
 def random_bundle(preset: Preset) -> Bundle:
-    """A model with random weights, for want of a trained one.
+    """A model with random weights, where no trained one is given.
 
-    How fast it is does not hang on its weights, but which stages can be in bytes does: for int8
-    those are taken that a model trained on ZhangLab bore. Unasked it is not scored so.
+    Its speed does not depend on the weights, but the stages that can be computed in int8 do: those
+    of a model trained on ZhangLab are taken. ``precision="auto"`` does not choose int8 for it.
     """
     torch.manual_seed(0)
     size = preset.image_size
@@ -258,8 +259,8 @@ def random_bundle(preset: Preset) -> Bundle:
     bundle = Bundle(model.eval(), discriminator.eval())
     if has_int8() and model.config["level"] == 4:
         seen = ImageSet((images * 255).byte(), torch.zeros(8, dtype=torch.int64), [""] * 8)
-        exact = Scorer(model, discriminator, precision="float32", device="cpu")
-        known = Quantization(list(_BORNE_STAGES), observe_ranges(exact, seen), {})
+        exact = FrozenModel(model, discriminator)
+        known = Quantization(list(_INT8_STAGES), observe_ranges(exact, seen), {})
         bundle.calibration = dataclasses.replace(_NO_CALIBRATION, quantization=known)
     return bundle
 

@@ -84,7 +84,7 @@ def memory_use(model: SQUID, images: ImageSet) -> dict[str, MemoryUse]:
 
     for name, memory in memories.items():
         memory.register_forward_pre_hook(remember(name))
-    own(evenly(images).batch(slice(0, _IMAGES), device), teacher=False)
+    own(images.subsample(_IMAGES).batch(slice(0, _IMAGES), device), teacher=False)
     return {name: _use(memories[name], query) for name, query in asked.items()}
 
 
@@ -105,11 +105,6 @@ def _use(memory: Memory, query: Tensor) -> MemoryUse:
     ).amax(dim=0)
     kind = "queue" if isinstance(memory, MemoryQueue) else "matrix"
     return MemoryUse(kind, hits.cpu().numpy(), cosine.cpu().numpy())
-
-
-def evenly(images: ImageSet, most: int = _IMAGES) -> ImageSet:
-    """At most so many images, from all over the set."""
-    return images.subset(np.unique(np.linspace(0, len(images) - 1, most).astype(int)).tolist())
 
 
 def draw_memory(uses: dict[str, MemoryUse], path: Path) -> None:
@@ -158,7 +153,7 @@ class Diary:
         self.folder = out / "pictures"
         self.images = images
         kinds = [images.labels == label for label in sorted(set(images.labels.tolist()))]
-        chosen = [evenly(images.subset(kind), _SHOWN) for kind in kinds]
+        chosen = [images.subset(kind).subsample(_SHOWN) for kind in kinds]
         self.shown = ImageSet.concatenate(*chosen)
 
     def add(self, model: SQUID, epoch: int) -> dict[str, float]:

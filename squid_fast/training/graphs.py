@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..inference.graphs import capture
+
 Losses = dict[str, Tensor]
 Step = Callable[[Tensor, int], Losses]
 Captured = tuple[Callable[[], None], Losses]  # a replay, and the losses that it writes
@@ -33,24 +35,23 @@ class _Kind:
 class StepGraphs:
     """Runs a training step, after some steps of its kind by replaying a CUDA graph.
 
-    The first steps of a kind are ordinary steps, on a stream of their own as capturing asks for.
-    Nothing in a step may read a tensor on the host. The tensors that it trains must stay where they
-    are, and the optimisers must be capturable, with learning rates in tensors.
+    The first steps of a kind are ordinary steps, on a side stream, as a capture needs them to be.
+    No step may read a tensor on the host. The tensors that it trains must stay where they are, and
+    the optimisers must be capturable, with learning rates in tensors.
 
     Args:
         step: of the chosen images [B], int64 on the device, and the step's number; returns losses.
         kind: of the step with that number.
-        capture: makes a graph of a call without arguments.
+        capture: makes a graph of a call, see ``squid_fast.inference.graphs.capture``.
     """
 
     def __init__(
         self,
         step: Step,
         kind: Callable[[int], Hashable],
-        capture: Callable[[Callable[[], Losses]], Captured] | None = None,
+        capture: Callable[[Callable[[], Losses], torch.device], Captured] = capture,
     ) -> None:
-        self._step, self._kind = step, kind
-        self._capture = capture or _capture
+        self._step, self._kind, self._capture = step, kind, capture
         self._kinds: dict[Hashable, _Kind] = {}
 
     def __call__(self, chosen: Tensor, number: int) -> Losses:
@@ -61,7 +62,7 @@ class StepGraphs:
             return self._aside(chosen, number)
         if kind.captured is None:
             kind.chosen = given = chosen.clone()
-            kind.captured = self._capture(lambda: self._step(given, number))
+            kind.captured = self._capture(lambda: self._step(given, number), given.device)
         replay, losses = kind.captured
         assert kind.chosen is not None
         kind.chosen.copy_(chosen)
@@ -71,16 +72,10 @@ class StepGraphs:
     def _aside(self, chosen: Tensor, number: int) -> Losses:
         if not chosen.is_cuda:
             return self._step(chosen, number)
-        current, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+        current = torch.cuda.current_stream(chosen.device)
+        aside = torch.cuda.Stream(chosen.device)
         aside.wait_stream(current)
         with torch.cuda.stream(aside):
             losses = self._step(chosen, number)
         current.wait_stream(aside)
         return losses
-
-
-def _capture(call: Callable[[], Losses]) -> Captured:
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        losses = call()
-    return graph.replay, losses

@@ -108,9 +108,7 @@ def train_bundle(
     processes = Processes.found()
     if not result.finished or not processes.is_main:
         return result
-    normal = None
-    if validation_set is not None:
-        normal = validation_set.subset(validation_set.labels == NORMAL)
+    normal = validation_set.normal if validation_set else None
     with threads(result.threads):
         calibration = calibrate(
             result.model,

@@ -32,7 +32,7 @@ COMPUTED_IN = {"auto": True, "float32": True, "bf16": HAS_BF16, "int8": has_int8
 TRAINING = ("auto", "float32", "bf16")
 REFUSED = {
     "bf16": "precision is 'bf16', which needs hardware that computes in bfloat16",
-    "int8": "precision is 'int8', which needs a processor that multiplies bytes",
+    "int8": "precision is 'int8', which needs a processor with int8 products",
 }
 TRAIN = (
     "--preset", "small", "--epochs", 1, "--batch-size", 4, "--device", "cpu", "--no-pictures"

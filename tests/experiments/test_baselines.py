@@ -17,7 +17,7 @@ from squid_fast.data import ImageSet
 from squid_fast.experiments.baselines import (
     METHODS,
     RECIPE,
-    ComparisonScorer,
+    BaselineScorer,
     load_scorer,
     train_method,
 )
@@ -65,7 +65,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "smoothness"])
 def test_every_method_finds_a_bright_square(name: str, trained: dict[str, Path]) -> None:
     scorer = load_scorer(trained[name], device="cpu")
-    assert isinstance(scorer, ComparisonScorer)
+    assert isinstance(scorer, BaselineScorer)
     test = waves(60, 2, 30)
     evaluations, z = scorer.evaluate(test)
     (figures,) = evaluations.values()

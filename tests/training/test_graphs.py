@@ -27,7 +27,9 @@ def test_every_kind_is_captured_once_and_replayed_on_the_images_of_its_step() ->
         seen.append(("step", number % 2, chosen.tolist()))
         return {"loss": chosen.sum()}
 
-    def capture(call: Callable[[], Losses]) -> tuple[Callable[[], None], Losses]:
+    def capture(
+        call: Callable[[], Losses], device: torch.device
+    ) -> tuple[Callable[[], None], Losses]:
         losses = call()
         kind = seen.pop()[1]  # capturing runs nothing
 

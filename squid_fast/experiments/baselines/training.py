@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ...data import ImageSet
+from ...inference.calibration import calibrate_scores
 from ...metrics import image_auroc
 from ...presets import Recipe
 from ...training import CheckpointError, NonFiniteLossError, Progress, learning_rate
@@ -22,7 +23,7 @@ from ...utils.devices import Precision, choose_device, choose_precision
 from ...utils.machine import describe
 from ...utils.threads import WORTH_TIMING, fastest_threads, threads
 from .networks import AutoEncoder
-from .scorer import METHODS, ComparisonScorer, calibrated, save_comparison
+from .scorer import METHODS, BaselineScorer, save_baseline
 from .shallow import PixelMethod
 
 RECIPE = Recipe(epochs=30, lr=1e-3, t_max=30, lr_floor=0.05)
@@ -101,13 +102,14 @@ def train_method(
             if not finished:
                 return MethodResult(False, run.step)
             step = run.step
-    scorer = ComparisonScorer(name, method, side, device=where)
-    normal = None if validation_set is None else validation_set.subset(validation_set.labels == 0)
-    scorer.calibration = calibrated(scorer, train_set, normal, false_positive_rate)
+    scorer = BaselineScorer(name, method, side, device=where)
+    normal = validation_set.normal if validation_set else None
+    raw = scorer.raw_scores(train_set)
+    scorer.calibration = calibrate_scores(scorer, raw, normal, false_positive_rate)
     validation = {}
     if validation_set is not None and len(set(validation_set.labels.tolist())) == 2:
-        raw = scorer.raw_scores(validation_set).numpy()
-        area = image_auroc(validation_set.labels.numpy(), raw)
+        found = scorer.raw_scores(validation_set)[scorer.score_name].numpy()
+        area = image_auroc(validation_set.labels.numpy(), found)
         validation = {f"auroc_{scorer.score_name}": area}
     facts = {
         "method": name,
@@ -119,7 +121,7 @@ def train_method(
         "machine": describe(where) | {"threads": count},
         **(about or {}),
     }
-    save_comparison(scorer, out, facts)
+    save_baseline(scorer, out, facts)
     return MethodResult(True, step, validation)
 
 
