@@ -44,11 +44,7 @@ class Measurements(NamedTuple):
 
 
 class FrozenModel(nn.Module):
-    """A trained generator and discriminator in the form that evaluation runs fastest in.
-
-    Both are copied (no teacher, batch norm folded into convolutions, memory slots projected), so
-    that later changes of the modules do not reach it. What is measured of an image does not depend
-    on the images beside it.
+    """A trained generator and discriminator, copied into the form that evaluation runs fastest in.
 
     Args:
         model, discriminator: trained; they are not changed.
@@ -80,8 +76,7 @@ class FrozenModel(nn.Module):
             quantization=quantization if int8 else None,
             least=_CPU_BATCH if on_cpu and precision == "float32" else 1,
         ).to(self.device)
-        plain = copy.deepcopy(discriminator).float().eval().to(self.device)
-        plain = to_layout(plain, layout)
+        plain = to_layout(copy.deepcopy(discriminator).float().eval().to(self.device), layout)
         self.discriminators = nn.ModuleDict(
             {"instance": plain, "running": fold_discriminator(plain)}
         )

@@ -52,14 +52,13 @@ class Scores:
 
 
 class BaseScorer(ABC):
-    """Calibrated scores of whatever measures images; ``measure`` is all that a scorer adds.
+    """Calibrated scores by whatever method ``measure`` measures images with.
 
     Args:
-        score: name of the score that ``score`` gives.
-        score_names: of all scores that ``measure`` knows.
+        score: name of the score of ``score``, one of ``score_names``, which ``measure`` knows.
         image_size: S.
-        precision, device: that it computes in and on.
-        calibration: of its scores; without one only ``raw_scores`` can be used.
+        precision, device: of the computation.
+        calibration: of the scores; without one only ``raw_scores`` can be used.
     """
 
     batch_size = BATCH  # of a whole set
@@ -78,20 +77,7 @@ class BaseScorer(ABC):
 
     @abstractmethod
     def measure(self, images: Tensor, names: Collection[str]) -> tuple[dict[str, Tensor], Tensor]:
-        """Raw scores [B] by name, on the CPU, and reconstructions [B, 1, S, S].
-
-        Args:
-            images: [B, 1, S, S], float in [0, 1], or uint8, of which 255 is 1.
-            names: of the scores.
-
-        Raises:
-            ValueError: images that the model cannot take.
-        """
-
-    @property
-    @abstractmethod
-    def fingerprint(self) -> str:
-        """Hash of weights, calibration, score and precision: rows of two must not be mixed."""
+        """Raw scores [B] by name, on the CPU, and reconstructions of images, see ``score``."""
 
     @property
     def threshold(self) -> float:

@@ -61,6 +61,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / name for name in METHODS}
 
 
+def test_the_scorer_answers_to_its_old_name() -> None:
+    with pytest.deprecated_call():
+        from squid_fast.comparison import ComparisonScorer
+    assert ComparisonScorer is BaselineScorer
+
+
 # A square adds edges, which are the contrary of what smoothness looks for.
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "smoothness"])
 def test_every_method_finds_a_bright_square(name: str, trained: dict[str, Path]) -> None:
