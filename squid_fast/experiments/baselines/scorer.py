@@ -33,7 +33,7 @@ METHODS: dict[str, tuple[type[PixelMethod] | type[AutoEncoder], str]] = {
 
 
 class BaselineScorer(BaseScorer):
-    """Scores images with a method of ``METHODS``, in float32 or better.
+    """Scores images with a trained method of ``METHODS``, in float32 or float64.
 
     Args:
         name: of the method.
