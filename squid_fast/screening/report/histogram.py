@@ -12,7 +12,7 @@ _BINS = 40
 
 @dataclass(frozen=True)
 class Bar:
-    """One bin with images in it; lengths in the units of `Histogram`."""
+    """One bin with images in it; lengths in the units of ``Histogram``."""
 
     left: float
     width: float
