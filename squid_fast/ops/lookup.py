@@ -103,13 +103,10 @@ def _hard_shrinkage_backward(grad: Tensor, logits: Tensor, threshold: float) -> 
     return _hard_shrinkage_backward_cpu(grad, logits, threshold)
 
 
-for _shrinkage in (
-    _gumbel_shrinkage,
-    _gumbel_shrinkage_backward,
-    _hard_shrinkage,
-    _hard_shrinkage_backward,
-):
-    _shrinkage.register_fake(fake_like)
+_gumbel_shrinkage.register_fake(fake_like)
+_gumbel_shrinkage_backward.register_fake(lambda grad, logits: fake_like(logits))
+_hard_shrinkage.register_fake(fake_like)
+_hard_shrinkage_backward.register_fake(lambda grad, logits, threshold: fake_like(logits))
 
 
 def _save_logits(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -165,7 +162,7 @@ def hard_shrinkage(logits: Tensor, threshold: float) -> Tensor:
         ValueError: ``threshold`` is not positive and finite, or ``logits`` is not floating point.
 
     Example:
-        >>> hard_shrinkage(torch.tensor([-2.0, 1.0, 1.5, 2.5]), threshold=1.0)
+        >>> hard_shrinkage(torch.tensor([0.5, 1.0, 1.5, 2.5]), threshold=1.0)
         tensor([0.0000, 0.0000, 0.3750, 0.6250])
     """
     check_floating("logits", logits)
@@ -210,7 +207,7 @@ def _memory_lookup_cpu(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The answer, and the scores [N, B, M] in float32 or wider, empty unless ``keep_scores``.
 
-    Summed are the values, or without them the memory itself; only then is there a gradient.
+    The values are summed, or without them the memory itself, and only then is there a gradient.
     """
     scores = _scores(query, memory)
     values = memory if values is None else values
