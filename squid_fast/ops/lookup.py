@@ -24,8 +24,6 @@ from .common import (
 
 EPSILON = 1e-12  # floor of the published normalisations
 
-# --- shrinkage ------------------------------------------------------------------------------------
-
 
 def _keep_above(values: Tensor, threshold: Tensor | float) -> Tensor:
     distance = values - threshold
@@ -168,9 +166,6 @@ def hard_shrinkage(logits: Tensor, threshold: float) -> Tensor:
     check_floating("logits", logits)
     check_threshold(threshold)
     return _hard_shrinkage(logits, float(threshold))
-
-
-# --- memory lookup --------------------------------------------------------------------------------
 
 
 def _scores(x: Tensor, memory: Tensor) -> Tensor:
