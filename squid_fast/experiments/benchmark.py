@@ -35,7 +35,7 @@ from ..inference.scores import PAPER_SCORE, Calibration, Quantization, ScoreCali
 from ..modules import SQUID, Discriminator, discriminator_size
 from ..presets import Preset
 from ..screening import find_files, screen
-from ..screening.reading.files import SHARD_SUFFIX
+from ..screening.reading.files import PACKED_SUFFIX
 from ..utils.devices import ScoringPrecision, has_fast_bf16
 from ..utils.extras import require
 from ..utils.machine import describe
@@ -267,7 +267,7 @@ def random_bundle(preset: Preset) -> Bundle:
 
 def _image_files(data: Path) -> list[str]:
     found = [path for path in find_files(data) if os.path.isfile(path)]
-    files = [path for path in found if not path.lower().endswith(SHARD_SUFFIX)]
+    files = [path for path in found if not path.lower().endswith(PACKED_SUFFIX)]
     if not files:
         raise ValueError(f"{str(data)!r} holds no image files; name a folder that does.")
     return files

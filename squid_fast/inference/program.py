@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from .. import vectorised
+from .. import ops
 from .model import LOGITS, FrozenModel
 from .scores import Calibration, raw_scores, z_score
 
@@ -36,7 +36,7 @@ def trace(model: FrozenModel, score: str, calibration: Calibration) -> ExportedP
             dynamic_shapes={"images": {0: Dim("batch", min=1)}},
         )
     with quiet():
-        program = program.run_decompositions(_DECOMPOSITIONS)
+        program = program.run_decompositions(ops.DECOMPOSITIONS)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # names folders of the machine that exports
     return program
@@ -58,43 +58,6 @@ class _Program(nn.Module):
         own = self.calibration.scores[self.name]
         z = z_score(self.name, raw, own.mean, own.std)
         return raw, z, torch.sigmoid(z), recon
-
-
-def _shrink(values: Tensor, threshold: Tensor | float) -> Tensor:
-    """Weights of the values above a threshold, the others being 0."""
-    kept = values * (values > threshold)
-    return kept / kept.sum(dim=-1, keepdim=True).clamp_min(vectorised.EPSILON)
-
-
-def _memory_lookup(
-    query: Tensor,
-    memory: Tensor,
-    values: Tensor | None,
-    mode: str,
-    top_k: int,
-    threshold: float,
-    keep_scores: bool,
-) -> tuple[Tensor, Tensor]:
-    """``vectorised.memory_lookup`` without gradients, for graphs.
-
-    That one chooses its ways by the number of images, which a graph does not know, and shrinks by
-    ``relu(d) * a / (|d| + 1e-12)``, which is 0 / 0 wherever the 1e-12 is taken for 0, as ONNX's
-    optimisers and half precision do. The weights are the same but where d itself is near 1e-12.
-    """
-    weights = torch.bmm(query.transpose(0, 1), memory.mT)  # [N, B, M]
-    if mode == "gumbel":
-        weights = torch.softmax(weights, dim=-1)
-        weights = _shrink(weights, weights.topk(top_k, dim=-1).values[..., -1:])
-    elif mode == "hard":
-        weights = _shrink(weights, threshold)
-    answer = torch.bmm(weights, memory if values is None else values)
-    return answer.transpose(0, 1).contiguous(), query.new_empty(0)
-
-
-_DECOMPOSITIONS = {
-    torch.ops.squid_fast.memory_lookup.default: _memory_lookup,
-    torch.ops.squid_fast.neighbourhood_attention.default: vectorised.neighbourhood_attention,
-}
 
 
 @contextmanager

@@ -1,12 +1,12 @@
-"""From image files to a result table and a report that a person can read.
+"""From image files to a table of results and a report for people.
 
     from squid_fast.screening import screen_to_table, write_report
 
     summary = screen_to_table(scorer, ["ward-3/", "extra/**/*.dcm"], "results.parquet")
     write_report("report.html", scorer, summary)
 
-Rows go from the files to a journal beside the table, from which a run that was stopped or killed
-can be resumed; the table and what the report needs are made of it at the end.
+Rows are first written to a journal beside the table, from which a run that was stopped or killed
+is resumed. The table, and the summary for the report, are made from it at the end.
 """
 
 from typing import TYPE_CHECKING

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import csv
-import dataclasses
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,8 +16,7 @@ from ..utils.text import finite_or_none, utf8_text
 from .pipeline import ScreenRow
 from .reading.files import PathInput
 
-COLUMNS = tuple(field.name for field in dataclasses.fields(ScreenRow))
-"""path, raw_score, z_score, anomaly_score, flag, threshold, error"""
+COLUMNS = ("path", "raw_score", "z_score", "anomaly_score", "flag", "threshold", "error")
 
 _ROWS_AT_ONCE = 1 << 15  # the rows of a Parquet row group, and all that is held in memory
 

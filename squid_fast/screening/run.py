@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -13,9 +13,9 @@ from pathlib import Path
 from .journal import Journal
 from .journal_format import JournalError, Run
 from .pipeline import ScorerLike, screen_listing
-from .reading.files import PathInput, find_files
+from .reading.files import PathInput, as_paths, find_files
 from .reading.pool import TIMEOUT
-from .reading.shards import count_rows, is_shard
+from .reading.source import Source
 from .report.summary import Summary
 from .results import table_writer, write_table
 
@@ -75,8 +75,7 @@ def screen_to_table(
     out = Path(out)
     check_output(out, resume)
     screen_listing(scorer, (), batch_size, workers, timeout=timeout)  # refuses what is out of range
-    given = [inputs] if isinstance(inputs, str | os.PathLike) else inputs
-    named = [os.fspath(item) for item in given]
+    named = as_paths(inputs)
     run = _describe(scorer, named)
     with Journal(_journal_folder(out)) as journal:
         if journal.run:
@@ -88,7 +87,7 @@ def screen_to_table(
             if resume:
                 say(f"there is no unfinished run of {str(out)!r}: starting at the beginning")
             files = find_files(named)
-            journal.start(run, files, _packed_rows(files))
+            journal.start(run, files, Source(files).packed)
         finished = _score(scorer, journal, batch_size, workers, timeout, on_progress, should_stop)
         if not finished:
             say(
@@ -188,11 +187,6 @@ def _describe(scorer: ScorerLike, named: list[str]) -> Run:
     )
 
 
-def _packed_rows(files: Sequence[str]) -> dict[int, int]:
-    """For the packed files of a listing, by index, how many rows they give."""
-    return {index: count_rows(path) for index, path in enumerate(files) if is_shard(path)}
-
-
 def _check_same(journal: Journal, now: Run) -> None:
     """Refuse to mix rows of two runs in one table."""
     was = asdict(journal.run) if journal.run else {}
@@ -207,7 +201,7 @@ def _check_same(journal: Journal, now: Run) -> None:
         for key, name in _CALLED.items()
         if key in changed
     ]
-    if journal.packed != _packed_rows(journal.files):
+    if journal.packed != Source(journal.files).packed:
         parts.append("packed files among the inputs hold other numbers of images than they did")
     if parts:
         raise JournalError(

@@ -29,6 +29,7 @@ _MOVED = {
         "inference.other_scores": "experiments.research_scores",
         "kernels.choice": "kernels.dispatch",
         "machine": "utils.machine",
+        "ops.shrinkage": "ops.lookup",
         "published": "experiments.published",
         "scores": "inference.scores",
         "screening.files": "screening.reading.files",

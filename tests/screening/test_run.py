@@ -15,7 +15,15 @@ import numpy as np
 import pytest
 import torch
 
-from squid_fast.screening import JournalError, check_output, pack, run, screen, screen_to_table
+from squid_fast.screening import (
+    COLUMNS,
+    JournalError,
+    check_output,
+    pack,
+    run,
+    screen,
+    screen_to_table,
+)
 from tests.screening.limits import file_size_limit
 from tests.screening.test_results import FORMATS, read_table
 
@@ -426,4 +434,5 @@ def test_the_rows_are_those_of_screen(images: Path, tmp_path: Path) -> None:
     out = tmp_path / "r.jsonl"
     screen_to_table(MeanScorer(), images, out, batch_size=4, workers=0)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert rows == [vars(row) for row in screen(MeanScorer(), images, batch_size=4, workers=0)]
+    expected = list(screen(MeanScorer(), images, batch_size=4, workers=0))
+    assert rows == [{name: getattr(row, name) for name in COLUMNS} for row in expected]
