@@ -143,7 +143,7 @@ def draw_memory(uses: dict[str, MemoryUse], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-class Diary:
+class TrainingSnapshots:
     """Pictures of a training run, made anew at every validation, under ``out/pictures``.
 
     ``reconstructions.png`` shows the same images over time, ``memory.png`` and ``memory.json`` how
