@@ -1,4 +1,4 @@
-"""Marks of tests that need what not every processor has."""
+"""Marks of tests that need instructions which not every processor has."""
 
 from __future__ import annotations
 

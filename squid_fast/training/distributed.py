@@ -38,8 +38,8 @@ class Processes:
     local_count: int = 1
 
     @classmethod
-    def found(cls) -> Processes:
-        """As torchrun says it in the environment; a process by itself elsewhere."""
+    def from_environment(cls) -> Processes:
+        """As torchrun describes it in the environment; without torchrun, a single process."""
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             return cls()
         rank, count, local = (

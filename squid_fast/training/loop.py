@@ -137,7 +137,7 @@ def train(
         CheckpointError: nothing to resume, or from a run with other settings.
         NonFiniteLossError: a loss became NaN or infinite.
     """
-    processes = Processes.found()
+    processes = Processes.from_environment()
     processes.check_batch(recipe.batch_size)
     _check_images(model, train_set, recipe)
     where = choose_device(device)

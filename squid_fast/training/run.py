@@ -105,7 +105,7 @@ def train_bundle(
         should_stop=should_stop,
         observe=observe,
     )
-    processes = Processes.found()
+    processes = Processes.from_environment()
     if not result.finished or not processes.is_main:
         return result
     normal = validation_set.normal if validation_set else None

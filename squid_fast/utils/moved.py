@@ -1,4 +1,4 @@
-"""Import paths of earlier versions, which go on working and say once where their module is now."""
+"""Import paths of earlier versions, which still work with a ``DeprecationWarning``."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _MOVED = {
 
 
 class _OldPaths(MetaPathFinder):
-    """Finds a module under the path that it had."""
+    """Finds modules by their former paths."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -53,7 +53,7 @@ class _OldPaths(MetaPathFinder):
 
 
 class _Alias(Loader):
-    """Gives the module that stands elsewhere now."""
+    """Loads the module that a former path stands for."""
 
     def __init__(self, new: str) -> None:
         self.new = new
@@ -76,17 +76,18 @@ def _new_path(name: str) -> str | None:
 
 
 def accept_old_paths() -> None:
-    """Make the old import paths work."""
+    """Make former import paths work."""
     if not any(isinstance(finder, _OldPaths) for finder in sys.meta_path):
         sys.meta_path.insert(0, _OldPaths())
 
 
 def moved_names(package: str, homes: Mapping[str, str]) -> Callable[[str], object]:
-    """The function ``__getattr__`` of a package whose names have moved.
+    """The function ``__getattr__`` for a package whose names have moved.
 
     Args:
-        package: its ``__name__``.
-        homes: of each name, what it is now: ``"squid_fast.data.contamination.check_apart"``.
+        package: ``__name__`` of the package.
+        homes: full present name by former name, such as
+            ``"squid_fast.data.contamination.check_apart"`` by ``"check_apart"``.
     """
 
     def get(name: str) -> object:

@@ -110,7 +110,7 @@ def test_screen(grids: Path, run: Path, precision: str, tmp_path: Path) -> None:
 @scoring
 def test_bench(run: Path, precision: str, tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
-    quick = ("--rounds", 1, "--seconds", 0, "--batch", 2, "--device", "cpu", "--bundle", run)
+    quick = ("--rounds", 1, "--seconds", 0, "--batch-size", 2, "--device", "cpu", "--bundle", run)
     if computes(precision, "bench", *quick, "--out", out, out=out):
         found = json.loads(out.read_text())
         assert precision in ("auto", found["precision"])

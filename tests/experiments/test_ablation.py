@@ -18,7 +18,7 @@ from squid_fast.experiments.ablation import (
     as_markdown,
     changed_model,
     digit_data,
-    judged,
+    evaluate_bundle,
     run_ablation,
     summarised,
 )
@@ -88,7 +88,7 @@ def test_a_stopped_ablation_goes_on_to_the_same_table(data: AblationData, tmp_pa
 
     assert figures(resumed) == figures(whole)
     first = whole["runs"][0]
-    assert first | judged(tmp_path / "whole/full-0", data, "cpu") == first
+    assert first | evaluate_bundle(tmp_path / "whole/full-0", data, "cpu") == first
     model = load_bundle(tmp_path / "whole/one_memory-1").model
     assert model.config["inpainting"] == {"memory": "shared"}
 

@@ -83,7 +83,7 @@ def in_float64() -> Iterator[None]:
 
 def train_in(folder: Path, stop: int = 99, resume: bool = False) -> str:
     """Train until the last rank asks to stop, after so many steps in here; how it ended."""
-    processes, asked = Processes.found(), iter(range(1, 100))
+    processes, asked = Processes.from_environment(), iter(range(1, 100))
     recipe = Recipe(
         batch_size=8, epochs=5, t_max=5, lr=1e-3, n_critic=1, averaging=0.9, validate_every=5
     )

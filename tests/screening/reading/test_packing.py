@@ -455,17 +455,3 @@ def test_lists_on_the_command_line(bundle: Path, tmp_path: Path) -> None:
     assert comparable(list(read_shard(shard, SIZE))) == [
         (str(path), expected(path).tobytes()) for path in (images[1], images[0])
     ]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "reason"),
-    [
-        (["--size", "8"], "nothing to read"),
-        (["x"], "either --size or the --bundle"),
-        (["x", "--size", "8", "--root", "y"], "--root y belongs to a --list"),
-    ],
-)
-def test_calls_that_cannot_be_meant_are_refused(arguments: list[str], reason: str) -> None:
-    with pytest.raises(ValueError, match=reason):
-        squid("pack", "--out", "nowhere", *arguments)
-    assert not os.path.exists("nowhere")
