@@ -7,11 +7,27 @@ from typing import Any
 
 import torch
 
+from ..presets import current_names
 from ..utils.atomic import replacing
+
+CHECKPOINT = "checkpoint.pt"
 
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be read or belongs to another run."""
+
+
+def prepare_folder(out: Path, resume: bool) -> None:
+    """Create the folder of a run.
+
+    Raises:
+        CheckpointError: it already holds a run, which is not to be resumed.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    if not resume and (out / CHECKPOINT).exists():
+        raise CheckpointError(
+            f"{out} already holds a run; add --resume to go on with it, or choose another folder."
+        )
 
 
 def save_checkpoint(state: dict[str, Any], path: Path) -> None:
@@ -36,3 +52,19 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or "step" not in state or "generator" not in state:
         raise CheckpointError(f"{path} is not a checkpoint written by squid-fast train.")
     return state
+
+
+def upgrade(state: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint of an earlier version as this one writes it.
+
+    Args:
+        settings: of the run that goes on, for what a baseline's checkpoint did not record.
+    """
+    saved = dict(state["settings"])
+    if "method" in saved:  # of a baseline, when these had a format of their own
+        saved["model"] = settings["model"] | {"method": saved.pop("method")}
+        saved["images_sha256"], saved["images"] = saved["images"], settings["images"]
+        state = state | {"optimizers": [state["optimizer"]], "best": None}
+    saved["recipe"] = current_names(saved["recipe"])
+    absent = {"sums": {}, "validation": {}, "minutes": 0.0, "to_validate": False, "threads": None}
+    return absent | state | {"settings": saved}

@@ -97,6 +97,11 @@ class Processes:
             dist.all_reduce(values)
         return values
 
+    def close(self) -> None:
+        """Leave the group of processes, at the end of the run."""
+        if self.count > 1:
+            dist.destroy_process_group()
+
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
     """Batch norm over the batches of all processes, for CPUs, which PyTorch's own does not take.

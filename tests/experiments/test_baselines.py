@@ -19,7 +19,7 @@ from squid_fast.experiments.baselines import (
     RECIPE,
     ComparisonScorer,
     load_scorer,
-    train_method,
+    train_baseline,
 )
 from squid_fast.experiments.baselines.networks import AutoEncoder, MemAE, PixelInpainting
 from squid_fast.experiments.baselines.shallow import (
@@ -53,7 +53,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("methods")
     recipe = dataclasses.replace(TINY, epochs=8, t_max=8)
     for name in METHODS:
-        done = train_method(
+        done = train_baseline(
             name, waves(64, 0), folder / name, recipe=recipe, validation_set=waves(40, 1, 20),
             device="cpu", precision="float32", false_positive_rate=0.1,
         )  # fmt: skip
@@ -89,7 +89,7 @@ def test_every_method_finds_a_bright_square(name: str, trained: dict[str, Path])
 def test_training_again_gives_the_same_scores(trained: dict[str, Path], tmp_path: Path) -> None:
     recipe = dataclasses.replace(TINY, epochs=8, t_max=8)
     for name in ("pca", "memae"):
-        train_method(
+        train_baseline(
             name, waves(64, 0), tmp_path / name, recipe=recipe, validation_set=waves(40, 1, 20),
             device="cpu", precision="float32", false_positive_rate=0.1,
         )  # fmt: skip
@@ -180,25 +180,25 @@ def test_every_pixel_is_cut_out_once_and_not_seen_when_painted() -> None:
 
 def test_a_stopped_run_goes_on_to_the_same_result(tmp_path: Path) -> None:
     options = {"recipe": TINY, "device": "cpu", "precision": "float32"}
-    train_method("pixel_inpainting", waves(20, 0), tmp_path / "whole", **options)
+    train_baseline("pixel_inpainting", waves(20, 0), tmp_path / "whole", **options)
     part = tmp_path / "part"
     asked = iter(range(100))
     stop = {"should_stop": lambda: next(asked) >= 2}
-    stopped = train_method("pixel_inpainting", waves(20, 0), part, **options, **stop)
+    stopped = train_baseline("pixel_inpainting", waves(20, 0), part, **options, **stop)
     assert (stopped.finished, stopped.step) == (False, 3)
     assert not (part / "config.json").exists()
     with pytest.raises(CheckpointError, match="already holds a run; add --resume"):
-        train_method("pixel_inpainting", waves(20, 0), part, **options)
-    with pytest.raises(CheckpointError, match="a run with another seed"):
-        train_method("pixel_inpainting", waves(20, 0), part, **options, resume=True, seed=1)
-    assert train_method("pixel_inpainting", waves(20, 0), part, **options, resume=True).finished
+        train_baseline("pixel_inpainting", waves(20, 0), part, **options)
+    with pytest.raises(CheckpointError, match="other settings: seed was 0 and is 1"):
+        train_baseline("pixel_inpainting", waves(20, 0), part, **options, resume=True, seed=1)
+    assert train_baseline("pixel_inpainting", waves(20, 0), part, **options, resume=True).finished
     one, other = (load_scorer(path, device="cpu") for path in (tmp_path / "whole", part))
     assert one.fingerprint == other.fingerprint
 
 
 def test_what_does_not_fit_is_said(trained: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="method is 'svm'; known are squid, pca"):
-        train_method("svm", waves(8, 0), tmp_path)
+        train_baseline("svm", waves(8, 0), tmp_path)
     with pytest.raises(ValueError, match="image_size is 30; 16 must divide it"):
         AutoEncoder(image_size=30)
     with pytest.raises(BundleError, match="holds a 'pca', not SQUID"):
