@@ -1,4 +1,4 @@
-"""Published and small configurations: the model's arguments and how it is trained."""
+"""Presets: arguments of the model and the recipe of its training, as published and smaller."""
 
 from __future__ import annotations
 

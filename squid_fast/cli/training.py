@@ -10,7 +10,7 @@ import typer
 
 from ..data import ImageSet, find_records, load_images
 from ..data.contamination import check_apart, contaminated
-from ..experiments.baselines import METHODS, RECIPE, BaselineResult, train_baseline
+from ..experiments.baselines import RECIPE, BaselineResult, train_baseline
 from ..experiments.diagnostics import TrainingSnapshots, draw_memory, memory_use
 from ..inference.bundle import load_bundle
 from ..presets import Keep

@@ -1,4 +1,4 @@
-"""Checkpoints: everything a run needs to go on, written so that a crash leaves the old one."""
+"""Checkpoints: what a run needs to be resumed; a crash while saving keeps the old one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CHECKPOINT = "checkpoint.pt"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be read or belongs to another run."""
+    """A checkpoint cannot be read, or belongs to another run."""
 
 
 def prepare_folder(out: Path, resume: bool) -> None:
@@ -31,17 +31,17 @@ def prepare_folder(out: Path, resume: bool) -> None:
 
 
 def save_checkpoint(state: dict[str, Any], path: Path) -> None:
-    """Write ``state`` to ``path``; readers see the old file or the whole new one, never half."""
+    """Write ``state`` to ``path``, which holds the old file until the new one is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         torch.save(state, file)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU; tensors and plain values only, no code is run.
+    """Read a checkpoint onto the CPU; only tensors and plain values are read, no code is run.
 
     Raises:
-        CheckpointError: there is none, or it is no checkpoint of ours.
+        CheckpointError: there is no such file, or it is not a checkpoint of squid-fast.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -55,13 +55,14 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def upgrade(state: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint of an earlier version as this one writes it.
+    """Bring a checkpoint that an earlier version wrote into the present format.
 
     Args:
-        settings: of the run that goes on, for what a baseline's checkpoint did not record.
+        state: the checkpoint as it was read.
+        settings: settings of the run that is resumed, for what a baseline's did not record.
     """
     saved = dict(state["settings"])
-    if "method" in saved:  # of a baseline, when these had a format of their own
+    if "method" in saved:  # baselines had a format of their own
         saved["model"] = settings["model"] | {"method": saved.pop("method")}
         saved["images_sha256"], saved["images"] = saved["images"], settings["images"]
         state = state | {"optimizers": [state["optimizer"]], "best": None}

@@ -17,45 +17,41 @@ from .step import load_optimizer
 
 
 class Learner(ABC):
-    """Modules in training, their optimisers, and the step that moves them.
+    """Modules in training, their optimisers, and the step that trains them.
 
-    Args:
+    Attributes:
         device: the device that the modules are on.
         modules: what a checkpoint holds, by name.
+        trained: what the run results in, by name.
         optimizers: their optimisers; the schedule of the recipe sets the rate of the first.
-        trained: what the run results in, by name; the ``modules`` unless given.
         processes: the processes that train together.
         graphs: whether the steps are captured as CUDA graphs.
     """
 
-    def __init__(
-        self,
-        device: torch.device,
-        modules: Mapping[str, nn.Module],
-        optimizers: Sequence[torch.optim.Optimizer],
-        trained: Mapping[str, nn.Module] | None = None,
-        processes: Processes | None = None,
-        graphs: bool = False,
-    ) -> None:
-        self.device, self.graphs = device, graphs
-        self.modules, self.optimizers = modules, optimizers
-        self.trained = trained or modules
-        self.processes = processes or Processes()
+    device: torch.device
+    modules: Mapping[str, nn.Module]
+    trained: Mapping[str, nn.Module]
+    optimizers: Sequence[torch.optim.Optimizer]
+    processes = Processes()
+    graphs = False
 
     @abstractmethod
     def step(self, images: Tensor, number: int) -> Losses:
-        """Train on images [B, 1, H, W], the batch of that number; the losses [] by name."""
+        """Train on images [B, 1, H, W], the batch with that number; returns losses [] by name."""
 
     def validate(self, images: ImageSet) -> dict[str, dict[str, float]]:
-        """AUROCs by name: of what is ``trained`` as "validation", of anything else beside it."""
+        """AUROCs by name: under "validation" those of what is ``trained``; none by default.
+
+        Those of anything else, to be logged beside them, stand under another key.
+        """
         return {}
 
     def epoch_seed(self, seed: int, epoch: int) -> int:
-        """The seed of the order in which an epoch takes the images."""
+        """Seed of the order in which an epoch goes through the images."""
         return step_seed(seed + 1, epoch)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds of this learner."""
+        """The part of a checkpoint that this learner is."""
         states: dict[str, Any] = {k: module.state_dict() for k, module in self.modules.items()}
         return states | {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
 
@@ -67,7 +63,7 @@ class Learner(ABC):
             load_optimizer(optimizer, saved)
 
     def copy(self) -> Learner:
-        """A learner whose steps leave this one as it is, to time them."""
+        """A learner whose steps can be timed without training this one."""
         return copy.deepcopy(self)
 
 

@@ -29,15 +29,15 @@ _TIMED_AGAIN = 60.0  # seconds until threads are timed again in a run by the clo
 
 @dataclass(frozen=True)
 class Progress:
-    """What a reporter is told after every step, and after every validation.
+    """How far a run is, as ``report`` is told after every step.
 
     Attributes:
         epoch: counted from 0.
         epochs: number of epochs of the run; None where the clock ends it.
         step: number of steps that are done.
         share: share of the run that is over, 1 at its end.
-        losses: the means of this epoch so far, weighted as in the recipe.
-        validation: AUROCs by name, when this step ended with a validation.
+        losses: returns the mean losses of this epoch so far, weighted as in the recipe.
+        validation: AUROCs by name, if a validation followed the step.
 
     Example:
         >>> progress = Progress(0, 2, step=5, share=0.25, losses=lambda: {"reconstruction": 0.5})
@@ -80,7 +80,7 @@ def fit(
     should_stop: Callable[[], bool] = lambda: False,
     observe: Callable[[int], dict[str, float]] = lambda epoch: {},
 ) -> bool:
-    """Train until the run is over or stopped, and save it; whether it is over.
+    """Train until the run is over or stopped, save it, and return whether it is over.
 
     The arguments are those of ``squid_fast.training.train``.
     """
@@ -103,7 +103,7 @@ def fit(
     ):
         chooser = _ThreadChooser(run, images, thread_count, seconds is not None)
         step = _step_of(learner, images, run.settings)
-        if run.to_validate:  # what a run died in
+        if run.to_validate:  # the run failed in that validation
             end_epoch(run.step // per_epoch - 1, over() >= 1)
         stopped = ended = over() >= 1
         while not (stopped or ended):
@@ -139,10 +139,10 @@ def fit(
 
 
 class _ThreadChooser:
-    """Chooses the number of threads of a run by timing steps of a copy, where there is a choice.
+    """Chooses the number of threads of a run by timing steps of a copy of its learner.
 
-    Once, and not where a run is resumed, so that its bits are those of a run that was not stopped;
-    of a run by the clock now and then.
+    It chooses once, and not for a run that is resumed, which so has the bits of a run that was not
+    stopped; for a run by the clock it chooses again every minute.
     """
 
     def __init__(self, run: Run, images: ImageSet, given: int | None, by_clock: bool) -> None:
@@ -156,7 +156,7 @@ class _ThreadChooser:
         self._next = -math.inf if worth_it and open_to_choice else math.inf
 
     def choose(self) -> None:
-        """Time steps and set the number of threads, if it is time to; before a step."""
+        """Before a step: time others and set the number of threads, if that is due."""
         if time.monotonic() < self._next:
             return
         recipe = self._run.settings.recipe
@@ -172,14 +172,16 @@ class _ThreadChooser:
 
 
 def _step_of(learner: Learner, images: ImageSet, settings: Settings) -> Step:
-    """A step on the images of these numbers [B], of which each process takes its share."""
+    """A step on the images with given indices [B], of which each process takes its share."""
     recipe, processes = settings.recipe, learner.processes
 
     def step(chosen: Tensor, number: int) -> Losses:
         batch = augment(images.batch(chosen), recipe.shift, recipe.scale)
         if processes.count > 1:
             batch = processes.share(batch)
-            torch.manual_seed(step_seed(settings.seed - processes.rank - 1, number))  # of masks
+            torch.manual_seed(
+                step_seed(settings.seed - processes.rank - 1, number)
+            )  # for its masks
         return learner.step(batch, number)
 
     if not learner.graphs:
@@ -194,7 +196,7 @@ def _end_epoch(
     validation_set: ImageSet | None,
     observe: Callable[[int], dict[str, float]],
 ) -> dict[str, float] | None:
-    """Log the epoch's losses; every few epochs validate and save. Returns AUROCs, if made."""
+    """Log the losses; every few epochs validate, save and return the AUROCs, if there are any."""
     if not run.to_validate:
         losses = {f"loss/{name}": value for name, value in run.means(everywhere=True).items()}
         run.log(losses | {"time/minutes": run.minutes})

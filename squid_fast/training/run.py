@@ -38,15 +38,14 @@ class TrainingResult:
     """The trained pair, on the CPU in evaluation mode, and how the run went.
 
     With ``recipe.ema_decay`` the discriminator is the averaged one. A finished run whose recipe
-    keeps the best gives that pair and its validation, on rank 0; elsewhere and before the end it is
-    the last.
+    keeps the best pair gives that one, on rank 0; other ranks and stopped runs give the last.
 
     Attributes:
         model, discriminator: the trained pair.
         step: number of steps that are done.
-        finished: whether the run is over, and was not stopped.
+        finished: whether the run came to its end; False where it was stopped before.
         epoch: epoch of the pair, counted from 1.
-        minutes: what the run took, before a resumption too.
+        minutes: duration of the run, including what ran before it was resumed.
         threads: number of threads that PyTorch computed with.
         validation: AUROCs of the pair by name.
 
@@ -94,6 +93,7 @@ def load_splits(
         >>> records = [Record(Path(name), label, split) for name, (split, label) in splits.items()]
         >>> train_set, validation_set = load_splits(records, size=48)
         >>> train_set.paths, validation_set.paths
+        (['a.png'], ['c.png'])
     """
     training = [
         record
@@ -139,29 +139,29 @@ def train(
     are drawn anew on every rank.
 
     Args:
-        model: freshly built; its weights are what training starts from unless it resumes.
+        model: a new model; training starts from its weights unless it resumes.
         train_set: normal images of the model's size.
         out: run folder; gets ``checkpoint.pt`` and the log.
         recipe: weights, rates, epochs.
         validation_set: labelled images; with both classes their AUROC is computed every
             ``recipe.validate_every`` epochs.
-        seconds: end by the clock, after so many, instead of after ``recipe.epochs``. The learning
-            rate falls with the time that is left as it would with the epochs, and ``should_stop``
-            ends the run as if its time were up.
+        seconds: end the run after this time instead of after ``recipe.epochs``. The learning rate
+            then falls with the time as it would with the epochs, and ``should_stop`` ends the run
+            as if its time were up.
         seed: seed of the discriminator's weights and of everything drawn in training.
         device, precision: see ``squid_fast.utils.devices``.
-        thread_count: number of PyTorch's threads, on a CPU. Unless given, that of the run that is
-            resumed, else of PyTorch's own number, its half and so on the one with which a few steps
-            took the least time; by the clock, timed anew now and then. With the same number a run
-            with the same seed has the same bits.
+        thread_count: number of PyTorch's threads, on a CPU. Unless given, a resumed run goes on
+            with its own number, and another tries PyTorch's number, its half and so on and takes
+            the one with which steps are fastest; with ``seconds``, it tries again every minute.
+            Runs with the same seed and the same number of threads have the same bits.
         resume: go on from ``out/checkpoint.pt``, on any number of processes.
         sync_batch_norm: normalise over the batches of all processes.
         graphs: replay the step as a CUDA graph, on one GPU; elsewhere of no effect.
         log: "csv" or "tensorboard".
-        report: told about every step; reading ``losses()`` waits for the device.
-        should_stop: asked after every step; when true the run saves and returns.
-        observe: shown the model after every validation, with the epoch counted from 0; the figures
-            it returns go into the log. It must leave the model as it is.
+        report: called after every step; calling ``losses()`` waits for the device.
+        should_stop: called after every step; when it returns true, the run saves and returns.
+        observe: called with the model and the epoch, counted from 0, after every validation; the
+            figures it returns go into the log. It must leave the model as it is.
 
     Raises:
         ValueError: the images do not fit the model or are fewer than a batch, a batch cannot be
@@ -171,16 +171,16 @@ def train(
 
     Example:
         >>> from squid_fast import PRESETS, SQUID
-        >>> from squid_fast.data import DigitAnatomy
-        >>> images = DigitAnatomy(None, 16, "train").normal(4, seed=0).as_image_set()
+        >>> pixels = torch.randint(256, (4, 1, 48, 48), dtype=torch.uint8)
+        >>> images = ImageSet(pixels, labels=torch.zeros(4).long(), paths=["a", "b", "c", "d"])
         >>> model, recipe = SQUID(**PRESETS["small"].model), Recipe(epochs=1, batch_size=2)
-        >>> result = train(model, images, Path("run"), recipe, device="cpu")
+        >>> result = train(model, images, Path("run"), recipe, device="cpu", precision="float32")
         >>> result.step, result.finished
         (2, True)
         >>> sorted(path.name for path in Path("run").iterdir())
         ['checkpoint.pt', 'metrics.csv']
     """
-    processes = Processes.found()
+    processes = Processes.from_environment()
     processes.check_batch(recipe.batch_size)
     if train_set.images.shape[-1] != model.image_size:
         raise ValueError(
@@ -188,9 +188,8 @@ def train(
             f"{model.image_size}."
         )
     where = choose_device(device)
-    settings = Settings.of(
-        model.config, recipe, seed, choose_precision(precision, where), train_set
-    )
+    chosen = choose_precision(precision, where)
+    settings = Settings(model.config, recipe, seed, chosen, len(train_set), train_set.fingerprint)
     prepare_folder(out, resume)
     learner = SquidLearner(model, settings, where, processes, sync_batch_norm, graphs)
     with closing(Run(learner, settings, out, log, resume)) as run:
@@ -248,27 +247,28 @@ def train_bundle(
     about: Mapping[str, Any] | None = None,
     **options: Unpack[TrainOptions],
 ) -> TrainingResult:
-    """Train a preset and, once it is finished, calibrate it and write the bundle into ``out``.
+    """Train a preset and, once training is over, calibrate it and write the bundle to ``out``.
 
     Under torchrun the process of rank 0 calibrates and writes.
 
     Args:
         preset: the model, and the recipe unless one is given.
         score: the score that the bundle screens by.
-        false_positive_rate: share of normal images that its threshold lets pass as anomalous.
-        about: what else the bundle is to say of itself.
-        options: further keywords of ``squid_fast.training.train``, which describes them and those
-            that are not described here.
+        false_positive_rate: share of normal images above the threshold of that score.
+        about: further facts that the bundle states about its training.
+        options: further keyword arguments of ``squid_fast.training.train``, which describes these
+            and the other arguments.
 
     Example:
-        >>> from squid_fast import PRESETS, Scorer
-        >>> from squid_fast.data import DigitAnatomy
-        >>> images = DigitAnatomy(None, 16, "train").normal(4, seed=0).as_image_set()
-        >>> recipe = Recipe(epochs=1, batch_size=2)
-        >>> train_bundle(PRESETS["small"], images, Path("run"), recipe=recipe, device="cpu").step
-        2
-        >>> Scorer.load("run", device="cpu").score(images.images).z_score.shape
-        torch.Size([4])
+        >>> from squid_fast import PRESETS
+        >>> pixels = torch.randint(256, (4, 1, 48, 48), dtype=torch.uint8)
+        >>> images = ImageSet(pixels, labels=torch.zeros(4).long(), paths=["a", "b", "c", "d"])
+        >>> result = train_bundle(
+        ...     PRESETS["small"], images, Path("bundle"), recipe=Recipe(epochs=1, batch_size=2),
+        ...     false_positive_rate=0.25, device="cpu", precision="float32",
+        ... )
+        >>> (Path("bundle") / "model.safetensors").exists()
+        True
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)

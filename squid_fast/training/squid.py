@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..data import ImageSet
 from ..inference import Scorer
@@ -29,12 +29,12 @@ class SquidLearner(Learner):
 
     Args:
         model: its weights are what training starts from.
-        settings: of the run.
-        device: the device to train on; where several processes train, Fabric chooses each one's.
+        settings: settings of the run.
+        device: device to train on; with several processes Fabric chooses one for each.
         processes: the processes that train together.
         sync_batch_norm: normalise over the batches of all processes.
         graphs: capture the steps as CUDA graphs, on one GPU.
-        fabric: of another learner; a new one unless given.
+        fabric: Lightning's ``Fabric``, of another learner; a new one unless given.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class SquidLearner(Learner):
         graphs: bool = True,
         fabric: Any = None,
     ) -> None:
-        processes = processes or Processes()
+        self.processes = processes = processes or Processes()
         self.fabric = fabric or require("lightning_fabric", "train").Fabric(
             accelerator=device.type,
             precision="bf16-mixed" if settings.precision == "bf16" else "32-true",
@@ -56,6 +56,7 @@ class SquidLearner(Learner):
         if processes.count > 1:
             self.fabric.launch()
             device = self.fabric.device
+        self.device, self._settings = device, settings
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             discriminator = Discriminator(discriminator_size(model.image_size))
@@ -66,39 +67,33 @@ class SquidLearner(Learner):
         if processes.count > 1 and sync_batch_norm:
             synchronise_batch_norm(model, device)
             synchronise_batch_norm(discriminator, device)
-        graphs = graphs and device.type == "cuda" and processes.count == 1
-        own = make_optimizers(model, discriminator, settings.recipe, graphs)
-        generator, generator_optimizer = self.fabric.setup(model, own[0])
-        wrapped, discriminator_optimizer = self.fabric.setup(discriminator, own[1])
-        optimizers = generator_optimizer, discriminator_optimizer
+        self.graphs = graphs and device.type == "cuda" and processes.count == 1
+        adams = make_optimizers(model, discriminator, settings.recipe, self.graphs)
+        wrapped_generator, generator_optimizer = self.fabric.setup(model, adams[0])
+        wrapped_discriminator, discriminator_optimizer = self.fabric.setup(discriminator, adams[1])
+        self.optimizers = generator_optimizer, discriminator_optimizer
         decay = settings.recipe.ema_decay
         self.ema = EMA(discriminator, decay) if decay else None
         self.trained_discriminator = self.ema.module if self.ema else discriminator
+        self.modules = {"generator": model, "discriminator": discriminator}
+        if self.ema is not None:
+            self.modules["average"] = self.ema.module
+        self.trained = {"generator": model, "discriminator": self.trained_discriminator}
         self.trainer = Trainer(
-            generator,
-            wrapped,
-            optimizers,
+            wrapped_generator,
+            wrapped_discriminator,
+            self.optimizers,
             settings.recipe,
             self.fabric.backward,
             self.ema,
             self._frozen_discriminator if processes.count > 1 else None,
-        )
-        self._settings = settings
-        modules: dict[str, nn.Module] = {"generator": model, "discriminator": discriminator}
-        super().__init__(
-            device,
-            modules | ({"average": self.ema.module} if self.ema else {}),
-            optimizers,
-            {"generator": model, "discriminator": self.trained_discriminator},
-            processes,
-            graphs,
         )
 
     def step(self, images: Tensor, number: int) -> Losses:
         return self.trainer.step(images.to(memory_format=self.layout), number)
 
     def validate(self, images: ImageSet) -> dict[str, dict[str, float]]:
-        """AUROCs, with an averaged discriminator those of the one as it is as "unaveraged" too."""
+        """AUROCs of the scores; with a moving average also the "unaveraged" discriminator's."""
         discriminators = {"validation": self.trained_discriminator}
         if self.ema is not None:
             discriminators["unaveraged"] = self.discriminator
@@ -124,7 +119,7 @@ class SquidLearner(Learner):
 def validate(
     model: SQUID, discriminator: Discriminator, images: ImageSet, precision: Precision
 ) -> dict[str, float]:
-    """AUROC by name of the scores that need no calibration; both modules go on training."""
+    """AUROC by name of the scores that need no calibration; both modules stay in training mode."""
     device = next(model.parameters()).device
     scorer = Scorer(model, discriminator, precision=precision, device=device)
     raw = scorer.raw_scores(images, [name for name in SCORES if name != "patch_error"])

@@ -1,4 +1,4 @@
-"""A training run: what is trained, its settings, its folder and log, and where it is."""
+"""A training run: what is trained, its settings, folder and log, and its progress."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from ..data import ImageSet
 from ..inference.scores import PAPER_SCORE
 from ..presets import Recipe
 from ..utils.devices import Precision
@@ -27,7 +26,11 @@ class NonFiniteLossError(RuntimeError):
 
 @dataclass(frozen=True)
 class Settings:
-    """What makes a run what it is; a resumed run must agree in all of it but ``epochs``."""
+    """What decides the result of a run; a resumed run must agree in all of it but ``epochs``.
+
+    Raises:
+        ValueError: there are fewer images than a batch takes.
+    """
 
     model: dict[str, Any]
     recipe: Recipe
@@ -36,36 +39,22 @@ class Settings:
     images: int
     images_sha256: str
 
-    @classmethod
-    def of(
-        cls,
-        model: dict[str, Any],
-        recipe: Recipe,
-        seed: int,
-        precision: Precision,
-        images: ImageSet,
-    ) -> Settings:
-        """The settings of a run on these images.
-
-        Raises:
-            ValueError: there are fewer images than a batch takes.
-        """
-        if len(images) < recipe.batch_size:
+    def __post_init__(self) -> None:
+        if self.images < self.recipe.batch_size:
             raise ValueError(
-                f"there are {len(images)} training images, fewer than a batch of "
-                f"{recipe.batch_size}; a smaller --batch-size would fit."
+                f"there are {self.images} training images, fewer than a batch of "
+                f"{self.recipe.batch_size}; a smaller --batch-size would fit."
             )
-        return cls(model, recipe, seed, precision, len(images), images.fingerprint)
 
 
 @dataclass(frozen=True)
 class BestCheckpoint:
-    """What was trained by the end of the validated epoch that was best, on the CPU.
+    """The trained modules after the validated epoch with the best AUROC, on the CPU.
 
     Attributes:
         epoch: counted from 1.
         validation: AUROCs by name.
-        states: state dicts by name of what is ``trained``.
+        states: state dicts by the names of ``Learner.trained``.
     """
 
     epoch: int
@@ -78,8 +67,8 @@ class Run:
 
     Args:
         learner: what is trained.
-        settings: what makes the run what it is.
-        out: folder that gets ``checkpoint.pt`` and the log.
+        settings: what decides its result.
+        out: folder of ``checkpoint.pt`` and the log.
         log: kind of the log.
         resume: go on from the checkpoint.
 
@@ -100,9 +89,9 @@ class Run:
         self.step = self.epoch = 0
         self.sums: Losses = {}  # of this epoch so far, on the device
         self.validation: dict[str, float] = {}
-        self.best: BestCheckpoint | None = None  # where the recipe keeps it; on rank 0
+        self.best: BestCheckpoint | None = None  # if the recipe keeps it, on rank 0
         self.to_validate = False  # the epoch has ended, its validation has not
-        self.threads: int | None = None  # that the run which is resumed computed with
+        self.threads: int | None = None  # of the run that is resumed
         self._started, self._before = time.perf_counter(), 0.0
         if resume:
             self._load(upgrade(load_checkpoint(self.checkpoint), asdict(settings)))
@@ -110,11 +99,11 @@ class Run:
 
     @property
     def minutes(self) -> float:
-        """By the clock, validation and what ran before a resumption included."""
+        """Duration so far, including validation and what ran before the run was resumed."""
         return self._before + (time.perf_counter() - self._started) / 60
 
     def log(self, values: dict[str, float]) -> None:
-        """Write figures by name into the log, at this step; only rank 0 has one."""
+        """Write figures by name to the log of rank 0, at this step."""
         self._logger.log(self.step, values)
 
     def close(self) -> None:
@@ -123,9 +112,10 @@ class Run:
         self.learner.processes.close()
 
     def validated(self, epoch: int, validation: dict[str, float]) -> None:
-        """Keep the AUROCs of an epoch, counted from 1, and what was trained by then if it is best.
+        """Take in the AUROCs of an epoch, counted from 1.
 
-        That is where no earlier AUROC of the paper's score was better.
+        If the recipe keeps the best checkpoint and no AUROC of the paper's score was better before,
+        this becomes the best.
         """
         self.validation = validation
         name = f"auroc_{PAPER_SCORE}"
@@ -137,17 +127,17 @@ class Run:
         self.best = BestCheckpoint(epoch, dict(validation), states)
 
     def restore_best(self) -> None:
-        """Go back to the best checkpoint, if one is kept."""
+        """Load the best checkpoint, if there is one, into what is trained."""
         if self.best is not None:
             for name, state in self.best.states.items():
                 self.learner.trained[name].load_state_dict(state)
             self.epoch, self.validation = self.best.epoch, self.best.validation
 
     def save(self) -> None:
-        """Write the checkpoint, unless a loss or a weight is not finite.
+        """Write the checkpoint.
 
         Raises:
-            NonFiniteLossError: one is not; the last good checkpoint stays.
+            NonFiniteLossError: a loss or a weight is not finite; the last good checkpoint stays.
         """
         self.means()
         if not self.is_main:
@@ -201,10 +191,10 @@ class Run:
             self.sums[name] = self.sums[name] + pair if name in self.sums else pair
 
     def means(self, everywhere: bool = False) -> dict[str, float]:
-        """Mean losses of this epoch; waits for the device.
+        """Mean losses of this epoch so far; waits for the device.
 
         Args:
-            everywhere: over all processes, which all have to ask, instead of this one.
+            everywhere: average over all processes, which must all call this, not over this one.
 
         Raises:
             NonFiniteLossError: one of them is not finite.
@@ -223,7 +213,7 @@ class Run:
 
 
 def _on_cpu(state: dict[str, Any]) -> dict[str, Any]:
-    """A copy, with the metadata that says how far a queue is filled."""
+    """A copy of a state dict, with its metadata, which says how far a queue is filled."""
     kept = copy.copy(state)
     for name, value in state.items():
         kept[name] = value.detach().cpu().clone()

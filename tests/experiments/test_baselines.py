@@ -14,9 +14,11 @@ from torch.nn.functional import avg_pool2d
 
 import squid_fast
 from squid_fast.data import ImageSet
+from squid_fast.experiments import baselines
 from squid_fast.experiments.baselines import (
     METHODS,
     RECIPE,
+    BaselineResult,
     ComparisonScorer,
     load_scorer,
     train_baseline,
@@ -30,6 +32,7 @@ from squid_fast.experiments.baselines.shallow import (
 )
 from squid_fast.inference.bundle import BundleError
 from squid_fast.training import CheckpointError
+from squid_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from tests.command_line import squid
 
 SIDE = 32
@@ -164,7 +167,7 @@ def test_memae_answers_with_slots_shrunk_as_published() -> None:
     assert float(network.memory.slots.grad.abs().max()) > 0
 
 
-def test_every_pixel_is_cut_out_once_and_not_seen_when_painted() -> None:
+def test_every_pixel_is_cut_out_once_and_not_seen_when_filled() -> None:
     torch.manual_seed(0)
     network = PixelInpainting(image_size=48, width=4, levels=2).eval()
     images = torch.rand(1, 1, 48, 48)
@@ -194,6 +197,42 @@ def test_a_stopped_run_goes_on_to_the_same_result(tmp_path: Path) -> None:
     assert train_baseline("pixel_inpainting", waves(20, 0), part, **options, resume=True).finished
     one, other = (load_scorer(path, device="cpu") for path in (tmp_path / "whole", part))
     assert one.fingerprint == other.fingerprint
+
+
+def test_a_checkpoint_of_the_former_format_is_resumed(tmp_path: Path) -> None:
+    options = {"recipe": TINY, "device": "cpu", "precision": "float32"}
+    images, part = waves(20, 0), tmp_path / "part"
+    train_baseline("autoencoder", images, tmp_path / "whole", **options)
+    asked = iter(range(100))
+    train_baseline("autoencoder", images, part, **options, should_stop=lambda: next(asked) >= 2)
+    new = load_checkpoint(part / "checkpoint.pt")
+    recipe = new["settings"]["recipe"]
+    recipe["averaging"] = recipe.pop("ema_decay")
+    old = {
+        "step": new["step"],
+        "settings": {
+            "method": "autoencoder", "recipe": recipe, "images": images.fingerprint, "seed": 0,
+            "precision": "float32",
+        },
+        "loss": torch.tensor(0.1),
+        "threads": 1,
+        "generator": new["generator"],
+        "optimizer": new["optimizers"][0],
+    }  # fmt: skip
+    save_checkpoint(old, part / "checkpoint.pt")
+    with pytest.raises(CheckpointError, match=r"model\.method was 'autoencoder' and is 'memae'"):
+        train_baseline("memae", images, part, **options, resume=True)
+    with pytest.raises(CheckpointError, match="images_sha256 was"):
+        train_baseline("autoencoder", waves(20, 1), part, **options, resume=True)
+    assert train_baseline("autoencoder", images, part, **options, resume=True).finished
+    one, other = (load_scorer(path, device="cpu") for path in (tmp_path / "whole", part))
+    assert one.fingerprint == other.fingerprint
+
+
+def test_former_names_are_accepted() -> None:
+    for old, new in {"train_method": train_baseline, "MethodResult": BaselineResult}.items():
+        with pytest.warns(DeprecationWarning, match=f"{old} is now"):
+            assert getattr(baselines, old) is new
 
 
 def test_what_does_not_fit_is_said(trained: dict[str, Path], tmp_path: Path) -> None:

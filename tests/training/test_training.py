@@ -401,6 +401,38 @@ def test_images_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         train(tiny_model(), small, tmp_path, RECIPE)
 
 
+# --- names and formats of earlier versions --------------------------------------------------------
+
+
+def test_a_recipe_takes_the_former_name_of_the_decay() -> None:
+    with pytest.warns(DeprecationWarning, match="Recipe.averaging is now ema_decay"):
+        old = Recipe(batch_size=4, averaging=0.9)
+    assert old == Recipe(batch_size=4, ema_decay=0.9)
+    with pytest.warns(DeprecationWarning, match="Recipe.averaging is now ema_decay"):
+        assert old.averaging == 0.9
+    with pytest.warns(DeprecationWarning, match="Recipe.averaging is now ema_decay"):
+        assert dataclasses.replace(old, averaging=0.5) == Recipe(batch_size=4, ema_decay=0.5)
+    assert dataclasses.replace(old, lr=1.0).ema_decay == 0.9
+
+
+def test_a_checkpoint_of_an_earlier_version_is_resumed(tmp_path: Path) -> None:
+    images, recipe = image_set(8), dataclasses.replace(RECIPE, ema_decay=0.9)
+    whole = train(tiny_model(), images, tmp_path / "whole", recipe)
+    part = tmp_path / "part"
+    train(tiny_model(), images, part, recipe, should_stop=after_steps(3))
+    state = load_checkpoint(part / "checkpoint.pt")
+    saved = state["settings"]["recipe"]
+    saved["averaging"] = saved.pop("ema_decay")
+    for name in ("to_validate", "threads"):  # which the first versions did not save
+        del state[name]
+    save_checkpoint(state, part / "checkpoint.pt")
+    with pytest.raises(CheckpointError, match=r"recipe\.ema_decay was 0\.9 and is 0\.0"):
+        train(tiny_model(), images, part, RECIPE, resume=True)
+    resumed = train(tiny_model(), images, part, recipe, resume=True)
+    assert_same_state(whole.model.state_dict(), resumed.model.state_dict())
+    assert_same_state(whole.discriminator.state_dict(), resumed.discriminator.state_dict())
+
+
 # --- checkpoints ----------------------------------------------------------------------------------
 
 

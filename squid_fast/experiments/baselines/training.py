@@ -33,12 +33,12 @@ RECIPE = Recipe(epochs=30, lr=1e-3, t_max=30, lr_floor=0.05)
 
 @dataclass
 class BaselineResult:
-    """How a training went: the part of ``TrainingResult`` that every baseline has.
+    """How the training of a baseline went, as ``TrainingResult`` for SQUID.
 
     Attributes:
-        finished: whether the training is over, and was not stopped.
+        finished: whether the training came to its end; False where it was stopped before.
         step: number of steps that are done; 0 for shallow methods.
-        validation: AUROC by the name of its score.
+        validation: AUROC by the name of the score.
 
     Example:
         >>> BaselineResult(finished=False, step=12)
@@ -54,9 +54,11 @@ class NetworkLearner(Learner):
     """The network of a baseline in training: one loss, one optimiser, one process."""
 
     def __init__(self, network: AutoEncoder, settings: Settings, device: torch.device) -> None:
-        self.network, self._bf16 = network.train().to(device), settings.precision == "bf16"
+        self.network, self.device = network.train().to(device), device
+        self.modules = self.trained = {"generator": network}
         self.optimizer = torch.optim.Adam(network.parameters(), settings.recipe.lr, fused=True)
-        super().__init__(device, {"generator": network}, [self.optimizer])
+        self.optimizers = [self.optimizer]
+        self._bf16 = settings.precision == "bf16"
 
     def step(self, images: Tensor, number: int) -> Losses:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
@@ -67,7 +69,7 @@ class NetworkLearner(Learner):
         return {"loss": loss.detach()}
 
     def epoch_seed(self, seed: int, epoch: int) -> int:
-        return step_seed(seed, -epoch - 1)  # as in earlier versions, whose runs go on
+        return step_seed(seed, -epoch - 1)  # as in earlier versions, whose runs can be resumed
 
 
 def train_baseline(
@@ -95,9 +97,9 @@ def train_baseline(
         out: run folder, which becomes the bundle.
         recipe: epochs, batch size, rate, schedule and augmentation; shallow methods need none.
         validation_set: its normal images give the threshold, both kinds the AUROC that is kept.
-        false_positive_rate: share of normal images that the threshold lets pass as anomalous.
+        false_positive_rate: share of normal images above the threshold.
         seed: seed of the network's weights and of everything drawn in training.
-        about: what else the bundle is to say of itself.
+        about: further facts that the bundle states about its training.
         device, precision, thread_count, resume, report, should_stop: as of
             ``squid_fast.training.train``.
 
@@ -108,13 +110,15 @@ def train_baseline(
         NonFiniteLossError: the loss became NaN or infinite.
 
     Example:
-        >>> from squid_fast.data import DigitAnatomy
-        >>> images = DigitAnatomy(None, 16, "train").normal(12, seed=0).as_image_set()
-        >>> train_baseline("smoothness", images, Path("run"), device="cpu").finished
+        >>> pixels = torch.randint(256, (4, 1, 48, 48), dtype=torch.uint8)
+        >>> images = ImageSet(pixels, labels=torch.zeros(4).long(), paths=["a", "b", "c", "d"])
+        >>> result = train_baseline(
+        ...     "smoothness", images, Path("run"), device="cpu", false_positive_rate=0.25
+        ... )
+        >>> result.finished
         True
-        >>> from squid_fast.experiments.baselines import load_scorer
-        >>> load_scorer("run", device="cpu").score(images.images).z_score.mean().abs() < 0.1
-        tensor(True)
+        >>> sorted(path.name for path in Path("run").iterdir())
+        ['calibration.json', 'config.json', 'model.safetensors']
     """
     if name not in METHODS:
         raise ValueError(f"method is {name!r}; known are squid, {', '.join(METHODS)}.")
@@ -129,7 +133,14 @@ def train_baseline(
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             method = kind(image_size=side)
-        settings = Settings.of({"method": name, **method.config}, recipe, seed, chosen, train_set)
+        settings = Settings(
+            {"method": name, **method.config},
+            recipe,
+            seed,
+            chosen,
+            len(train_set),
+            train_set.fingerprint,
+        )
         learner = NetworkLearner(method, settings, where)
         with closing(Run(learner, settings, out, resume=resume)) as run:
             finished = fit(
