@@ -37,6 +37,7 @@ _MOVED = {
         "published": "experiments.published",
         "scores": "inference.scores",
         "screening.files": "screening.reading.files",
+        "screening.journal_format": "screening.journal",
         "screening.lists": "screening.reading.lists",
         "screening.packing": "screening.reading.packing",
         "screening.summary": "screening.report.summary",
