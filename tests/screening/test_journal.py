@@ -29,7 +29,8 @@ FILES = ["a.png", STRANGE, "c d.png", "", "e.png"]
 
 def row(path: str, number: int) -> ScreenRow:
     if number % 3 == 1:
-        return ScreenRow(path, None, None, None, None, 1.64, f"{path} is\u2028no image")
+        error, kind = f"{path} is\u2028no image", "… is\u2028no image"
+        return ScreenRow(path, None, None, None, None, 1.64, error, kind)
     return ScreenRow(path, number / 7, number - 1 / 3, 0.1, number > 1, 1.64, None)
 
 
