@@ -22,7 +22,7 @@ from squid_fast.experiments.baselines import (
     RECIPE,
     BaselineScorer,
     load_scorer,
-    train_method,
+    train_baseline,
 )
 from squid_fast.inference.bundle import read_json
 from squid_fast.training import load_splits
@@ -39,7 +39,7 @@ def measure(
     """Train a method and evaluate it on the splits by name."""
     recipe = dataclasses.replace(RECIPE, epochs=epochs, t_max=epochs)
     with tempfile.TemporaryDirectory() as folder:
-        train_method(
+        train_baseline(
             name, train_set, Path(folder),
             recipe=recipe, validation_set=held_out["val"], seed=seed,
         )  # fmt: skip

@@ -12,11 +12,14 @@ import argparse
 import json
 import os
 import secrets
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,7 +82,7 @@ def soak(files: int, broken: float, kills: int, seed: int, folder: Path) -> Soak
         how = ("group", "parent")[len(result.kills) % 2]
         if kill(process, table, targets[0], generator.uniform(0, 0.05), how):
             rows = rows_done(table)
-            if rows < done and (journal_of(table) / "run.json").exists():
+            if rows < done and (journal_of(table) / "journal.sqlite").exists():
                 result.problems.append(f"of {done} rows that were safe {rows} are left")
             result.kills.append({"killed": how, "rows_done": rows})
             done = rows
@@ -153,9 +156,17 @@ def finish(process: Process, folder: Path, result: Soak) -> None:
 
 
 def rows_done(table: Path) -> int:
-    """Whole lines in the journal of an unfinished run."""
-    lines = journal_of(table) / "rows.jsonl"
-    return lines.read_bytes().count(b"\n") if lines.exists() else 0
+    """Rows in the journal of an unfinished run, 0 if they cannot be read at the moment.
+
+    They are read from a copy, since the run has locked its journal.
+    """
+    with tempfile.TemporaryDirectory() as copy:
+        try:
+            shutil.copytree(journal_of(table), copy, dirs_exist_ok=True)
+            with closing(sqlite3.connect(Path(copy) / "journal.sqlite")) as journal:
+                return int(journal.execute("SELECT count(*) FROM rows").fetchone()[0])
+        except (OSError, sqlite3.Error):
+            return 0
 
 
 def journal_of(table: Path) -> Path:

@@ -20,7 +20,7 @@ from squid_fast.experiments.benchmark import Benchmark, Contenders, compare, fig
 from squid_fast.inference.bundle import load_bundle
 from squid_fast.modules import discriminator_size
 from squid_fast.training import Trainer, make_optimizers
-from squid_fast.training.ema import Average
+from squid_fast.training.ema import EMA
 from squid_fast.training.graphs import Losses, StepGraphs
 from squid_fast.utils.atomic import write_json
 from squid_fast.utils.devices import choose_device, choose_layout, choose_precision, to_layout
@@ -69,8 +69,8 @@ def training(device: torch.device, count: int) -> Contenders:
     discriminator = to_layout(Discriminator(size).to(device), layout)
     on_gpu = device.type == "cuda"
     pair = make_optimizers(model, discriminator, recipe, capturable=on_gpu)
-    average = Average(discriminator, 0.998)
-    trainer = Trainer(model, discriminator, pair, recipe, lambda loss: loss.backward(), average)
+    ema = EMA(discriminator, 0.998)
+    trainer = Trainer(model, discriminator, pair, recipe, lambda loss: loss.backward(), ema)
     bf16 = choose_precision("auto", device) == "bf16"
     everything = torch.arange(count, device=device)
 

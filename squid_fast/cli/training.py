@@ -10,7 +10,7 @@ import typer
 
 from ..data import ImageSet, find_records, load_images
 from ..data.contamination import check_apart, contaminated
-from ..experiments.baselines import RECIPE, MethodResult, train_method
+from ..experiments.baselines import RECIPE, BaselineResult, train_baseline
 from ..experiments.diagnostics import TrainingSnapshots, draw_memory, memory_use
 from ..inference.bundle import load_bundle
 from ..presets import Keep
@@ -124,7 +124,7 @@ def train(
     chosen = find_preset(preset)
     choose_precision(precision, choose_device(device))  # refuses before images are read
     given: dict[str, Any] = {
-        "epochs": epochs, "batch_size": batch_size, "lr": lr, "averaging": ema_decay,
+        "epochs": epochs, "batch_size": batch_size, "lr": lr, "ema_decay": ema_decay,
         "validate_every": validate_every, "keep": keep,
     }  # fmt: skip
     of_squid = {"ema-decay": ema_decay, "validate-every": validate_every, "keep": keep}
@@ -148,9 +148,9 @@ def train(
     }  # fmt: skip
     with stop_on_signals() as should_stop, training_report() as report:
         common |= {"report": report, "should_stop": should_stop}
-        result: TrainingResult | MethodResult
+        result: TrainingResult | BaselineResult
         if method != "squid":
-            result = train_method(method, train_set, out, **common)
+            result = train_baseline(method, train_set, out, **common)
         else:
             if pictures:
                 common["observe"] = TrainingSnapshots(out, validation_set or train_set).add

@@ -18,9 +18,9 @@ from ..inference import Scorer
 from ..inference.bundle import load_bundle
 from ..inference.scores import PAPER_SCORE, SCORES
 from ..metrics import image_auroc
-from ..presets import Preset, Recipe
+from ..presets import Preset, Recipe, current_names
 from ..training import CheckpointError, Progress, train_bundle
-from ..training.state import CHECKPOINT
+from ..training.checkpoint import CHECKPOINT
 from ..utils.atomic import write_json
 from ..utils.devices import Precision, choose_device
 from ..utils.machine import describe
@@ -167,6 +167,7 @@ def run_ablation(
     results: dict[str, Any] = {"settings": settings, "machine": machine, "runs": []}
     if path.exists():
         results = json.loads(path.read_text(encoding="utf-8"))
+        results["settings"]["recipe"] = current_names(results["settings"]["recipe"])
         if not resume:
             raise CheckpointError(
                 f"{out} already holds an ablation; add --resume to go on with it."

@@ -15,7 +15,7 @@ from ..utils.lazy import lazy_names
 from ..utils.text import utf8_text
 
 if TYPE_CHECKING:
-    from .journal_format import JournalError
+    from .journal import JournalError
     from .pipeline import ScreenRow, screen
     from .reading.files import find_files
     from .reading.lists import read_list
@@ -29,7 +29,7 @@ else:
         __name__,
         {
             "reading.files": ("find_files",),
-            "journal_format": ("JournalError",),
+            "journal": ("JournalError",),
             "reading.lists": ("read_list",),
             "reading.packing": ("Packed", "pack"),
             "pipeline": ("ScreenRow", "screen"),

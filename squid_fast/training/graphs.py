@@ -1,4 +1,4 @@
-"""Training steps as CUDA graphs: the thousand kernels of a step as one launch.
+"""Training steps as CUDA graphs, which launch the thousand kernels of a step at once.
 
 A step of the published batch takes a GPU less time than its launches take the host. Steps of the
 same kind (with or without the generator's turn) run the same kernels, so each kind is captured once
@@ -25,7 +25,7 @@ WARM_UP = 3  # steps of each kind before its capture, in which kernels are chose
 
 @dataclass
 class _Kind:
-    """Steps of one kind: how many ran, and their graph once there is one."""
+    """Steps of one kind: how many ran, and their graph once it is captured."""
 
     count: int = 0
     captured: Captured | None = None
@@ -33,16 +33,17 @@ class _Kind:
 
 
 class StepGraphs:
-    """Runs a training step, after some steps of its kind by replaying a CUDA graph.
+    """Runs training steps; after the first few of a kind by replaying a CUDA graph.
 
-    The first steps of a kind are ordinary steps, on a side stream, as a capture needs them to be.
-    No step may read a tensor on the host. The tensors that it trains must stay where they are, and
-    the optimisers must be capturable, with learning rates in tensors.
+    The first steps of a kind are ordinary steps, on a stream of their own as capturing requires.
+    Nothing in a step may read a tensor on the host. The tensors that it trains must stay where they
+    are, and the optimisers must be capturable, with learning rates in tensors.
 
     Args:
-        step: of the chosen images [B], int64 on the device, and the step's number; returns losses.
-        kind: of the step with that number.
-        capture: makes a graph of a call, see ``squid_fast.inference.graphs.capture``.
+        step: takes indices of images [B], int64 on the device, and the number of the step, and
+            returns losses.
+        kind: returns the kind of the step with a number.
+        capture: captures a graph of a call without arguments.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class StepGraphs:
         self._kinds: dict[Hashable, _Kind] = {}
 
     def __call__(self, chosen: Tensor, number: int) -> Losses:
-        """The losses of the step; the next step of its kind writes over them."""
+        """Run a step; the next step of its kind overwrites the losses that it returns."""
         kind = self._kinds.setdefault(self._kind(number), _Kind())
         kind.count += 1
         if kind.count <= WARM_UP:

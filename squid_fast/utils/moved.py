@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 import warnings
@@ -10,6 +11,9 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import spec_from_loader
 from types import ModuleType
+from typing import Any, TypeVar
+
+Class = TypeVar("Class", bound=type)
 
 _MOVED = {
     f"squid_fast.{old}": f"squid_fast.{new}"
@@ -33,6 +37,7 @@ _MOVED = {
         "published": "experiments.published",
         "scores": "inference.scores",
         "screening.files": "screening.reading.files",
+        "screening.journal_format": "screening.journal",
         "screening.lists": "screening.reading.lists",
         "screening.packing": "screening.reading.packing",
         "screening.summary": "screening.report.summary",
@@ -98,3 +103,28 @@ def moved_names(package: str, homes: Mapping[str, str]) -> Callable[[str], objec
         return getattr(importlib.import_module(module), attribute)
 
     return get
+
+
+def renamed_field(old: str, new: str) -> Callable[[Class], Class]:
+    """Decorate a dataclass whose field ``new`` is still accepted and read under its old name."""
+
+    def decorate(cls: Class) -> Class:
+        message = f"{cls.__name__}.{old} is now {new}"
+        initialise = cls.__init__  # type: ignore[misc]  # of this class alone
+
+        @functools.wraps(initialise)
+        def renaming(self: Any, *arguments: Any, **named: Any) -> None:
+            if old in named:
+                warnings.warn(message, DeprecationWarning, stacklevel=2)
+                named[new] = named.pop(old)
+            initialise(self, *arguments, **named)
+
+        def read(self: Any) -> Any:
+            warnings.warn(message, DeprecationWarning, stacklevel=2)
+            return getattr(self, new)
+
+        cls.__init__ = renaming  # type: ignore[misc]
+        setattr(cls, old, property(read))
+        return cls
+
+    return decorate

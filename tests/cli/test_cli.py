@@ -29,6 +29,7 @@ from tests.command_line import squid, squid_apart
 
 pytest.importorskip("lightning_fabric")
 Image = pytest.importorskip("PIL.Image")
+soak = pytest.importorskip("bench.scoring.soak")
 
 TRAIN = ("--preset", "small", "--epochs", "2", "--batch-size", "4", "--device", "cpu")
 
@@ -225,13 +226,12 @@ def test_ctrl_c_keeps_the_rows_and_resume_gives_the_whole_table(
         start_new_session=True,
     )
     journal = tmp_path / "r.jsonl.partial"
-    lines = journal / "rows.jsonl"
-    while process.poll() is None and not (lines.exists() and lines.stat().st_size):
+    while process.poll() is None and not soak.rows_done(out):
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to the readers too
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130, said
-    done = lines.read_bytes().count(b"\n")
+    done = soak.rows_done(out)
     assert 0 < done < count
     assert f"stopped: {done:,} of 1,200 rows are safe in {str(journal)!r}; go on with --r" in said
     assert "Traceback" not in said

@@ -17,7 +17,7 @@ from squid_fast import PRESETS, Scorer, load_bundle
 from squid_fast.cli import ablation as cli_ablation
 from squid_fast.data import DigitAnatomy
 from squid_fast.experiments.ablation import digit_data
-from squid_fast.experiments.baselines import train_method
+from squid_fast.experiments.baselines import train_baseline
 from squid_fast.inference import calibrate
 from squid_fast.inference.quantization import has_int8
 from squid_fast.training import train_bundle
@@ -134,7 +134,7 @@ def test_python_is_refused_bf16_too(run: Path, tmp_path: Path) -> None:
     with refused:
         train_bundle(small, images, tmp_path / "run", precision="bf16", device="cpu")
     with refused:
-        train_method("knn", images, tmp_path / "run", precision="bf16", device="cpu")
+        train_baseline("knn", images, tmp_path / "run", precision="bf16", device="cpu")
     assert not (tmp_path / "run").exists()
 
 

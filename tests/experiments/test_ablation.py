@@ -80,6 +80,10 @@ def test_a_stopped_ablation_goes_on_to_the_same_table(data: AblationData, tmp_pa
     recipe = dataclasses.replace(RECIPE, lr=1.0)
     with pytest.raises(CheckpointError, match="is of other settings"):
         run_ablation(data, TINY, part, **options(variants=names, resume=True, recipe=recipe))
+    saved = json.loads((part / "ablation.json").read_text())
+    recipe = saved["settings"]["recipe"]
+    recipe["averaging"] = recipe.pop("ema_decay")  # its name in earlier versions
+    (part / "ablation.json").write_text(json.dumps(saved))
     resumed = run_ablation(data, TINY, part, **options(variants=names, seeds=2, resume=True))
     assert resumed is not None
 
