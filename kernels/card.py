@@ -1,4 +1,4 @@
-"""What a launcher needs to know of the GPU it launches on."""
+"""What a launcher needs to know about the GPU that it launches on."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Which calls the Triton kernels serve: the one place where that is decided, with the reasons.
 
-Everything else runs on the vectorised PyTorch implementations, with the same results.
+Every other call runs on the PyTorch implementations in ``squid_fast.ops``, with the same results.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The k best of a row are held in registers and searched by comparison; past this, sorting is the
 # better method, and PyTorch sorts.
 LARGEST_TOP_K = 64
-# Up to here all scores of a lookup are computed before any is judged; beyond, the best are sought
+# Up to here all scores of a lookup are computed before any is selected; beyond, the best are sought
 # while they are computed, so that forward passes need no room for them.
 LARGEST_SCORED = 512
 
@@ -46,8 +46,13 @@ def use(setting: str) -> Iterator[None]:
             Triton's interpreter, which needs ``TRITON_INTERPRET=1`` in the environment; slow.
 
     Raises:
-        ValueError: another setting. Inside, a call that wants an interpreter that is not there
-            raises RuntimeError.
+        ValueError: another setting.
+        RuntimeError: with ``"interpret"``, by a call inside while ``TRITON_INTERPRET`` is not 1.
+
+    Example:
+        >>> with use("off"):
+        ...     serves_hard_shrinkage(torch.zeros(2, 3))
+        False
     """
     global _setting
     before = _setting
@@ -70,8 +75,8 @@ def _is_able(device: torch.device) -> bool:
 
 
 def _serves(x: Tensor) -> bool:
-    # float64 is for checking gradients, where PyTorch is itself the reference. Of nothing there is
-    # nothing to launch.
+    # float64 is for checking gradients, where PyTorch is itself the reference. An empty
+    # tensor needs no launch.
     if _setting == "off" or x.dtype not in DTYPES or not x.numel() or not _has_triton():
         return False
     if x.device.type != "cpu":
@@ -85,7 +90,7 @@ def _serves(x: Tensor) -> bool:
 
 
 def serves_gumbel_shrinkage(logits: Tensor, top_k: int = 1) -> bool:
-    """Whether a kernel shrinks these logits [..., M]; the backward knows no ``top_k``."""
+    """Whether a kernel shrinks these logits [..., M]; the backward has no ``top_k``."""
     return _serves(logits) and top_k <= LARGEST_TOP_K
 
 
@@ -95,7 +100,7 @@ def serves_hard_shrinkage(logits: Tensor) -> bool:
 
 
 def serves_memory_lookup(query: Tensor, num_slots: int, mode: str, top_k: int) -> bool:
-    """Whether kernels look this query [B, N, C] up.
+    """Whether kernels look up this query [B, N, C].
 
     Beyond ``LARGEST_SCORED`` slots, hard shrinkage and raw scores are two large matrix products
     with at most an elementwise step between them, at which cuBLAS is best.

@@ -7,8 +7,8 @@ hard      u = logits - threshold    h = u logits / (u + eps) where u > 0, weight
 raw       weights = logits
 
 A program owns a few rows and reads them twice, the second time from the cache: once for the sums
-and, with Gumbel, the k largest logits; once to write. Larger than the k-th largest are only entries
-of that list, so it gives the sum of h as well. Ties need no thought: whatever equals the k-th
+and, with Gumbel, the k largest logits; once to write. Only entries of that list exceed the k-th
+largest, so the list gives the sum of h as well. Ties need no special case: whatever equals the k-th
 largest has p - t = 0. A NaN makes its row's sum NaN, and with it the whole row.
 
 The memory lookup uses the same kernels, on scores that come in parts to be added.

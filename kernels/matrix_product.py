@@ -5,8 +5,8 @@
 The products of the memory lookup, of a batch of rows and a few hundred slots at each of a few
 places: so small that tiles alone leave most multiprocessors idle. The tile, and the number of parts
 into which the sums are split, are those that send the fewest bytes through any multiprocessor.
-Parts are written side by side and added up by whoever reads them, in one order, so that the same
-inputs give the same bits.
+Parts are written side by side and added up by the kernel that reads them, in one order, so that the
+same inputs give the same bits.
 """
 
 from __future__ import annotations

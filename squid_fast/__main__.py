@@ -9,17 +9,15 @@ from .utils.threads import limit_spinning
 
 
 def main() -> None:
-    """Run the command line; errors that a user can mend end in one sentence and exit code 1."""
+    """Run the command line."""
     limit_spinning()  # before anything imports torch
     try:
         require("typer", "screen")
         require("rich", "screen")
-        from .cli import app
-
-        app()
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        print(f"squid-fast: {error}", file=sys.stderr)
-        sys.exit(1)
+        from .cli import app  # needs both, and imports torch
+    except (ImportError, OSError) as error:
+        sys.exit(f"squid-fast: {error}")
+    app()
 
 
 if __name__ == "__main__":

@@ -1,13 +1,17 @@
-"""Published and small configurations: the model's arguments and how it is trained."""
+"""Presets: arguments of the model and the recipe of its training, as published and smaller."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from .utils.moved import renamed_field
 
 Keep = Literal["last", "best"]
 
 
+@renamed_field("averaging", "ema_decay")
 @dataclass(frozen=True)
 class Recipe:
     """How a model is trained; the defaults are the published ones for ZhangLab.
@@ -16,12 +20,20 @@ class Recipe:
     teacher's reconstruction ``t_w``, distillation ``dist_w``, discriminator ``d_w``. Every batch
     trains the discriminator, every ``n_critic``-th batch the generator too. ``t_max`` (epochs) and
     ``lr_floor`` (a fraction of ``lr``) shape the generator's cosine schedule. ``shift`` and
-    ``scale`` bound the random augmentation, as fractions of the image side. ``averaging`` is
-    the largest share of the averaged discriminator that a step keeps, see
-    ``squid_fast.training.ema``; 0, as published, keeps the last step's discriminator
-    instead. ``keep`` is which epoch's pair becomes the trained model: the last one's, or that
-    with the best AUROC of the paper's score among those that were validated (the last where no
-    validation images of both kinds are given).
+    ``scale`` bound the random augmentation, as fractions of the image side. ``ema_decay`` is the
+    largest share of the discriminator's moving average that a step keeps, see
+    ``squid_fast.training.ema``; with 0, as published, there is no average, and the discriminator
+    of the last step is kept. ``validate_every`` counts epochs. ``keep`` is which epoch's pair
+    becomes the trained model: the last one's, or that with the best AUROC of the paper's score
+    among those that were validated (the last where no validation images of both kinds are given).
+
+    Example:
+        >>> from dataclasses import replace
+        >>> recipe = Recipe(epochs=10, ema_decay=0.998)
+        >>> recipe.batch_size, recipe.lr
+        (16, 0.0001)
+        >>> replace(recipe, lr=3e-4).lr
+        0.0003
     """
 
     batch_size: int = 16
@@ -41,14 +53,33 @@ class Recipe:
     d_w: float = 0.005
     shift: float = 0.05
     scale: float = 0.05
-    averaging: float = 0.0
+    ema_decay: float = 0.0
     validate_every: int = 5
     keep: Keep = "last"
 
 
+def current_names(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a recipe that was saved, by the names that they have now."""
+    names = {"averaging": "ema_decay"}
+    return {names.get(name, name): value for name, value in recipe.items()}
+
+
 @dataclass(frozen=True)
 class Preset:
-    """``model`` holds the arguments of ``SQUID``; ``image_size`` follows from them."""
+    """A configuration by name: the model, and how it is trained.
+
+    Attributes:
+        name: what ``preset`` finds it by.
+        image_size: side of the images in pixels, which follows from ``model``.
+        model: arguments of ``SQUID``.
+        recipe: how the model is trained.
+
+    Example:
+        >>> from squid_fast import PRESETS
+        >>> small = PRESETS["small"]
+        >>> small.image_size, small.recipe.epochs
+        (48, 100)
+    """
 
     name: str
     image_size: int
@@ -95,7 +126,7 @@ _DIGIT_ANATOMY: dict[str, Any] = _CHEST_XRAY | {
     ],
 }
 
-# For laptops. Without skips in the decoder all that reaches the picture has passed through the
+# For laptops. Without skips in the decoder everything in the reconstruction has passed through the
 # memories, so that what is not in them cannot be copied; the presets above need far longer to get
 # there.
 _SMALL: dict[str, Any] = _CHEST_XRAY | {
@@ -110,14 +141,14 @@ _SMALL: dict[str, Any] = _CHEST_XRAY | {
 
 # The recipe of ``zhanglab`` in the epochs that a CPU has time for. What other settings do is in
 # bench/results/README.md.
-_SHORT = Recipe(epochs=40, averaging=0.998, validate_every=2, keep="best")
+_SHORT = Recipe(epochs=40, ema_decay=0.998, validate_every=2, keep="best")
 
 PRESETS: dict[str, Preset] = {
     preset.name: preset
     for preset in (
-        Preset("zhanglab", 128, _CHEST_XRAY, Recipe(averaging=0.998, keep="best")),
+        Preset("zhanglab", 128, _CHEST_XRAY, Recipe(ema_decay=0.998, keep="best")),
         Preset("zhanglab_cpu", 128, _CHEST_XRAY, _SHORT),
-        Preset("chexpert", 128, _CHEST_XRAY, Recipe(lr_floor=0.5, averaging=0.998, keep="best")),
+        Preset("chexpert", 128, _CHEST_XRAY, Recipe(lr_floor=0.5, ema_decay=0.998, keep="best")),
         Preset(
             "digit_anatomy",
             96,
@@ -139,6 +170,10 @@ def preset(name: str) -> Preset:
 
     Raises:
         ValueError: there is none.
+
+    Example:
+        >>> preset("zhanglab").image_size
+        128
     """
     if name not in PRESETS:
         raise ValueError(f"preset is {name!r}; known are {', '.join(PRESETS)}.")

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import subprocess
 import sys
 from pathlib import Path
-from unittest import mock
 
 Argument = str | Path | int | float
 Done = subprocess.CompletedProcess[str]
@@ -15,20 +12,14 @@ Done = subprocess.CompletedProcess[str]
 
 def squid(*arguments: Argument, check: bool = True) -> Done:
     """``squid-fast`` in this process, since starting Python and torch anew takes seconds."""
-    from squid_fast.__main__ import main
+    from typer.testing import CliRunner  # of an extra, without which tests are skipped
 
-    words = ["squid-fast", *map(str, arguments)]
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with (
-        mock.patch.object(sys, "argv", words),
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-    ):
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else int(bool(end.code))
-    return _checked(Done(words, code, out.getvalue(), err.getvalue()), check)
+    from squid_fast.cli import app
+
+    words = [str(word) for word in arguments]
+    result = CliRunner().invoke(app, words, catch_exceptions=False, prog_name="squid-fast")
+    done = Done(["squid-fast", *words], result.exit_code, result.stdout, result.stderr)
+    return _checked(done, check)
 
 
 def squid_apart(*arguments: Argument, check: bool = True) -> Done:

@@ -1,4 +1,4 @@
-"""Marks of tests that need what not every processor has."""
+"""Marks of tests that need instructions which not every processor has."""
 
 from __future__ import annotations
 
@@ -15,4 +15,4 @@ needs_onednn = pytest.mark.skipif(
     not has_onednn(), reason="oneDNN's fused convolutions cannot be called here"
 )
 needs_bf16 = pytest.mark.skipif(not HAS_BF16, reason="this processor does not compute in bfloat16")
-needs_int8 = pytest.mark.skipif(not has_int8(), reason="this processor does not multiply bytes")
+needs_int8 = pytest.mark.skipif(not has_int8(), reason="this processor has no int8 products")

@@ -17,9 +17,9 @@ from squid_fast.data import ImageSet, find_records
 from squid_fast.experiments.baselines import (
     METHODS,
     RECIPE,
-    ComparisonScorer,
+    BaselineScorer,
     load_scorer,
-    train_method,
+    train_baseline,
 )
 from squid_fast.inference.bundle import read_json
 from squid_fast.training import load_splits
@@ -35,13 +35,13 @@ def measure(
     """Train a method and evaluate it on the splits by name: the device and the figures."""
     recipe = dataclasses.replace(RECIPE, epochs=epochs, t_max=epochs)
     with tempfile.TemporaryDirectory() as folder:
-        train_method(
+        train_baseline(
             name, train_set, Path(folder),
             recipe=recipe, validation_set=splits["val"], seed=seed,
         )  # fmt: skip
         about = read_json(Path(folder) / "config.json")["about"]
         scorer = load_scorer(folder)
-    assert isinstance(scorer, ComparisonScorer)
+    assert isinstance(scorer, BaselineScorer)
     found = {
         split: scorer.evaluate(images)[0][scorer.score_name].to_json()
         for split, images in splits.items()

@@ -11,7 +11,7 @@ from squid_fast.experiments.ablation import as_markdown
 from squid_fast.experiments.baselines import METHODS
 from squid_fast.experiments.demo import HELD_OUT_GRIDS, SCORE
 from squid_fast.inference.scores import PAPER_SCORE
-from squid_fast.presets import Recipe
+from squid_fast.presets import Recipe, current_names
 from squid_fast.training import learning_rate
 
 from .. import measurements
@@ -93,11 +93,11 @@ def runs() -> str:
     rows = []
     for path in sorted(_folder().glob("*-seed*.json")):
         run = measurements.read(path)
-        about, recipe = run["about"], Recipe(**run["about"]["recipe"])
+        about, recipe = run["about"], Recipe(**current_names(run["about"]["recipe"]))
         last = learning_rate(recipe, recipe.epochs - 1)
         cells = [
             f"`{path.stem}`",
-            f"{recipe.averaging}",
+            f"{recipe.ema_decay}",
             f"{recipe.lr:.1e} to {last:.1e}",
             f"{about['training_minutes']:.0f}",
             f"epoch {about['epoch']}",

@@ -29,13 +29,13 @@ Network = Callable[[Tensor], Tensor]  # images to logits
 
 def logits_of(scorer: Scorer) -> Network:
     """The network of a scorer as it is captured, errors of reconstruction included."""
-    return lambda images: scorer._network((PAPER_SCORE,), images)[2]
+    return lambda images: scorer.model(images, (PAPER_SCORE,))[2]
 
 
 def parts_of(scorer: Scorer) -> tuple[nn.Module, Network]:
     """Its frozen generator, and what makes logits of reconstructions."""
-    judge = scorer._discriminators["instance"]
-    return scorer._generator, lambda recon: judge.score(recon, "instance")
+    discriminator = scorer.model.discriminators["instance"]
+    return scorer.model.generator, lambda recon: discriminator.score(recon, "instance")
 
 
 def convolution_with_epilogue(
@@ -158,17 +158,16 @@ def compiled(levers: Levers, scorer: Scorer, name: str) -> None:
     """Trials with the discriminator and then the generator compiled, at a batch of 256."""
     backend = "eager" if levers.run.rehearsal else "inductor"
     compile = partial(torch.compile, dynamic=False, backend=backend)
-    generator, judge = parts_of(scorer)
-    judge = compile(judge)
+    generator, logits = parts_of(scorer)
+    fast_logits, fast_generator = compile(logits), compile(generator)
     batches = levers.batches[-2:-1] or levers.batches
     levers.run.attempt(
         f"{name}, discriminator: ms and images/s",
-        lambda: levers.rates(lambda images: judge(generator(images)), batches),
+        lambda: levers.rates(lambda images: fast_logits(generator(images)), batches),
     )
-    fast = compile(generator)
     levers.run.attempt(
         f"{name}, generator too: ms and images/s",
-        lambda: levers.rates(lambda images: judge(fast(images)), batches),
+        lambda: levers.rates(lambda images: fast_logits(fast_generator(images)), batches),
     )
 
 

@@ -49,17 +49,17 @@ def main() -> None:
         fast = partial(torch.compile, mode="reduce-overhead")
         model = reference.SQUID(**bundle.model.config)
         model.load_state_dict(bundle.model.state_dict())
-        judge = reference.Discriminator(bundle.discriminator.size)
-        judge.load_state_dict(bundle.discriminator.state_dict())
+        discriminator = reference.Discriminator(bundle.discriminator.size)
+        discriminator.load_state_dict(bundle.discriminator.state_dict())
         last = torch.channels_last
         model = fast(model.eval().to(device, memory_format=last))
-        judge = fast(judge.eval().to(device, memory_format=last))
+        discriminator = fast(discriminator.eval().to(device, memory_format=last))
 
         @torch.no_grad()
         def score(images: Tensor) -> Tensor:
             with torch.autocast(device.type, torch.bfloat16):
                 recon = model(images.contiguous(memory_format=last))["recon"].clone()
-                return reference.discriminator_logits(judge, recon).float().cpu()
+                return reference.discriminator_logits(discriminator, recon).float().cpu()
 
         return rates(score)
 

@@ -12,12 +12,15 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
 from argparse import ArgumentParser, Namespace
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,7 +83,7 @@ def soak(files: int, broken: float, kills: int, seed: int, folder: Path) -> Soak
         how = ("group", "parent")[len(result.kills) % 2]
         if kill(process, table, targets[0], generator.uniform(0, 0.05), how):
             rows = rows_done(table)
-            if rows < done and (journal_of(table) / "run.json").exists():
+            if rows < done and (journal_of(table) / "journal.sqlite").exists():
                 result.problems.append(f"of {done} rows that were safe {rows} are left")
             result.kills.append({"killed": how, "rows_done": rows})
             done = rows
@@ -105,14 +108,14 @@ def soak(files: int, broken: float, kills: int, seed: int, folder: Path) -> Soak
 def make_bundle(folder: Path, seed: int) -> None:
     """A small model with random weights, calibrated on noise."""
     torch.manual_seed(seed)
-    model, judge = SQUID(**_TINY), Discriminator(2)
+    model, discriminator = SQUID(**_TINY), Discriminator(2)
     side = model.image_size
     noise = torch.randint(0, 256, (64, 1, side, side), dtype=torch.uint8)
     normal = ImageSet(noise, torch.zeros(64, dtype=torch.int64), list(map(str, range(64))))
     model.inpaint_block.memory.update()
-    model, judge = model.eval(), judge.eval()
-    calibration = calibrate(model, judge, normal, normal, 0.05, "float32", "cpu")
-    save_bundle(Bundle(model, judge, calibration, "patch_error"), folder)
+    model, discriminator = model.eval(), discriminator.eval()
+    calibration = calibrate(model, discriminator, normal, normal, 0.05, "float32", "cpu")
+    save_bundle(Bundle(model, discriminator, calibration, "patch_error"), folder)
 
 
 def start(folder: Path, table: Path) -> tuple[Process, str]:
@@ -154,9 +157,17 @@ def finish(process: Process, folder: Path, result: Soak) -> None:
 
 
 def rows_done(table: Path) -> int:
-    """Whole lines in the journal of an unfinished run."""
-    lines = journal_of(table) / "rows.jsonl"
-    return lines.read_bytes().count(b"\n") if lines.exists() else 0
+    """Rows in the journal of an unfinished run, 0 if they cannot be read at the moment.
+
+    They are read from a copy, since the run has locked its journal.
+    """
+    with tempfile.TemporaryDirectory() as copy:
+        try:
+            shutil.copytree(journal_of(table), copy, dirs_exist_ok=True)
+            with closing(sqlite3.connect(Path(copy) / "journal.sqlite")) as journal:
+                return int(journal.execute("SELECT count(*) FROM rows").fetchone()[0])
+        except (OSError, sqlite3.Error):
+            return 0
 
 
 def journal_of(table: Path) -> Path:

@@ -18,7 +18,7 @@ from squid_fast.experiments.benchmark import Benchmark, Contenders, compare, fig
 from squid_fast.inference.bundle import load_bundle
 from squid_fast.modules import discriminator_size
 from squid_fast.training import Trainer, make_optimizers
-from squid_fast.training.ema import Average
+from squid_fast.training.ema import EMA
 from squid_fast.training.graphs import Losses, StepGraphs
 from squid_fast.utils.devices import choose_device, choose_layout, choose_precision, to_layout
 
@@ -39,22 +39,26 @@ def training(device: torch.device, count: int) -> Contenders:
     recipe = PRESET.recipe
     size = discriminator_size(PRESET.image_size)
     plain = reference.SQUID(**PRESET.model).to(device)
-    judge = reference.Discriminator(size).to(device)
+    plain_discriminator = reference.Discriminator(size).to(device)
     optimizers = (
         torch.optim.Adam(plain.parameters(), 1e-4, (0.5, 0.999), weight_decay=1e-5),
-        torch.optim.Adam(judge.parameters(), 1e-4, (0.5, 0.999)),
+        torch.optim.Adam(plain_discriminator.parameters(), 1e-4, (0.5, 0.999)),
     )
 
     def published() -> None:
         for index in range(2):
             optimizers[1].zero_grad()
             recon = plain(images)["recon"].detach()
-            reference.discriminator_loss(judge(images), judge(recon)).backward()
+            reference.discriminator_loss(
+                plain_discriminator(images), plain_discriminator(recon)
+            ).backward()
             optimizers[1].step()
             if index % recipe.n_critic == 0:
                 optimizers[0].zero_grad()
                 outputs = plain(images)
-                reference.generator_loss(images, outputs, judge(outputs["recon"])).backward()
+                reference.generator_loss(
+                    images, outputs, plain_discriminator(outputs["recon"])
+                ).backward()
                 optimizers[0].step()
                 for module in plain.modules():
                     if isinstance(module, reference.MemoryQueue):
@@ -66,8 +70,8 @@ def training(device: torch.device, count: int) -> Contenders:
     discriminator = to_layout(Discriminator(size).to(device), layout)
     on_gpu = device.type == "cuda"
     pair = make_optimizers(model, discriminator, recipe, capturable=on_gpu)
-    average = Average(discriminator, 0.998)
-    trainer = Trainer(model, discriminator, pair, recipe, lambda loss: loss.backward(), average)
+    ema = EMA(discriminator, 0.998)
+    trainer = Trainer(model, discriminator, pair, recipe, lambda loss: loss.backward(), ema)
     bf16 = choose_precision("auto", device) == "bf16"
     everything = torch.arange(count, device=device)
 

@@ -77,12 +77,12 @@ def published(bundle: Bundle) -> tuple[Callable[[Tensor], Tensor], StageClock]:
     """The published way of scoring a batch: float32, teacher included."""
     plain = reference.SQUID(**bundle.model.config).eval()
     plain.load_state_dict(bundle.model.state_dict())
-    judge = reference.Discriminator(bundle.discriminator.size).eval()
-    judge.load_state_dict(bundle.discriminator.state_dict())
+    discriminator = reference.Discriminator(bundle.discriminator.size).eval()
+    discriminator.load_state_dict(bundle.discriminator.state_dict())
 
     @torch.no_grad()
     def score(images: Tensor) -> Tensor:
-        return reference.discriminator_logits(judge, plain(images)["recon"])
+        return reference.discriminator_logits(discriminator, plain(images)["recon"])
 
     return score, StageClock(plain)
 
@@ -92,8 +92,11 @@ def frozen(bundle: Bundle, precision: str) -> tuple[Callable[[Tensor], Tensor], 
     scorer = Scorer(
         bundle.model, bundle.discriminator, bundle.calibration, PAPER_SCORE, precision, "cpu"
     )
-    clock = StageClock(scorer._generator)
-    return lambda images: scorer._look(images, [PAPER_SCORE])[0][PAPER_SCORE], clock
+
+    def score(images: Tensor) -> Tensor:
+        return scorer.measure(images, [PAPER_SCORE])[0][PAPER_SCORE]
+
+    return score, StageClock(scorer.model.generator)
 
 
 def computed_in(bundle: Bundle) -> list[str]:

@@ -27,7 +27,8 @@ import torch
 
 from squid_fast import SQUID
 from squid_fast.presets import PRESETS, preset
-from squid_fast.training.state import Run, Settings
+from squid_fast.training.squid import SquidLearner
+from squid_fast.training.state import Settings
 from squid_fast.utils.devices import Precision, choose_precision
 from squid_fast.utils.threads import SPIN, fastest_threads, threads
 
@@ -46,14 +47,14 @@ def steps(name: str, way: str, precision: Precision) -> dict[str, Any]:
     chosen = preset(name)
     count = chosen.recipe.batch_size
     settings = Settings(chosen.model, chosen.recipe, 0, precision, count, "")
-    run = Run(SQUID(**chosen.model), settings, CPU)
+    learner = SquidLearner(SQUID(**chosen.model), settings, CPU)
     side = chosen.image_size
-    images = torch.rand(count, 1, side, side).to(memory_format=run.layout)
+    images = torch.rand(count, 1, side, side)
     turns = chosen.recipe.n_critic
 
     def turn() -> None:
         for number in range(turns):
-            run.trainer.step(images, number)
+            learner.step(images, number)
 
     number = torch.get_num_threads()
     if way == "one":

@@ -1,4 +1,4 @@
-"""The verb that takes SQUID apart: ablate."""
+"""The verb that trains SQUID without each of its parts: ablate."""
 
 from __future__ import annotations
 
@@ -13,33 +13,51 @@ from ..experiments.ablation import VARIANTS, AblationData, as_markdown, digit_da
 from ..presets import preset as find_preset
 from ..training import load_splits
 from ..utils.devices import choose_device, choose_precision
-from .console import ablation_table, print_json, print_table, say, stop_on_signals, training_report
-from .options import Device, Json, Layout, Mnist, Threads, TrainingPrecision
+from .console import print_json, print_table, say, stop_on_signals, training_report
+from .options import Device, Json, Layout, Mnist, PresetName, Resume, Threads, TrainingPrecision
+from .tables import ablation_table
 
 
 def ablate(
-    out: Annotated[Path, typer.Option(help="Folder for the runs and the table.")],
+    out: Annotated[Path, typer.Option(help="Folder for the trained models and the table.")],
     data: Annotated[
-        Path | None, typer.Option(help="Labelled images; DigitAnatomy is drawn unless given.")
+        Path | None,
+        typer.Option(
+            help="Folder or CSV table of labelled images.", show_default="synthetic DigitAnatomy"
+        ),
     ] = None,
-    preset: Annotated[str, typer.Option(help="The model that is taken apart.")] = "small",
+    preset: Annotated[
+        PresetName, typer.Option(help="Network and training settings of the full model.")
+    ] = "small",
     variants: Annotated[
-        str, typer.Option(help=f"Of {', '.join(VARIANTS)}, separated by commas.")
+        str,
+        typer.Option(
+            help=f"Variants to train, separated by commas: {', '.join(VARIANTS)}.",
+            show_default="all",
+        ),
     ] = ",".join(VARIANTS),
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each variant.")] = 1,
-    epochs: Annotated[int, typer.Option(min=1)] = 10,
-    grids: Annotated[int, typer.Option(min=16, help="Drawn for an epoch, without --data.")] = 2000,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of runs of each variant.")] = 1,
+    epochs: Annotated[int, typer.Option(min=1, help="Number of epochs of each run.")] = 10,
+    grids: Annotated[
+        int, typer.Option(min=16, help="Number of DigitAnatomy grids to train on, without --data.")
+    ] = 2000,
     layout: Layout = "auto",
     mnist: Mnist = None,
     device: Device = None,
     precision: TrainingPrecision = "auto",
     threads: Threads = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with what is in --out.")] = False,
+    resume: Resume = False,
     as_json: Json = False,
 ) -> None:
-    """What each part of SQUID contributes: the same training without it, as a table."""
+    """Measure what each part of SQUID contributes.
+
+    Trains the full model and variants that lack a part, all in the same way, and compares their
+    AUROC on test images. Writes a folder for each run, ablation.json and ablation.md.
+
+    Example: squid-fast ablate --out runs/ablation --variants full,no_inpainting
+    """
     chosen = find_preset(preset)
-    choose_precision(precision, choose_device(device))  # rather now than when grids are drawn
+    choose_precision(precision, choose_device(device))  # refuses before grids are drawn
     recipe = dataclasses.replace(
         chosen.recipe, epochs=epochs, t_max=epochs, validate_every=max(1, epochs // 2)
     )

@@ -19,8 +19,6 @@ from ..metrics import plot_roc
 from ..presets import preset as find_preset
 from ..training import load_splits
 from .console import (
-    demo_table,
-    evaluation_table,
     print_json,
     print_table,
     progress_bar,
@@ -28,25 +26,49 @@ from .console import (
     stop_on_signals,
     training_report,
 )
-from .options import Data, Device, Json, Layout, Mnist, PrecisionName, Rate
+from .options import (
+    BundleFolder,
+    Data,
+    Device,
+    Json,
+    Layout,
+    Mnist,
+    PrecisionName,
+    PresetName,
+    Rate,
+    Seed,
+)
+from .tables import demo_table, evaluation_table
 
 
 def evaluate(
-    bundle: Annotated[Path, typer.Argument(help="Trained bundle.")],
+    bundle: BundleFolder,
     data: Data,
-    split: Annotated[str, typer.Option(help="Which split to evaluate on.")] = "test",
+    split: Annotated[
+        str, typer.Option(help="Split to evaluate: train, val, test, or a name of the data's own.")
+    ] = "test",
     layout: Layout = "auto",
-    out: Annotated[Path | None, typer.Option(help="Folder for evaluation.json and roc.png.")] = (
-        None
-    ),
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for evaluation.json and roc.png.",
+            show_default="evaluation-SPLIT in the model's folder",
+        ),
+    ] = None,
     all_scores: Annotated[
-        bool, typer.Option("--all-scores", help="Also those for research, which take longer.")
+        bool, typer.Option("--all-scores", help="Research scores as well, which take longer.")
     ] = False,
     device: Device = None,
     precision: PrecisionName = "auto",
     as_json: Json = False,
 ) -> None:
-    """Figures of every score on labelled images, with a picture of the ROC curves."""
+    """Measure how well a model tells anomalous images from normal.
+
+    Reads labelled images and prints a table with AUROC, average precision, accuracy and more for
+    every score. Writes the same figures to evaluation.json and the ROC curves to roc.png.
+
+    Example: squid-fast evaluate runs/zhang --data chest_xray
+    """
     scorer = load_scorer(bundle, precision=precision, device=device)
     records = [r for r in select(find_records(data, layout), split) if r.label is not None]
     if not records:
@@ -70,49 +92,80 @@ def evaluate(
 
 
 def convert(
-    generator: Annotated[Path, typer.Option(help="Published generator checkpoint, .pth.")],
-    discriminator: Annotated[Path, typer.Option(help="Published discriminator checkpoint, .pth.")],
-    out: Annotated[Path, typer.Option(help="Bundle folder to write.")],
-    preset: Annotated[str, typer.Option(help="Configuration of the checkpoint.")] = "zhanglab",
+    generator: Annotated[Path, typer.Option(help="Checkpoint of the published generator (.pth).")],
+    discriminator: Annotated[
+        Path, typer.Option(help="Checkpoint of the published discriminator (.pth).")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the converted model.")],
+    preset: Annotated[
+        PresetName, typer.Option(help="Network that the checkpoints were trained as.")
+    ] = "zhanglab",
     config: Annotated[
-        Path | None, typer.Option(help="JSON of constructor arguments instead of a preset.")
+        Path | None,
+        typer.Option(help="JSON file with the arguments of squid_fast.SQUID, instead of --preset."),
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Normal images to calibrate on; needed for screening.")
+        Path | None,
+        typer.Option(help="Normal images to set thresholds by; without them there are none."),
     ] = None,
     layout: Layout = "auto",
     false_positive_rate: Rate = 0.05,
 ) -> None:
-    """Turn a published pair of checkpoints into a bundle."""
+    """Convert checkpoints of the published code.
+
+    Reads the two .pth files and, for thresholds, normal images. Writes a folder that evaluate,
+    screen and export take like one that was trained here.
+
+    Example: squid-fast convert --generator g.pth --discriminator d.pth --out runs/published
+    """
     arguments = find_preset(preset).model if config is None else json.loads(config.read_text())
-    model, judge = load_published(generator, discriminator, arguments)
+    pair = load_published(generator, discriminator, arguments)
     calibration = None
     if data is not None:
         with progress_bar("reading images") as advance:
-            train_set, held_out = load_splits(find_records(data, layout), model.image_size, advance)
-        normal = None if held_out is None else held_out.subset(held_out.labels == 0)
-        calibration = calibrate(model, judge, train_set, normal, false_positive_rate)
+            train_set, held_out = load_splits(
+                find_records(data, layout), pair[0].image_size, advance
+            )
+        normal = held_out.normal if held_out else None
+        calibration = calibrate(*pair, train_set, normal, false_positive_rate)
     about = {"converted_from": [generator.name, discriminator.name]}
-    save_bundle(Bundle(model, judge, calibration, about=about), out)
-    note = "" if calibration else "; without --data it has no thresholds and cannot screen"
+    save_bundle(Bundle(*pair, calibration, about=about), out)
+    note = "" if calibration else "; without --data the model has no thresholds and cannot screen"
     say(f"written: {out}{note}")
 
 
 def synth(
-    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the images.")],
     mnist: Mnist = None,
-    cell: Annotated[int, typer.Option(min=8, help="Pixels of a digit's cell.")] = 32,
-    train_count: Annotated[int, typer.Option("--train", min=1, help="Normal grids.")] = 2000,
+    cell: Annotated[
+        int,
+        typer.Option(min=8, help="Side of one digit's cell in pixels; a grid has three by three."),
+    ] = 32,
+    train_count: Annotated[
+        int, typer.Option("--train", min=1, help="Number of normal grids for training.")
+    ] = 2000,
     val_count: Annotated[
-        int, typer.Option("--val", min=0, help="Normal grids, and as many anomalous ones.")
+        int,
+        typer.Option(
+            "--val", min=0, help="Number of normal and of anomalous grids for validation."
+        ),
     ] = 200,
     test_count: Annotated[
-        int, typer.Option("--test", min=0, help="Normal grids, and as many anomalous ones.")
+        int,
+        typer.Option("--test", min=0, help="Number of normal and of anomalous grids for the test."),
     ] = 400,
-    seed: int = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite")] = False,
+    seed: Seed = 0,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replacement of images that the folder holds.")
+    ] = False,
 ) -> None:
-    """Write DigitAnatomy, the paper's synthetic anatomy, with masks and a table."""
+    """Draw DigitAnatomy, the synthetic data set of the SQUID paper.
+
+    A normal image is a grid of handwritten digits from 1 to 9; in an anomalous one some digits are
+    missing, swapped, flipped or foreign. Writes images, masks of the anomalies and labels.csv.
+
+    Example: squid-fast synth digits --train 4000
+    """
     counts = {
         "train": (train_count, 0),
         "val": (val_count, val_count),
@@ -127,15 +180,26 @@ def synth(
 
 def demo(
     out: Annotated[
-        Path | None, typer.Option(help="Folder to write; else runs/demo, in place of the last.")
+        Path | None,
+        typer.Option(
+            help="Folder for all files.", show_default="runs/demo, in place of an earlier demo"
+        ),
     ] = None,
-    minutes: Annotated[float, typer.Option(min=0.01, help="After which training ends.")] = 4.0,
+    minutes: Annotated[
+        float, typer.Option(min=0.01, help="Time until training ends, in minutes.")
+    ] = 4.0,
     mnist: Mnist = None,
-    seed: int = 0,
+    seed: Seed = 0,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """The whole method in minutes: draw DigitAnatomy, train, evaluate, screen, report."""
+    """Try the whole method in five minutes, on synthetic images.
+
+    Draws DigitAnatomy, trains a small model, evaluates it, and screens unseen images. Needs no
+    data. Writes the trained model, results.csv and report.html. Ctrl-C ends the training early.
+
+    Example: squid-fast demo --minutes 2
+    """
     with (
         demo_folder(Path("runs/demo")) if out is None else nullcontext(out) as folder,
         stop_on_signals() as should_stop,

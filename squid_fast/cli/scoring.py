@@ -21,28 +21,54 @@ from ..screening import pack as pack_files
 from ..screening.reading.pool import TIMEOUT
 from ..utils.atomic import write_json
 from ..utils.devices import choose_device
-from .console import bench_table, print_json, print_table, progress_bar, say, stop_on_signals
-from .options import Device, FileList, Inputs, Json, PrecisionName, Root, Timeout, Workers
+from .console import print_json, print_table, progress_bar, say, stop_on_signals
+from .options import (
+    BatchSize,
+    BundleFolder,
+    Device,
+    FileList,
+    Inputs,
+    Json,
+    PrecisionName,
+    PresetName,
+    Resume,
+    Root,
+    Score,
+    Timeout,
+    Workers,
+)
+from .tables import bench_table
 
 
 def screen(
-    bundle: Annotated[Path, typer.Argument(help="Trained bundle.")],
-    out: Annotated[Path, typer.Option(help="Table: .parquet, .csv or .jsonl.")],
+    bundle: BundleFolder,
+    out: Annotated[
+        Path, typer.Option(help="Table of the results, ending in .parquet, .csv or .jsonl.")
+    ],
     paths: Inputs = None,
     listed: FileList = None,
     root: Root = None,
-    report: Annotated[Path | None, typer.Option(help="HTML report.")] = None,
-    summary: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
-    score: Annotated[str | None, typer.Option(help="Another score than the bundle's.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    report: Annotated[Path | None, typer.Option(help="HTML file for a report.")] = None,
+    summary: Annotated[
+        Path | None, typer.Option(help="JSON file for the numbers of files, flags and errors.")
+    ] = None,
+    score: Score = None,
+    batch_size: BatchSize = 32,
     workers: Workers = None,
     timeout: Timeout = TIMEOUT,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run of --out.")] = False,
+    resume: Resume = False,
     device: Device = None,
     precision: PrecisionName = "auto",
     as_json: Json = False,
 ) -> None:
-    """Score files: one row for each, errors included; Ctrl-C keeps the rows, --resume goes on."""
+    """Score image files by how unusual they are.
+
+    Reads PNG, JPEG, TIFF, DICOM and packed images. Writes a table with one row per file, in which
+    files that cannot be read have an error in place of a score. Ctrl-C keeps the rows that are
+    done.
+
+    Example: squid-fast screen runs/zhang archive/ --out results.csv --report report.html
+    """
     inputs = _inputs(paths, listed, root)
     check_output(out, resume)
     for path in (report, summary):
@@ -92,20 +118,30 @@ def pack(
     paths: Inputs = None,
     listed: FileList = None,
     root: Root = None,
-    size: Annotated[int | None, typer.Option(min=1, help="Pixels per side.")] = None,
-    bundle: Annotated[Path | None, typer.Option(help="Trained bundle, for its size.")] = None,
+    size: Annotated[
+        int | None, typer.Option(min=1, help="Side of the packed images in pixels.")
+    ] = None,
+    bundle: Annotated[
+        Path | None, typer.Option(help="Folder of a trained model, whose image size is taken.")
+    ] = None,
     workers: Workers = None,
     timeout: Timeout = TIMEOUT,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the shards in --out.")] = (
-        False
-    ),
+    resume: Resume = False,
     as_json: Json = False,
 ) -> None:
-    """Decode files once into Arrow shards, which screen faster and as often as needed."""
+    """Decode image files once, to screen them many times as fast.
+
+    Reads the same files as screen. Writes Arrow files with the images at the size of the model;
+    give their folder to screen in place of the images.
+
+    Example: squid-fast pack archive/ --out packed --bundle runs/zhang
+    """
     inputs = _inputs(paths, listed, root)
     side = size if bundle is None else load_bundle(bundle).model.image_size
     if side is None or None not in (size, bundle):
-        raise ValueError("give either --size or the --bundle that the images are packed for")
+        raise ValueError(
+            f"--size is {size} and --bundle {bundle}; give one of them to set the image size."
+        )
     started = time.perf_counter()
     with progress_bar("packing") as advance:
         packed = pack_files(
@@ -122,16 +158,22 @@ def pack(
         print_json({**dataclasses.asdict(packed), "seconds": seconds, "out": str(out)})
     say(
         f"{packed.files} files in {seconds:.1f} s: {packed.errors} with errors, "
-        f"{packed.bytes / 1e6:.1f} MB in {packed.shards} shards\nfolder: {out}"
+        f"{packed.bytes / 1e6:.1f} MB in {packed.shards} packed files\nfolder: {out}"
     )
 
 
 def export(
-    bundle: Annotated[Path, typer.Argument(help="Trained bundle.")],
-    out: Annotated[Path, typer.Option(help="File: .onnx, or .pt2 of PyTorch.")],
-    score: Annotated[str | None, typer.Option(help="Another score than the bundle's.")] = None,
+    bundle: BundleFolder,
+    out: Annotated[Path, typer.Option(help="File for the graph, ending in .onnx or .pt2.")],
+    score: Score = None,
 ) -> None:
-    """Write the scorer as a graph in float32 that runs without squid-fast: ONNX or PyTorch's."""
+    """Export a model as one file that runs without squid-fast.
+
+    Reads the folder of a trained model. Writes a graph in float32 from images to their scores,
+    for ONNX Runtime (.onnx) or torch.export.load (.pt2).
+
+    Example: squid-fast export runs/zhang --out zhang.onnx
+    """
     check_folder(out)
     write_export(Scorer.load(bundle, score, "float32", "cpu"), out)
     say(f"written: {out}, {out.stat().st_size / 1e6:.1f} MB")
@@ -139,22 +181,37 @@ def export(
 
 def bench(
     bundle: Annotated[
-        Path | None, typer.Option(help="Trained bundle; else random weights, not in int8.")
+        Path | None,
+        typer.Option(help="Folder of a trained model.", show_default="random weights"),
     ] = None,
-    preset: Annotated[str, typer.Option(help="Model, where there is no bundle.")] = "zhanglab",
-    data: Annotated[Path | None, typer.Option(help="Folder of images; else they are made up.")] = (
-        None
-    ),
-    batch: Annotated[int, typer.Option(min=1, help="Images scored at once.")] = 16,
-    rounds: Annotated[int, typer.Option(min=1, help="Times each way is timed.")] = 5,
-    seconds: Annotated[float, typer.Option(min=0, help="Of a run over files, about.")] = 10.0,
-    threads: Annotated[int | None, typer.Option(min=1, help="Of PyTorch.")] = None,
-    out: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
+    preset: Annotated[
+        PresetName, typer.Option(help="Network with random weights, without --bundle.")
+    ] = "zhanglab",
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder of image files.", show_default="synthetic JPEG files"),
+    ] = None,
+    batch_size: BatchSize = 16,
+    rounds: Annotated[int, typer.Option(min=1, help="Number of timings of each way.")] = 5,
+    seconds: Annotated[
+        float, typer.Option(min=0, help="Approximate time of a run over files, in seconds.")
+    ] = 10.0,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="Number of PyTorch threads.", show_default="PyTorch's own choice"),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the results.")] = None,
     device: Device = None,
     precision: PrecisionName = "auto",
     as_json: Json = False,
 ) -> None:
-    """How fast this machine scores, beside the published way; takes a minute or two."""
+    """Measure how fast this machine scores images.
+
+    Scores the same images with squid-fast and in the way of the published code, from memory and
+    from files, and prints images per second. Takes a minute or two.
+
+    Example: squid-fast bench --bundle runs/zhang --data archive/
+    """
     if out is not None:
         check_folder(out)
     if threads is not None:
@@ -162,7 +219,7 @@ def bench(
     where = choose_device(device)
     check_hardware(precision, where)
     measured = load_bundle(bundle) if bundle else random_bundle(find_preset(preset))
-    benchmark = Benchmark(measured, where, precision, batch, rounds, seconds, data)
+    benchmark = Benchmark(measured, where, precision, batch_size, rounds, seconds, data)
     about = {"model": str(bundle or preset), "data": str(data) if data else None}
     figures = about | benchmark.run(progress=progress_bar)
     if out is not None:
@@ -174,9 +231,9 @@ def bench(
 
 
 def _inputs(paths: list[str] | None, listed: str | None, root: Path | None) -> list[str]:
-    """What is to be read: the names on the command line, then those in the list."""
+    """The files to read: those named on the command line, then those in the list."""
     if not paths and listed is None:
-        raise ValueError("nothing to read; name files, folders or globs, or a --list of files")
+        raise ValueError("nothing to read is given; name files, folders or patterns, or a --list.")
     if root is not None and listed is None:
-        raise ValueError(f"--root {root} belongs to a --list, which is missing")
+        raise ValueError(f"--root is {root}, but there is no --list; give both, or no --root.")
     return [*(paths or []), *(read_list(listed, root) if listed is not None else [])]

@@ -1,4 +1,4 @@
-"""The verbs that train and look into what was trained: train, diagnose."""
+"""The verbs around training: train, diagnose."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import typer
 
 from ..data import ImageSet, find_records, load_images
 from ..data.contamination import check_apart, contaminated
-from ..experiments.baselines import METHODS, RECIPE, MethodResult, train_method
-from ..experiments.diagnostics import Diary, draw_memory, memory_use
+from ..experiments.baselines import RECIPE, BaselineResult, train_baseline
+from ..experiments.diagnostics import TrainingSnapshots, draw_memory, memory_use
 from ..inference.bundle import load_bundle
 from ..presets import Keep
 from ..presets import preset as find_preset
@@ -20,73 +20,126 @@ from ..training.logs import LogKind
 from ..utils.atomic import write_json
 from ..utils.devices import choose_device, choose_precision
 from .console import print_json, progress_bar, say, stop_on_signals, training_report
-from .options import Data, Device, Json, Layout, Rate, Threads, TrainingPrecision
+from .options import (
+    BundleFolder,
+    Data,
+    Device,
+    Json,
+    Layout,
+    MethodName,
+    PresetName,
+    Rate,
+    Resume,
+    ScoreName,
+    Seed,
+    Threads,
+    TrainingPrecision,
+)
+
+BY_PRESET = "by preset and method"
 
 
 def train(
     data: Data,
-    out: Annotated[Path, typer.Option(help="Run folder; becomes the trained bundle.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder for checkpoints and logs, and then the trained model.")
+    ],
     preset: Annotated[
-        str, typer.Option(help="zhanglab, zhanglab_cpu, chexpert, digit_anatomy, small.")
+        PresetName, typer.Option(help="Network, image size and training settings.")
     ] = "zhanglab",
-    method: Annotated[
-        str, typer.Option(help=f"squid, or what it is compared with: {', '.join(METHODS)}.")
-    ] = "squid",
+    method: Annotated[MethodName, typer.Option(help="SQUID, or a baseline for comparison.")] = (
+        "squid"
+    ),
     layout: Layout = "auto",
     contaminate: Annotated[
-        Path | None, typer.Option(help="Unlabelled images to mix in, as if they were normal.")
+        Path | None,
+        typer.Option(help="Folder of unlabelled images to mix into the training set as normal."),
     ] = None,
-    rate: Annotated[
-        float | None, typer.Option(help="Share of the training set that --contaminate becomes.")
+    contamination_rate: Annotated[
+        float | None,
+        typer.Option(help="Share of the training set taken from --contaminate, between 0 and 1."),
     ] = None,
-    epochs: Annotated[int | None, typer.Option(min=1)] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Of all processes together.")] = (
-        None
-    ),
-    lr: Annotated[float | None, typer.Option(help="Of the generator.")] = None,
-    averaging: Annotated[
-        float | None, typer.Option(help="Share that the averaged discriminator keeps; 0: none.")
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Number of epochs.", show_default=BY_PRESET)
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Number of images in a batch, over all processes.", show_default=BY_PRESET
+        ),
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Learning rate of the generator.", show_default=BY_PRESET)
+    ] = None,
+    ema_decay: Annotated[
+        float | None,
+        typer.Option(
+            help="Decay of the moving average of the discriminator's weights, such as 0.998; 0 "
+            "means no average.",
+            show_default=BY_PRESET,
+        ),
     ] = None,
     keep: Annotated[
-        Keep | None, typer.Option(help="Which epoch's pair is the trained model: by validation.")
+        Keep | None,
+        typer.Option(
+            help="Epoch whose weights are kept: the last, or the best by validation AUROC.",
+            show_default=BY_PRESET,
+        ),
     ] = None,
-    validate_every: Annotated[int | None, typer.Option(min=1, help="Epochs.")] = None,
-    score: Annotated[str, typer.Option(help="What the bundle screens by.")] = (
-        "discriminator_instance"
-    ),
+    validate_every: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Number of epochs from one validation to the next.", show_default=BY_PRESET
+        ),
+    ] = None,
+    score: Annotated[
+        ScoreName, typer.Option(help="Score that the trained model ranks and flags images by.")
+    ] = "discriminator_instance",
     false_positive_rate: Rate = 0.05,
-    seed: int = 0,
+    seed: Seed = 0,
     device: Device = None,
     precision: TrainingPrecision = "auto",
     threads: Threads = None,
     sync_batch_norm: Annotated[
-        bool, typer.Option(help="Batch norm over the batches of all processes.")
+        bool, typer.Option(help="Batch normalisation over the batches of all processes.")
     ] = True,
-    graphs: Annotated[bool, typer.Option(help="On one GPU: the step as a CUDA graph.")] = True,
-    pictures: Annotated[bool, typer.Option(help="Memories and reconstructions, drawn.")] = True,
-    log: Annotated[LogKind, typer.Option(help="Where figures go.")] = "csv",
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    cuda_graphs: Annotated[
+        bool, typer.Option(help="Training steps as CUDA graphs, which is faster on one GPU.")
+    ] = True,
+    pictures: Annotated[
+        bool, typer.Option(help="Pictures of reconstructions and memories at every validation.")
+    ] = True,
+    log: Annotated[LogKind, typer.Option(help="Format of the training curves.")] = "csv",
+    resume: Resume = False,
     as_json: Json = False,
 ) -> None:
-    """Train on normal images; Ctrl-C saves, --resume goes on. torchrun starts it on many GPUs."""
+    """Train a model on normal images.
+
+    Reads the normal images of the split train, and those of val, if there are any, to set
+    thresholds. Writes a folder that evaluate, screen and export take. Ctrl-C saves a checkpoint
+    before it stops. With torchrun, training runs on several GPUs.
+
+    Example: squid-fast train --preset zhanglab --data chest_xray --out runs/zhang
+    """
     chosen = find_preset(preset)
-    choose_precision(precision, choose_device(device))  # rather now than when images are read
+    choose_precision(precision, choose_device(device))  # refuses before images are read
     given: dict[str, Any] = {
-        "epochs": epochs, "batch_size": batch_size, "lr": lr, "averaging": averaging,
+        "epochs": epochs, "batch_size": batch_size, "lr": lr, "ema_decay": ema_decay,
         "validate_every": validate_every, "keep": keep,
     }  # fmt: skip
-    for name in ("averaging", "validate_every", "keep"):
-        if method != "squid" and given[name] is not None:
+    of_squid = {"ema-decay": ema_decay, "validate-every": validate_every, "keep": keep}
+    for name, value in of_squid.items():
+        if method != "squid" and value is not None:
             raise ValueError(
-                f"--{name.replace('_', '-')} {given[name]} is of no effect on --method {method}; "
-                "leave it out, or train squid."
+                f"--{name} {value} has no effect on --method {method}; leave it out, or train "
+                "squid."
             )
     recipe = dataclasses.replace(
         chosen.recipe if method == "squid" else RECIPE,
         **{name: value for name, value in given.items() if value is not None},
     )
     train_set, validation_set, about = _images(
-        data, layout, chosen.image_size, contaminate, rate, seed
+        data, layout, chosen.image_size, contaminate, contamination_rate, seed
     )
     common: dict[str, Any] = {
         "recipe": recipe, "validation_set": validation_set, "seed": seed, "device": device,
@@ -95,19 +148,19 @@ def train(
     }  # fmt: skip
     with stop_on_signals() as should_stop, training_report() as report:
         common |= {"report": report, "should_stop": should_stop}
-        result: TrainingResult | MethodResult
+        result: TrainingResult | BaselineResult
         if method != "squid":
-            result = train_method(method, train_set, out, **common)
+            result = train_baseline(method, train_set, out, **common)
         else:
             if pictures:
-                common["observe"] = Diary(out, validation_set or train_set).add
+                common["observe"] = TrainingSnapshots(out, validation_set or train_set).add
             result = train_bundle(
                 chosen,
                 train_set,
                 out,
                 score=score,
                 sync_batch_norm=sync_batch_norm,
-                graphs=graphs,
+                graphs=cuda_graphs,
                 log=log,
                 **common,
             )
@@ -130,13 +183,25 @@ def train(
 
 
 def diagnose(
-    bundle: Annotated[Path, typer.Argument(help="Trained bundle.")],
+    bundle: BundleFolder,
     data: Data,
-    out: Annotated[Path | None, typer.Option(help="Folder for memory.png and memory.json.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for memory.png and memory.json.",
+            show_default="pictures in the model's folder",
+        ),
+    ] = None,
     layout: Layout = "auto",
     as_json: Json = False,
 ) -> None:
-    """How a trained model uses its memories, on normal training images."""
+    """Show how a trained model uses its memories.
+
+    Reads normal training images. Writes a picture and a JSON file that say how often each slot of
+    a memory is used, and how similar the slots are to features of the images.
+
+    Example: squid-fast diagnose runs/zhang --data chest_xray
+    """
     model = load_bundle(bundle).model
     out = out or bundle / "pictures"
     with progress_bar("reading images") as advance:
@@ -154,11 +219,11 @@ def diagnose(
 def _images(
     data: Path, layout: str, size: int, contaminate: Path | None, rate: float | None, seed: int
 ) -> tuple[ImageSet, ImageSet | None, dict[str, Any]]:
-    """Training and validation images, and what was mixed into the former."""
+    """Training and validation images, and a description of what was mixed into the former."""
     if (contaminate is None) != (rate is None):
         raise ValueError(
-            f"--contaminate is {contaminate} and --rate {rate}; give both, or neither for training "
-            "images as they are."
+            f"--contaminate is {contaminate} and --contamination-rate {rate}; give both, or "
+            "neither for training images as they are."
         )
     records = find_records(data, layout)
     with progress_bar("reading images") as advance:
@@ -169,10 +234,10 @@ def _images(
     )
     if contaminate is None or rate is None:
         return train_set, validation_set, {}
-    others = find_records(contaminate)
+    contaminants = find_records(contaminate)
     held_out = [record.path for record in records if record.split in ("val", "test")]
-    check_apart([record.path for record in others], held_out)
-    mixed, paths = contaminated(train_set, load_images(others, size), rate, seed)
+    check_apart([record.path for record in contaminants], held_out)
+    mixed, paths = contaminated(train_set, load_images(contaminants, size), rate, seed)
     say(f"{len(paths)} images from {contaminate} mixed in: {len(paths) / len(mixed):.1%}")
     about = {"folder": str(contaminate), "rate": rate, "images": len(paths)}
     return mixed, validation_set, {"contamination": about}

@@ -1,4 +1,4 @@
-"""DICOM files: which pixels, and which values they stand for."""
+"""Images in DICOM files: the pixels of the first frame, and the values they stand for."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ from ..utils.extras import require
 from .pixels import FloatImage, ImageReadError, check_pixels, stretched
 
 _MAX_INFLATED = 1 << 29  # bytes
-_META_START = 144  # where the file's meta group goes on behind the element that gives its length
-_META_BYTES = 4096  # hold it
+_META_START = 144  # offset of the file meta information, behind the element with its length
+_META_BYTES = 4096  # enough for all of it
 
 
 def read_dicom(file: BinaryIO, path: Path) -> FloatImage:
-    """The first frame, [H, W] in [0, 1]; see `squid_fast.data.read_image`."""
+    """Read the first frame as an image, [H, W] in [0, 1]; see ``read_image``."""
     pydicom = require("pydicom", "screen")
     _check_inflated(pydicom, file, path)
     header = pydicom.dcmread(file, stop_before_pixels=True, force=True)
     if header.get("Rows") is None or header.get("Columns") is None:
         raise ImageReadError(
-            f"{path} is a DICOM file without an image (Rows and Columns are missing; Modality is "
-            f"{header.get('Modality', 'not given')}); one with pixel data is needed"
+            "{path} is a DICOM file without an image (Rows and Columns are missing; Modality is "
+            "{modality}); one with pixel data is needed",
+            path=path,
+            modality=header.get("Modality", "not given"),
         )
     check_pixels(int(header.Columns), int(header.Rows), path)
     file.seek(0)
@@ -39,7 +41,7 @@ def read_dicom(file: BinaryIO, path: Path) -> FloatImage:
 
 
 def _check_inflated(pydicom: Any, file: BinaryIO, path: Path) -> None:
-    """Refuse a deflated dataset that is too large; pydicom would inflate it whatever its size."""
+    """Refuse a deflated dataset that is too large: pydicom inflates one of any size."""
     if pydicom.uid.DeflatedExplicitVRLittleEndian.encode() not in file.read(_META_BYTES):
         file.seek(0)
         return
@@ -49,20 +51,21 @@ def _check_inflated(pydicom: Any, file: BinaryIO, path: Path) -> None:
         size += len(inflate.decompress(piece))
         if size > _MAX_INFLATED:
             raise ImageReadError(
-                f"{path} is a DICOM file that inflates to more than {_MAX_INFLATED} bytes, which "
-                "is the most that is read"
+                "{path} is a DICOM file that inflates to more than "
+                f"{_MAX_INFLATED} bytes, which is the most that is read",
+                path=path,
             )
     file.seek(0)
 
 
 def _luminance(colour: npt.NDArray[Any], top: int) -> FloatImage:
-    """ITU-R 601 luma of [H, W, 3 or 4], as Pillow's."""
+    """Reduce colours [H, W, 3 or 4] to ITU-R 601 luma, as Pillow does."""
     weights = np.array([0.299, 0.587, 0.114])
     return np.asarray(colour[..., :3] @ weights / top, dtype=np.float32)
 
 
 def _first_frame(pydicom: Any, file: BinaryIO, header: Any, path: Path) -> npt.NDArray[Any]:
-    """The stored values of frame 0: [H, W], or [H, W, 3] in RGB."""
+    """Read the stored values of frame 0: [H, W], or [H, W, 3] in RGB."""
     pixels = require("pydicom.pixels", "screen")
     source: Any = file
     syntax = getattr(header, "file_meta", {}).get("TransferSyntaxUID")
@@ -77,19 +80,19 @@ def _first_frame(pydicom: Any, file: BinaryIO, header: Any, path: Path) -> npt.N
             if little
             else pydicom.uid.ExplicitVRBigEndian
         )
-    elif syntax.is_deflated:  # pydicom finds single frames in files as they lie on the disk
+    elif syntax.is_deflated:  # pydicom finds a single frame only in a file that is not deflated
         source = pydicom.dcmread(file)
     try:
         frame: npt.NDArray[Any] = pixels.pixel_array(source, index=0)
     except AttributeError as error:
         raise ImageReadError(
-            f"{path} is a DICOM file without usable pixel data: {error}"
+            "{path} is a DICOM file without usable pixel data: {error}", path=path, error=error
         ) from error
     return frame
 
 
 def _dicom_grey(pydicom: Any, stored: npt.NDArray[Any], header: Any) -> FloatImage:
-    """Modality, then values of interest, then polarity (PS3.3 C.11.1, C.11.2, C.7.6.3.1.2)."""
+    """Apply modality LUT, VOI LUT or window, and polarity (PS3.3 C.11.1, C.11.2, C.7.6.3.1.2)."""
     if header.get("ModalityLUTSequence"):
         values, _ = _looked_up(stored, header.ModalityLUTSequence[0])
     else:
@@ -98,7 +101,7 @@ def _dicom_grey(pydicom: Any, stored: npt.NDArray[Any], header: Any) -> FloatIma
         values, top = _looked_up(values, header.VOILUTSequence[0])
         grey = np.asarray(values / top, dtype=np.float32)
     elif header.get("WindowCenter") is not None and header.get("WindowWidth") is not None:
-        # The window's own output range: where everything below and everything above it goes.
+        # The window's output range: what values far below and far above it become.
         ends = pydicom.pixels.apply_windowing(np.array([-np.inf, np.inf]), header)
         windowed = pydicom.pixels.apply_windowing(values, header)
         low, high = float(ends[0]), float(ends[1])
@@ -115,7 +118,7 @@ def _dicom_grey(pydicom: Any, stored: npt.NDArray[Any], header: Any) -> FloatIma
 
 
 def _looked_up(values: npt.NDArray[Any], item: Any) -> tuple[npt.NDArray[Any], int]:
-    """Values through a lookup table, and the top of the table's range.
+    """Map values through a lookup table; returns them and the top of the table's range.
 
     pydicom's own functions hold the index in the type of the table's entries, which overflows
     for 12-bit values and a table of 8-bit entries.

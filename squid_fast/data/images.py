@@ -83,6 +83,15 @@ class ImageSet:
         index = index.to(self.images.device)
         return ImageSet(self.images[index], self.labels[index.to(self.labels.device)], paths)
 
+    def subsample(self, most: int) -> ImageSet:
+        """At most so many of the images, evenly spaced over the set."""
+        return self.subset(np.unique(np.linspace(0, len(self) - 1, most).astype(int)).tolist())
+
+    @property
+    def normal(self) -> ImageSet:
+        """The normal images alone."""
+        return self.subset(self.labels == 0)
+
     @classmethod
     def concatenate(cls, *sets: ImageSet) -> ImageSet:
         """All images of the sets, one set behind the other."""

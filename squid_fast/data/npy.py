@@ -1,4 +1,4 @@
-"""NumPy's NPY files."""
+"""Images in NumPy's NPY files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .pixels import FloatImage, ImageReadError, check_pixels, stretched
 
 
 def read_npy(file: BinaryIO, path: Path) -> FloatImage:
-    """The array as an image, [H, W] in [0, 1]; see `squid_fast.data.read_image`."""
+    """Read the array as an image, [H, W] in [0, 1]; see ``read_image``."""
     version = np.lib.format.read_magic(file)
     read_header = {
         (1, 0): np.lib.format.read_array_header_1_0,
@@ -20,13 +20,17 @@ def read_npy(file: BinaryIO, path: Path) -> FloatImage:
     shape, _, dtype = read_header(file)
     if dtype.kind not in "buif":
         raise ImageReadError(
-            f"{path} holds values of type {dtype}; bool, integers and floats are read"
+            "{path} holds values of type {dtype}; bool, integers and floats are read",
+            path=path,
+            dtype=dtype,
         )
     sides = shape[1:] if len(shape) == 3 and shape[0] == 1 else shape
     sides = sides[:2] if len(sides) == 3 and sides[2] == 1 else sides
     if len(sides) != 2:
         raise ImageReadError(
-            f"{path} has the shape {list(shape)}; [H, W], [1, H, W] and [H, W, 1] are read"
+            "{path} has the shape {shape}; [H, W], [1, H, W] and [H, W, 1] are read",
+            path=path,
+            shape=list(shape),
         )
     check_pixels(sides[1], sides[0], path)
     file.seek(0)

@@ -1,4 +1,4 @@
-"""What the readers of all formats share: the error they raise, limits, scaling."""
+"""What the readers of all formats share: the error they raise, limits and scaling."""
 
 from __future__ import annotations
 
@@ -15,21 +15,53 @@ MAX_PIXELS = 100_000_000
 
 
 class ImageReadError(ValueError):
-    """A file could not be read as an image; the message says which file and why."""
+    """A file could not be read as an image; the message says which file and why.
+
+    Args:
+        message: a sentence. Names in braces stand for ``details``.
+        details: what differs between files with the same problem, the file's ``path`` first.
+
+    Attributes:
+        kind: the message without the details, which is the same for all files with the problem.
+
+    >>> error = ImageReadError("{path} has {size} bytes", path="scan.png", size=3)
+    >>> str(error)
+    'scan.png has 3 bytes'
+    >>> error.kind
+    'the file has … bytes'
+    """
+
+    def __init__(self, message: str, **details: object) -> None:
+        super().__init__(message.format(**details) if details else message)
+        alike = dict.fromkeys(details, "…") | {"path": "the file"}
+        self.kind = message.format(**alike) if details else message
 
 
 def check_pixels(width: int, height: int, path: Path) -> None:
-    """Refuse images without pixels and those with more than `MAX_PIXELS`."""
+    """Refuse images without pixels and those with more than ``MAX_PIXELS``.
+
+    Raises:
+        ImageReadError: the image has no pixels or too many.
+    """
     if width < 1 or height < 1:
-        raise ImageReadError(f"{path} has no pixels ({width}x{height})")
+        raise ImageReadError(
+            "{path} has no pixels ({width}x{height})", path=path, width=width, height=height
+        )
     if width * height > MAX_PIXELS:
         raise ImageReadError(
-            f"{path} has {width}x{height} = {width * height} pixels; at most {MAX_PIXELS} are read"
+            f"{{path}} has {{width}}x{{height}} = {{count}} pixels; at most {MAX_PIXELS} are read",
+            path=path,
+            width=width,
+            height=height,
+            count=width * height,
         )
 
 
 def stretched(values: npt.NDArray[Any]) -> FloatImage:
-    """Minimum to 0, maximum to 1; a constant array to 0; NaN where a value is not finite."""
+    """Scale values so that their minimum is 0 and their maximum 1.
+
+    A constant array becomes 0, and an array with a value that is not finite becomes NaN.
+    """
     array = values.astype(np.float64)
     low, high = float(array.min()), float(array.max())
     if not np.isfinite(low) or not np.isfinite(high):

@@ -1,7 +1,7 @@
-"""One image file, whatever its format, as one greyscale array.
+"""Read one image file of any format as a greyscale array.
 
-A file's type is told by its first bytes, never by its name alone: archives are full of JPEGs
-called ``.png``. Whatever goes wrong with a file is an :class:`ImageReadError`.
+The first bytes of a file tell its format, not its name: archives are full of JPEGs called
+``.png``. Whatever is wrong with a file is raised as ``ImageReadError``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ IMAGE_SUFFIXES = (
     ".dcm",
     ".dicom",
 )
-"""What counts as an image when a folder is searched, in lower case."""
+"""Suffixes, in lower case, of the files that count as images when a folder is searched."""
 
 _DICOM_SUFFIXES = (".dcm", ".dicom")
 _KNOWN = "PNG, JPEG, TIFF, BMP, GIF, WebP, NPY and DICOM"
@@ -77,10 +77,14 @@ def read_image(path: str | os.PathLike[str]) -> FloatImage:
         float32 ``[H, W]`` in [0, 1].
 
     Raises:
-        ImageReadError: the file is missing, unreadable, empty, damaged, of an unknown format,
-            larger than ``MAX_PIXELS``, changes while it is read, takes more memory than there is
-            or holds no finite pixels.
+        ImageReadError: the file is missing, unreadable, empty, damaged, of an unknown format or
+            larger than ``MAX_PIXELS``; it changes while it is read, takes more memory than there
+            is or holds a pixel that is not finite.
         ImportError: Pillow or pydicom is needed and not installed.
+
+    >>> np.save("scan.npy", np.array([[0, 51, 255]], dtype=np.uint8))
+    >>> read_image("scan.npy")
+    array([[0. , 0.2, 1. ]], dtype=float32)
     """
     return _read(Path(path), None)
 
@@ -90,19 +94,23 @@ def load_image(path: str | os.PathLike[str], size: int) -> FloatImage:
 
     The resize is bilinear with antialiasing and does not keep the aspect ratio, as in the
     published preprocessing. A JPEG of at least four times the size per side is decoded at a half,
-    a quarter or an eighth, so that at least twice the size is left for the resize to decide on.
-    In radiographs this moved pixels by 0.3/255 on average, and by 2/255 at most.
+    a quarter or an eighth, so that the resize starts from at least twice the size. In radiographs
+    this changed pixels by 0.3/255 on average, and by 2/255 at most.
 
     Args:
-        path: the file, see :func:`read_image`.
+        path: the file, see ``read_image``.
         size: side of the result in pixels, at least 1.
 
     Returns:
         float32 ``[size, size]`` in [0, 1].
 
     Raises:
-        ImageReadError: as :func:`read_image`.
+        ImageReadError: the file cannot be read, see ``read_image``.
         ValueError: ``size`` is less than 1.
+
+    >>> np.save("scan.npy", np.zeros((40, 30), dtype=np.uint8))
+    >>> load_image("scan.npy", 32).shape
+    (32, 32)
     """
     if size < 1:
         raise ValueError(f"size is {size}; the side of an image is at least 1 pixel")
@@ -113,12 +121,12 @@ def load_image(path: str | os.PathLike[str], size: int) -> FloatImage:
 
 
 def load_bytes(path: str | os.PathLike[str], size: int) -> npt.NDArray[np.uint8]:
-    """As :func:`load_image`, rounded to bytes: uint8 ``[size, size]``, 255 is 1.0."""
+    """Read an image as ``load_image`` does, rounded to uint8 ``[size, size]``: 255 is 1.0."""
     return (load_image(path, size) * 255 + 0.5).astype(np.uint8)
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether the file carries DICOM's mark, ``DICM`` at byte 128; False if it cannot be read."""
+    """Whether a file has ``DICM`` at byte 128, as DICOM files do; False if it cannot be read."""
     try:
         with open(path, "rb") as file:
             return file.read(_HEAD_BYTES)[128:] == b"DICM"
@@ -127,7 +135,7 @@ def is_dicom(path: Path) -> bool:
 
 
 def _read(path: Path, size: int | None) -> FloatImage:
-    """An image in [0, 1]: [H, W], or [size, size] from readers that resize it on the way."""
+    """Read an image in [0, 1]: [H, W], or [size, size] from readers that resize as they decode."""
     _check_is_file(path)
     kind = "file"
     try:
@@ -142,41 +150,55 @@ def _read(path: Path, size: int | None) -> FloatImage:
     except (ImageReadError, ImportError):
         raise
     except PermissionError as error:
-        raise ImageReadError(f"{path} may not be read: permission denied") from error
+        raise ImageReadError("{path} may not be read: permission denied", path=path) from error
     except MemoryError as error:
-        raise ImageReadError(f"{path} takes more memory to decode than there is") from error
-    except Exception as error:  # decoders raise nearly anything on damaged files
-        detail = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         raise ImageReadError(
-            f"{path} could not be decoded as {kind}, it is damaged or truncated or uses an "
-            f"unsupported variant of the format ({detail})"
+            "{path} takes more memory to decode than there is", path=path
+        ) from error
+    except Exception as error:  # decoders raise nearly anything on damaged files
+        reason = type(error).__name__ + (": {detail}" if str(error) else "")
+        raise ImageReadError(
+            f"{{path}} could not be decoded as {kind}, it is damaged or truncated or uses an "
+            f"unsupported variant of the format ({reason})",
+            path=path,
+            detail=error,
         ) from error
     if not np.isfinite(image).all():
-        raise ImageReadError(f"{path} holds NaN or infinite pixels; every pixel must be finite")
+        raise ImageReadError(
+            "{path} holds NaN or infinite pixels; every pixel must be finite", path=path
+        )
     # Headers may promise fewer bits than the values have.
     return np.clip(np.ascontiguousarray(image, dtype=np.float32), 0.0, 1.0)
 
 
 def _check_is_file(path: Path) -> None:
-    """Refuse what is no regular file; opening a pipe or device would block or never end."""
+    """Refuse what is not a regular file: opening a pipe or device could block for ever."""
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError as error:
         if path.is_symlink():
             target = os.readlink(path)
-            raise ImageReadError(f"{path} is a link to {target}, which does not exist") from error
-        raise ImageReadError(f"{path} does not exist; give the path of an image file") from error
+            raise ImageReadError(
+                "{path} is a link to {target}, which does not exist", path=path, target=target
+            ) from error
+        raise ImageReadError(
+            "{path} does not exist; give the path of an image file", path=path
+        ) from error
     except (OSError, ValueError) as error:
-        raise ImageReadError(f"{path} cannot be reached: {error}") from error
+        raise ImageReadError("{path} cannot be reached: {error}", path=path, error=error) from error
     if stat.S_ISDIR(mode):
-        raise ImageReadError(f"{path} is a folder; give the path of an image file")
+        raise ImageReadError("{path} is a folder; give the path of an image file", path=path)
     if not stat.S_ISREG(mode):
-        raise ImageReadError(f"{path} is a pipe or device; give the path of an image file")
+        raise ImageReadError(
+            "{path} is a pipe or device; give the path of an image file", path=path
+        )
 
 
 def _kind(head: bytes, path: Path) -> str:
     if not head:
-        raise ImageReadError(f"{path} is empty (0 bytes); an image file of {_KNOWN} is read")
+        raise ImageReadError(
+            f"{{path}} is empty (0 bytes); an image file of {_KNOWN} is read", path=path
+        )
     if head[128:132] == b"DICM":  # first: a DICOM preamble may imitate a TIFF
         return "DICOM"
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
@@ -187,36 +209,43 @@ def _kind(head: bytes, path: Path) -> str:
     if path.suffix.lower() in _DICOM_SUFFIXES:
         return "DICOM"  # old files lack the preamble
     raise ImageReadError(
-        f"{path} is not an image in a known format, it begins with {head[:8]!r}; "
-        f"{_KNOWN} are read, and the content decides, not the name"
+        "{path} is not an image in a known format, it begins with {start}; "
+        f"{_KNOWN} are read, and the content decides, not the name",
+        path=path,
+        start=head[:8],
     )
 
 
 def _check_unchanged(before: os.stat_result, after: os.stat_result, path: Path) -> None:
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
         raise ImageReadError(
-            f"{path} was changed while it was read ({before.st_size} bytes before, "
-            f"{after.st_size} after); read it again when it is complete"
+            "{path} was changed while it was read ({before} bytes before, {after} after); read it "
+            "again when it is complete",
+            path=path,
+            before=before.st_size,
+            after=after.st_size,
         )
 
 
 def _read_pil(file: BinaryIO, path: Path, kind: str, size: int | None) -> FloatImage:
     pil = require("PIL.Image", "screen")
     if kind == "TIFF":
-        # libtiff maps files into memory, and a file that becomes shorter then kills the process.
+        # libtiff maps a file into memory: if the file becomes shorter, the process is killed.
         file = _in_memory(file, path)
     try:
         image = pil.open(file, formats=(kind,))
     except (pil.DecompressionBombError, pil.DecompressionBombWarning) as error:
         raise ImageReadError(
-            f"{path} has too many pixels; at most {MAX_PIXELS} are read ({error})"
+            f"{{path}} has too many pixels; at most {MAX_PIXELS} are read ({{error}})",
+            path=path,
+            error=error,
         ) from error
     with image:
         check_pixels(image.width, image.height, path)
         box = None
         if kind == "JPEG":
             scaled = image.draft("L", None if size is None else (2 * size, 2 * size))
-            box = scaled and scaled[1]  # a scaled image has a margin where the sides do not divide
+            box = scaled and scaled[1]  # without the margin of sides that are no multiple of 8
         image.load()
         return _grey(image, kind, size, box)
 
@@ -224,7 +253,9 @@ def _read_pil(file: BinaryIO, path: Path, kind: str, size: int | None) -> FloatI
 def _in_memory(file: BinaryIO, path: Path) -> BinaryIO:
     if (length := os.fstat(file.fileno()).st_size) > _MAX_TIFF_BYTES:
         raise ImageReadError(
-            f"{path} has {length} bytes; TIFF files of at most {_MAX_TIFF_BYTES} are read"
+            f"{{path}} has {{length}} bytes; TIFF files of at most {_MAX_TIFF_BYTES} are read",
+            path=path,
+            length=length,
         )
     return io.BytesIO(file.read())
 
@@ -232,9 +263,9 @@ def _in_memory(file: BinaryIO, path: Path) -> BinaryIO:
 def _grey(
     image: Any, kind: str, size: int | None, box: tuple[float, float, float, float] | None
 ) -> FloatImage:
-    """Luminance in [0, 1] of a decoded PIL image: [H, W], or [size, size] where that is cheaper.
+    """Reduce a decoded PIL image to luminance in [0, 1]: [H, W], or [size, size] if cheaper.
 
-    ``box`` is the part of the image that is resized; all of it unless given.
+    ``box`` is the part of the image that is resized, by default all of it.
     """
     mode: str = image.mode
     if mode.startswith("I;16") or (mode == "I" and kind == "PNG"):  # older Pillow: 16-bit PNG is I
@@ -262,7 +293,7 @@ def _grey(
 def _resized(
     image: Any, size: int, box: tuple[float, float, float, float] | None = None
 ) -> FloatImage:
-    """A PIL image of floats, or its part in ``box``, as [size, size]."""
+    """Resize a PIL image of floats, or its part in ``box``, to [size, size]."""
     bilinear = require("PIL.Image", "screen").Resampling.BILINEAR  # antialiased in Pillow
     return np.asarray(image.resize((size, size), bilinear, box), dtype=np.float32)
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..utils.text import column_names
 from .records import ANOMALOUS, NORMAL, SPLITS, Layout, LayoutError, Record, enumerated
 
 _LABELS = {
@@ -279,7 +280,7 @@ def _csv_lines(path: Path) -> Iterator[list[str]]:
     """Column names in lower case, then the rows; a byte order mark is dropped."""
     with open(path, newline="", encoding="utf-8-sig") as file:
         lines = csv.reader(file)
-        yield [name.strip().lower() for name in next(lines, [])]
+        yield column_names(lines)
         yield from lines
 
 

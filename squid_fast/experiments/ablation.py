@@ -1,4 +1,4 @@
-"""What each part of SQUID contributes: the same training without it (the paper's ablations)."""
+"""What each part of SQUID contributes, by training without it (the paper's ablations)."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from ..inference import Scorer
 from ..inference.bundle import load_bundle
 from ..inference.scores import PAPER_SCORE, SCORES
 from ..metrics import image_auroc
-from ..presets import Preset, Recipe
+from ..presets import Preset, Recipe, current_names
 from ..training import CheckpointError, Progress, train_bundle
-from ..training.state import CHECKPOINT
+from ..training.checkpoint import CHECKPOINT
 from ..utils.atomic import write_json
 from ..utils.devices import Precision, choose_device
 from ..utils.machine import describe
 
 FULL = "full"
-HARD_THRESHOLD = 0.0005  # on raw dot products, which are far above it: slots are weighted by them
+HARD_THRESHOLD = 0.0005  # far below most dot products, which then weight the slots themselves
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     FULL: ("SQUID as it is", {}),
@@ -35,7 +35,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"inpainting": {"memory": "shared"}},
     ),
     "no_inpainting": (
-        "without the in-painting block: the decoder is fed what the encoder found",
+        "without the in-painting block: the decoder gets the features of the encoder",
         {"inpainting": False},
     ),
     "memory_matrix": (
@@ -46,7 +46,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "hard shrinkage in place of Gumbel shrinkage",
         {"shrink_thres": HARD_THRESHOLD},
     ),
-    "no_shortcut": ("without masked shortcut: painted features everywhere", {"ratio": 1.0}),
+    "no_shortcut": ("without masked shortcut: in-painted features everywhere", {"ratio": 1.0}),
     "soft_shortcut": (
         "a fixed blend in place of the masked shortcut",
         {"inpainting": {"shortcut": "soft"}},
@@ -57,19 +57,19 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"inpainting": {"mixing": "convolution"}},
     ),
 }
-"""Name to what it means and the arguments of ``SQUID`` that it changes."""
+"""Variants by name: a description, and the arguments of ``SQUID`` that differ."""
 
 
 @dataclass(frozen=True)
 class AblationData:
-    """What all variants learn from and are judged on.
+    """The images that all variants are trained and evaluated on.
 
     Attributes:
         train: normal images.
-        validation: gives thresholds; its AUROC goes into the runs' logs.
+        validation: labelled images for thresholds and for the AUROCs in the logs of the runs.
         test: labelled images.
-        groups: name to the test images [n] that an AUROC is computed over.
-        about: said of the data in the results.
+        groups: by name, the indices of the test images that an AUROC is computed over.
+        about: description of the data for the results.
     """
 
     train: ImageSet
@@ -85,9 +85,11 @@ def digit_data(
     """DigitAnatomy: ``held_out`` normal test grids against as many of each kind of anomaly.
 
     Args:
-        side: of the grids in pixels, three cells.
-        per_epoch: normal grids to train on.
-        source: MNIST IDX files; scikit-learn's bundled digits unless given.
+        side: side of a grid in pixels; a grid has three by three cells.
+        per_epoch: number of normal grids to train on.
+        source: folder of MNIST's IDX files; by default the digits bundled with scikit-learn.
+        seed: seed of all random numbers.
+        held_out: number of normal grids for validation, for the test, and of each kind of anomaly.
     """
     train, val, test = (
         DigitAnatomy(source, side // 3, split, seed) for split in ("train", "val", "test")
@@ -95,8 +97,7 @@ def digit_data(
     normal = test.normal(held_out, seed + 2)
     anomalous = test.anomalous(held_out * len(KINDS), seed + 3)
     kinds = np.array(list(normal.kinds) + list(anomalous.kinds))
-    one, other = normal.as_image_set(), anomalous.as_image_set()
-    both = ImageSet.concatenate(one, other)
+    both = ImageSet.concatenate(normal.as_image_set(), anomalous.as_image_set())
     groups = {
         kind: torch.from_numpy(np.flatnonzero((kinds == kind) | (both.labels.numpy() == 0)))
         for kind in KINDS
@@ -110,7 +111,12 @@ def changed_model(base: dict[str, Any], name: str) -> dict[str, Any]:
     """Arguments of ``SQUID`` for a variant of ``VARIANTS``.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: the name is unknown.
+
+    Example:
+        >>> from squid_fast import PRESETS
+        >>> changed_model(PRESETS["small"].model, "no_teacher")["dist"]
+        False
     """
     if name not in VARIANTS:
         raise ValueError(f"variant is {name!r}; known are {', '.join(VARIANTS)}.")
@@ -137,17 +143,17 @@ def run_ablation(
     report: Callable[[Progress], None] = lambda progress: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any] | None:
-    """Train every variant alike, with every seed, and judge it; None if it was stopped.
+    """Train every variant in the same way, with every seed, and evaluate it.
 
-    What is finished is kept in ``out/ablation.json`` run by run, and ``resume`` goes on from there,
-    within a run from its checkpoint.
+    ``out/ablation.json`` is written after each run. With ``resume``, finished runs found there are
+    kept, and an interrupted one continues from its checkpoint.
 
     Returns:
-        ``settings``, ``machine`` and ``runs``, a list of variant, seed, parameters, seconds and
-        threads (of training) and ``auroc`` by score and group.
+        ``settings``, ``machine`` and ``runs``, a list with variant, seed, parameters, seconds and
+        threads of the training, and ``auroc`` by score and group; None if it was stopped.
 
     Raises:
-        ValueError: no such variant.
+        ValueError: a variant is unknown.
         CheckpointError: ``out`` already holds an ablation, or one with other settings.
     """
     recipe = recipe or preset.recipe
@@ -161,12 +167,15 @@ def run_ablation(
     results: dict[str, Any] = {"settings": settings, "machine": machine, "runs": []}
     if path.exists():
         results = json.loads(path.read_text(encoding="utf-8"))
+        results["settings"]["recipe"] = current_names(results["settings"]["recipe"])
         if not resume:
             raise CheckpointError(
                 f"{out} already holds an ablation; add --resume to go on with it."
             )
         if results["settings"] != settings:
-            raise CheckpointError(f"{path} is of other settings: {results['settings']}.")
+            raise CheckpointError(
+                f"{path} is of other settings: {results['settings']}; choose another folder."
+            )
     out.mkdir(parents=True, exist_ok=True)
     write_json(results, path)
     done = {(run["variant"], run["seed"]) for run in results["runs"]}
@@ -192,12 +201,12 @@ def run_ablation(
                 return None
             row = {"variant": name, "seed": seed, "seconds": round(60 * trained.minutes, 1)}
             row["threads"] = trained.threads
-            results["runs"].append(row | judged(folder, data, device))
+            results["runs"].append(row | evaluate_bundle(folder, data, device))
             write_json(results, path)
     return results
 
 
-def judged(bundle: Path, data: AblationData, device: str | None = None) -> dict[str, Any]:
+def evaluate_bundle(bundle: Path, data: AblationData, device: str | None = None) -> dict[str, Any]:
     """Parameters of a trained bundle and its AUROCs by score and group."""
     scorer = Scorer.load(bundle, device=device)
     raw = scorer.raw_scores(data.test)
@@ -214,10 +223,10 @@ def judged(bundle: Path, data: AblationData, device: str | None = None) -> dict[
 
 
 def summarised(results: dict[str, Any], scores: Collection[str]) -> list[dict[str, Any]]:
-    """One row for each variant: mean AUROC over groups and seeds of each score, its spread.
+    """One row for each variant, with the mean AUROC over groups and seeds.
 
-    Keys: variant, about, parameters, seeds, and ``auroc``, ``spread`` (standard deviation over
-    seeds, None with one) and ``difference`` (to the full SQUID, None without it), each by score.
+    Keys: variant, about, parameters, seeds, and by score ``auroc``, ``spread`` (standard deviation
+    over seeds; None with one seed) and ``difference`` (from the full SQUID; None without it).
     """
     by_variant: dict[str, list[dict[str, Any]]] = {}
     for run in results["runs"]:
@@ -245,7 +254,7 @@ SHOWN = (PAPER_SCORE, "discriminator_image", "patch_error")
 
 
 def as_markdown(results: dict[str, Any], scores: Collection[str] = SHOWN) -> str:
-    """The table of ``summarised``, in Markdown."""
+    """The rows of ``summarised`` as a table in Markdown."""
     lines = ["| variant | " + " | ".join(f"`{score}`" for score in scores) + " | parameters |"]
     lines.append("|---|" + "--:|" * (len(scores) + 1))
     for row in summarised(results, scores):
@@ -257,7 +266,8 @@ def as_markdown(results: dict[str, Any], scores: Collection[str] = SHOWN) -> str
 
 
 def cell(row: dict[str, Any], score: str) -> str:
-    """AUROC, its spread over seeds, and the difference to the full SQUID."""
-    text, spread, off = f"{row['auroc'][score]:.3f}", row["spread"][score], row["difference"][score]
+    """AUROC, its spread over seeds, and in brackets the difference from the full SQUID."""
+    text = f"{row['auroc'][score]:.3f}"
+    spread, difference = row["spread"][score], row["difference"][score]
     text += "" if spread is None else f" ± {spread:.3f}"
-    return text if off is None or row["variant"] == FULL else f"{text} ({off:+.3f})"
+    return text if difference is None or row["variant"] == FULL else f"{text} ({difference:+.3f})"

@@ -1,9 +1,9 @@
-"""How fast scoring is on this machine, beside the published way of evaluating.
+"""How fast this machine scores images, compared with the published way.
 
 The published way runs the whole model in float32, teacher included, on one image at a time. It and
-`squid_fast.Scorer` take turns, round by round, on the same images with the same weights; the
-figures are medians, the ratios those of a round: where a machine has other work to do, seconds
-mean little, but ratios do.
+``squid_fast.Scorer`` take turns, round by round, on the same images with the same weights. Figures
+are medians over the rounds. Ratios are taken within a round, since they hold even on a machine
+that has other work to do, where seconds mean little.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ from ..data.readers import load_bytes
 from ..inference import Scorer
 from ..inference.bundle import Bundle
 from ..inference.calibration import observe_ranges
+from ..inference.model import FrozenModel
 from ..inference.precision import can_use_int8
 from ..inference.quantization import has_int8
 from ..inference.scores import PAPER_SCORE, Calibration, Quantization, ScoreCalibration
 from ..modules import SQUID, Discriminator, discriminator_size
 from ..presets import Preset
 from ..screening import find_files, screen
-from ..screening.reading.files import SHARD_SUFFIX
+from ..screening.reading.files import PACKED_SUFFIX
 from ..utils.devices import ScoringPrecision, has_fast_bf16
 from ..utils.extras import require
 from ..utils.machine import describe
@@ -43,32 +44,33 @@ from .published import check_agreement, published_way
 Contenders = dict[str, tuple[int, Callable[[], object]]]  # name to (images per call, call)
 Seconds = dict[str, list[float]]  # name to the time of one image, by round
 Rows = dict[str, dict[str, float]]
-OnProgress = Callable[[int, int], None]
+OnProgress = Callable[[int, int], None]  # takes (done, total)
 Progress = Callable[[str], AbstractContextManager[OnProgress]]
 
 PARTS = ("evaluation", "screening")
 
 _JPEG_SIDE = 224  # pixels, of the published ZhangLab files
-_ROUNDS_OF_FILES = 3  # a run over files is long enough to be steady by itself
+_ROUNDS_OF_FILES = 3  # a run over files is long, so that few of them vary little
 _MOST_MADE_UP = 8192  # files
-_BORNE_STAGES = ("downs.2", "downs.3", "ups.0", "ups.1", "ups.2")
-_AGREED = 32  # images on which both ways have to agree
+_INT8_STAGES = ("downs.2", "downs.3", "ups.0", "ups.1", "ups.2")
+_AGREED = 32  # images whose scores both ways must agree on
 _NO_CALIBRATION = Calibration({PAPER_SCORE: ScoreCalibration(0, 1, 0, 0.05, [])}, [], [], "")
 
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """What is to be measured.
+    """A measurement of scoring speed.
 
     Attributes:
         bundle: the model. It is scored by the paper's score, whatever it is configured for.
-        device, precision: of the scorer; the published way has the same device and float32.
-            int8 takes a calibrated bundle.
-        batch: images scored at once.
-        rounds: how often each contender is timed; of files 3 times at most.
-        seconds: how long a run over files should last; four batches at least are taken, and of
-            made up ones 8,192 at most.
-        data: a file or folder of the user's own; else JPEG files are made up.
+        device: where both ways compute.
+        precision: precision of the scorer; the published way computes in float32. int8 needs a
+            calibrated bundle.
+        batch: number of images scored at once.
+        rounds: number of timings of each contender; at most 3 for files.
+        seconds: approximate time of a run over files. At least four batches are taken, and at most
+            8,192 synthetic files.
+        data: file or folder of images; by default, synthetic JPEG files are written.
 
     Raises:
         ValueError: ``data`` holds no image files.
@@ -84,30 +86,31 @@ class Benchmark:
 
     def __post_init__(self) -> None:
         if self.data:
-            _image_files(self.data)  # rather now than when the model has been timed
+            _image_files(self.data)  # raises before the model is timed
 
     def run(
         self,
         parts: Collection[str] = PARTS,
         progress: Progress = lambda part: nullcontext(lambda done, total: None),
     ) -> dict[str, Any]:
-        """The figures, ready for JSON.
+        """Measure, and return figures for JSON.
 
-        Keys: those of `describe`, precision, image_size, batch, rounds, and the parts, each with
-        its rows by name (see `figures`): evaluation, of images in memory, their way to the device
-        and back included, and screening, of files, the start of the processes that read included.
+        Keys: those of ``describe``, precision, image_size, batch, rounds, and each part with its
+        rows by name (see ``figures``). The part "evaluation" scores images from memory, including
+        their way to the device and back; "screening" scores files, including the start of the
+        processes that read them.
 
-        Of evaluation, rows have ``ratio_at_equal_batch`` where the published way is timed at that
-        batch size too. Of screening, the row of `screen` has ``share_of_scorer``: the share that
-        it reaches of the rate at which the same scorer takes the same images from memory.
+        Rows of "evaluation" have ``ratio_at_equal_batch`` if the published way is timed at the
+        same batch size. The row of ``screen`` has ``share_of_scorer``, its rate as a share of the
+        rate at which the same scorer takes the same images from memory.
 
         Args:
-            parts: of ``PARTS``, those to measure.
-            progress: makes of the name of a part a context with what is called with (done, total).
+            parts: the parts to measure, of ``PARTS``.
+            progress: takes the name of a part and gives a context with an ``OnProgress``.
 
         Raises:
             ValueError: none of the files in ``data`` can be read.
-            RuntimeError: the two ways do not agree in float32, so their speed is of no interest.
+            RuntimeError: the two ways do not agree in float32, so that comparing them is pointless.
         """
         measure = {"evaluation": self._evaluation, "screening": self._screening}
         results: dict[str, Any] = {
@@ -131,7 +134,7 @@ class Benchmark:
         if can_use_int8(self.bundle.calibration, self.device):
             scorers.setdefault("int8", self.scorer("int8"))
         check_agreement(published, plain, _images(_AGREED, plain.image_size))
-        on_gpu = self.device.type == "cuda"  # which small batches leave idle
+        on_gpu = self.device.type == "cuda"  # small batches would not keep it busy
         large = self.batch * (16 if on_gpu else 4)
         images = _images(large, self.bundle.model.image_size)
         contenders: Contenders = {}
@@ -187,7 +190,7 @@ class Benchmark:
         return rows
 
     def scorer(self, precision: ScoringPrecision) -> Scorer:
-        """The bundle's by the paper's score."""
+        """A scorer of the bundle by the paper's score."""
         pair = self.bundle.model, self.bundle.discriminator
         calibration = self.bundle.calibration or _NO_CALIBRATION
         return Scorer(*pair, calibration, PAPER_SCORE, precision, self.device)
@@ -201,7 +204,16 @@ class Benchmark:
 def compare(
     contenders: Contenders, rounds: int, on_progress: OnProgress = lambda done, total: None
 ) -> Seconds:
-    """Time the contenders in turn, ``rounds`` times, after a call of each that does not count."""
+    """Time the contenders in turn, ``rounds`` times, after an untimed call of each.
+
+    Returns:
+        the seconds for one image by contender and round.
+
+    Example:
+        >>> seconds = compare({"sum": (100, lambda: sum(range(100)))}, rounds=3)
+        >>> len(seconds["sum"])
+        3
+    """
     seconds: Seconds = {name: [] for name in contenders}
     total = (rounds + 1) * len(contenders)
     for turn in range(total):
@@ -216,15 +228,20 @@ def compare(
 
 
 def times_as_fast(slow: Sequence[float], fast: Sequence[float]) -> float:
-    """How many times as fast as ``slow`` the other is: the median over the rounds."""
+    """How many times as fast as ``slow`` the other one is, the median over the rounds.
+
+    Example:
+        >>> times_as_fast([2.0, 4.0, 3.0], [1.0, 1.0, 1.5])
+        2.0
+    """
     return round(statistics.median([a / b for a, b in zip(slow, fast, strict=True)]), 3)
 
 
 def figures(contenders: Contenders, seconds: Seconds) -> Rows:
     """One row for each contender.
 
-    Keys: images, of a call; images_per_second; milliseconds, of one image; ratio, to the first
-    contender: how many times as fast.
+    Keys: images (in one call), images_per_second, milliseconds (for one image), and ratio (how
+    many times as fast as the first contender).
     """
     first = next(iter(seconds.values()))
     return {
@@ -239,18 +256,19 @@ def figures(contenders: Contenders, seconds: Seconds) -> Rows:
 
 
 def random_bundle(preset: Preset) -> Bundle:
-    """A model with random weights, for want of a trained one.
+    """A model with random weights, to be timed where there is no trained one.
 
-    How fast it is does not hang on its weights, but which stages can be in bytes does: for int8
-    those are taken that a model trained on ZhangLab bore. Unasked it is not scored so.
+    Its speed is that of a trained model, except in int8, where the weights decide which stages
+    tolerate it: here those are chosen that a model trained on ZhangLab tolerates. The precision
+    "auto" does not choose int8 for it.
     """
     torch.manual_seed(0)
     size = preset.image_size
     model, discriminator = SQUID(**preset.model), Discriminator(discriminator_size(size))
     for module in (*model.modules(), *discriminator.modules()):
         if isinstance(module, nn.BatchNorm2d):
-            # Statistics of what it sees alone. Those it starts with would damp every signal, and
-            # all images would have the same score.
+            # A plain mean, without the initial statistics, which would damp every signal and give
+            # all images the same score.
             module.momentum = None
     images = _images(8, size)
     with torch.no_grad():
@@ -258,22 +276,22 @@ def random_bundle(preset: Preset) -> Bundle:
     bundle = Bundle(model.eval(), discriminator.eval())
     if has_int8() and model.config["level"] == 4:
         seen = ImageSet((images * 255).byte(), torch.zeros(8, dtype=torch.int64), [""] * 8)
-        exact = Scorer(model, discriminator, precision="float32", device="cpu")
-        known = Quantization(list(_BORNE_STAGES), observe_ranges(exact, seen), {})
+        exact = FrozenModel(model, discriminator)
+        known = Quantization(list(_INT8_STAGES), observe_ranges(exact, seen), {})
         bundle.calibration = dataclasses.replace(_NO_CALIBRATION, quantization=known)
     return bundle
 
 
 def _image_files(data: Path) -> list[str]:
     found = [path for path in find_files(data) if os.path.isfile(path)]
-    files = [path for path in found if not path.lower().endswith(SHARD_SUFFIX)]
+    files = [path for path in found if not path.lower().endswith(PACKED_SUFFIX)]
     if not files:
         raise ValueError(f"{str(data)!r} holds no image files; name a folder that does.")
     return files
 
 
 def _readable(scorer: Scorer, files: list[str], count: int) -> list[str]:
-    """Up to ``count`` of the files, from all over the list, without those that cannot be read."""
+    """Up to ``count`` readable files, evenly spaced over the list."""
     rows = list(screen(scorer, files[:: max(1, len(files) // count)][:count]))
     readable = [row.path for row in rows if row.error is None]
     if not readable:
@@ -282,7 +300,7 @@ def _readable(scorer: Scorer, files: list[str], count: int) -> list[str]:
 
 
 def _write_jpegs(folder: Path, count: int) -> list[str]:
-    """Grey JPEG files of smooth random fields, of the size of the published radiographs."""
+    """Write grey JPEG files of smooth random fields, of the size of the published radiographs."""
     pillow = require("PIL.Image", "screen")
     generator = np.random.default_rng(0)
     files = [str(folder / f"{index:05}.jpeg") for index in range(count)]

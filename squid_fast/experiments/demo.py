@@ -1,4 +1,4 @@
-"""The main job on data that needs no download: synthesise, train, evaluate, screen, report."""
+"""The whole method on synthetic data: draw, train, evaluate, screen, report."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ PRESET = "small"
 SCORE = "patch_error"
 SHOWN = (SCORE, *(name for name in reversed(SCORES) if name != SCORE))
 TRAINING_GRIDS = 4000
-HELD_OUT_GRIDS = 400  # normal ones for thresholds, normal ones for the test, and of each kind
+HELD_OUT_GRIDS = 400  # normal for thresholds, normal for the test, and of each kind of anomaly
 WHY_NOT_THE_PAPERS = (
-    "judges whether a painted grid looks real, and can tell a wrong digit by that only when right "
-    "digits are painted as sharply as real ones, for which minutes of training are too few."
+    "rates how real a reconstruction looks, which tells wrong digits from right ones only once "
+    "reconstructions are as sharp as real digits, for which minutes of training are too few."
 )
 _RESULT = "demo.json"
 _REPLACED = (
@@ -51,22 +51,22 @@ _REPLACED = (
     "report.html",
     "grids",
 )
-"""What a demo leaves, for the next one to take away."""
+"""Files of an earlier demo, which the next one in the same folder deletes."""
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """AUROCs of every score for every kind of anomaly, on grids of unseen handwriting.
+    """Results of a demo, on grids of unseen handwriting.
 
     Attributes:
-        aurocs: by score, of which the first is meant for such pictures, and kind.
-        score: that the bundle screens by.
-        stopped: whether training was, before its time was up.
-        trained_grids: that training saw, the same ones many times.
-        training_seconds, seconds: of training, and of everything.
-        machine: see ``utils.machine.describe``; the threads are those at the end of training.
-        screened: the summary of the screening.
-        report, table: the files.
+        aurocs: AUROC by score and kind of anomaly; the score that fits such images best is first.
+        score: the score that the trained model ranks and flags by.
+        stopped: whether training was stopped before its time was up.
+        trained_grids: number of grids that training saw, repetitions counted.
+        training_seconds, seconds: duration of training, and of the whole demo.
+        machine: see ``utils.machine.describe``; ``threads`` are those at the end of training.
+        screened: summary of the screening.
+        report, table: paths of the files.
     """
 
     aurocs: dict[str, dict[str, float]]
@@ -110,11 +110,15 @@ def run_demo(
     """Run the demo into ``out``.
 
     Args:
-        minutes: after which training ends, counted from this call. A fast machine gets through
-            more steps in them; the learning rate falls with the time that is left on any.
-        source: MNIST IDX files; scikit-learn's bundled digits unless given.
-        seed: of data, weights and training.
-        should_stop: ends the training at once; what there is by then is evaluated and reported.
+        out: folder for all files.
+        minutes: time until training ends, counted from this call. A fast machine trains more steps
+            in that time; on any, the learning rate falls with the time that is left.
+        source: folder of MNIST's IDX files; by default the digits bundled with scikit-learn.
+        seed: seed of data, weights and training.
+        device: "cpu", "cuda", ...; by default a GPU if there is one.
+        say: is given remarks on what happens.
+        report: is given the progress of training.
+        should_stop: once true, ends the training; the model is then evaluated as it is.
 
     Raises:
         CheckpointError: ``out`` already holds a run.
@@ -171,9 +175,9 @@ def run_demo(
 
 @contextmanager
 def demo_folder(wanted: Path) -> Iterator[Path]:
-    """``wanted``, in place of what an earlier demo has left there.
+    """Give the folder ``wanted``, from which the files of an earlier demo are deleted.
 
-    With a number behind it where that holds something else, or a demo that is running.
+    If it holds something else, or if a demo is running there, a number is added to its name.
     """
     numbered = (wanted.with_name(f"{wanted.name}-{n}") for n in itertools.count(2))
     for folder in itertools.chain([wanted], numbered):
@@ -200,23 +204,24 @@ def demo_folder(wanted: Path) -> Iterator[Path]:
 def auroc_by_kind(
     scorer: Scorer, normal: DigitGrids, anomalous: DigitGrids
 ) -> dict[str, dict[str, float]]:
-    """AUROC of every score, for each kind of anomaly against the same normal grids."""
+    """AUROC of every score for each kind of anomaly, against the same normal grids."""
     kinds = np.array(anomalous.kinds)
     raw_normal = scorer.raw_scores(normal.as_image_set())
     raw_anomalous = scorer.raw_scores(anomalous.as_image_set())
     aurocs: dict[str, dict[str, float]] = {}
     for name in SHOWN:
-        calm = scorer.z_score(name, raw_normal[name]).numpy()
+        normal_z = scorer.z_score(name, raw_normal[name]).numpy()
+        anomalous_z = scorer.z_score(name, raw_anomalous[name]).numpy()
         aurocs[name] = {}
         for kind in KINDS:
-            odd = scorer.z_score(name, raw_anomalous[name]).numpy()[kinds == kind]
-            labels = np.repeat([0, 1], [len(calm), len(odd)])
-            aurocs[name][kind] = round(image_auroc(labels, np.concatenate([calm, odd])), 4)
+            z = np.concatenate([normal_z, anomalous_z[kinds == kind]])
+            labels = np.arange(len(z)) >= len(normal_z)
+            aurocs[name][kind] = round(image_auroc(labels, z), 4)
     return aurocs
 
 
 def _screen(scorer: Scorer, images: Path, out: Path) -> tuple[dict[str, Any], Path, Path]:
-    """Screen a folder as a user would; returns the summary, the table and the report."""
+    """Screen a folder as a user would, and return the summary, the table and the report."""
     table, page = out / "results.csv", out / "report.html"
     summary = screen_to_table(scorer, images, table)
     assert summary is not None  # nothing stops it
@@ -234,7 +239,7 @@ def _screen(scorer: Scorer, images: Path, out: Path) -> tuple[dict[str, Any], Pa
 
 
 def _write_pngs(folder: Path, normal: DigitGrids, anomalous: DigitGrids) -> Path:
-    """What a user would have: a folder of images, named by what is in them."""
+    """Write a folder of images, named by the kind of anomaly, as a user might have."""
     image = require("PIL.Image", "screen")
     folder.mkdir(parents=True, exist_ok=True)
     for grids in (normal, anomalous):

@@ -1,7 +1,7 @@
-"""How a model uses its memories, and how its reconstructions come along, as figures and pictures.
+"""How a model uses its memories and how its reconstructions develop, as figures and pictures.
 
-The paper's argument for queues (section 3.2) can be looked at: the slots of a queue are features of
-real images, whereas learned slots need not lie near any.
+They illustrate the paper's argument for queues (section 3.2): the slots of a queue are features of
+real images, whereas learned slots need not be similar to any.
 """
 
 from __future__ import annotations
@@ -24,18 +24,23 @@ from ..utils.extras import require
 
 _IMAGES = 64
 _SHOWN = 2  # reconstructions of each label
-_COLUMNS = 8  # validations in the picture, evenly chosen
+_COLUMNS = 8  # validations shown in the picture, evenly spaced
 Memory = MemoryQueue | MemoryMatrix
 
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """How images are answered by one memory of N places and M slots.
+    """How a set of images uses one memory with M slots at each of N places.
 
     Attributes:
         kind: "queue" or "matrix".
-        hits: int64 [N, M]: for how many images the shrinkage kept a slot.
-        similarity: float32 [N, M]: cosine of a slot and the feature nearest to it.
+        hits: int64 [N, M], the number of images for which the shrinkage kept a slot.
+        similarity: float32 [N, M], the cosine similarity of a slot and the feature nearest to it.
+
+    Example:
+        >>> use = MemoryUse("queue", np.array([[3, 3, 0, 0]]), np.zeros((1, 4), np.float32))
+        >>> use.dead_share, use.effective_slots
+        (0.5, [2.0])
     """
 
     kind: str
@@ -44,18 +49,18 @@ class MemoryUse:
 
     @property
     def dead_share(self) -> float:
-        """Share of the slots that no image asked for."""
+        """Share of the slots that no image used."""
         return float((self.hits == 0).mean())
 
     @property
     def effective_slots(self) -> list[float]:
-        """By place, exp of the entropy of the hits: so many slots would be hit evenly."""
+        """Exponential of the entropy of the hits at each place, equal to M if all are hit alike."""
         shares = self.hits / np.maximum(self.hits.sum(axis=1, keepdims=True), 1)
         logs = np.log(np.where(shares > 0, shares, 1))
         return [float(x) for x in np.exp(-(shares * logs).sum(axis=1))]
 
     def figures(self) -> dict[str, Any]:
-        """Ready for JSON."""
+        """The figures as JSON can hold them."""
         return {
             "kind": self.kind,
             "places": int(self.hits.shape[0]),
@@ -68,29 +73,31 @@ class MemoryUse:
 
 @torch.no_grad()
 def memory_use(model: SQUID, images: ImageSet) -> dict[str, MemoryUse]:
-    """The use of every memory of the model by its name in it, on up to 64 of the images.
+    """Measure on up to 64 of the images how the model uses its memories.
 
-    The model is not changed; one without memories gives an empty dict.
+    Returns:
+        the use of each memory by the name of its module; empty for a model without memories. The
+        model itself is left as it is.
     """
     device = next(model.parameters()).device
     own = copy.deepcopy(model).float().eval()
-    asked: dict[str, Tensor] = {}
+    queries: dict[str, Tensor] = {}
     memories: dict[str, Memory] = {
         name: m for name, m in own.named_modules() if isinstance(m, MemoryQueue | MemoryMatrix)
     }
 
     def remember(name: str) -> Any:
-        return lambda module, given: asked.__setitem__(name, given[0].detach().float())
+        return lambda module, given: queries.__setitem__(name, given[0].detach().float())
 
     for name, memory in memories.items():
         memory.register_forward_pre_hook(remember(name))
-    own(evenly(images).batch(slice(0, _IMAGES), device), teacher=False)
-    return {name: _use(memories[name], query) for name, query in asked.items()}
+    own(images.subsample(_IMAGES).batch(slice(0, _IMAGES), device), teacher=False)
+    return {name: _use(memories[name], query) for name, query in queries.items()}
 
 
 def _use(memory: Memory, query: Tensor) -> MemoryUse:
     slots = memory.slots  # [N, M, C]
-    if memory.single:  # one memory for whatever it was asked
+    if memory.single:  # one memory for all places
         query = query.reshape(-1, 1, query.shape[-1])
     logits = torch.einsum("bnc,nmc->bnm", query, slots)
     if isinstance(memory.shrink_thres, int) and memory.shrink_thres > 0:
@@ -107,19 +114,14 @@ def _use(memory: Memory, query: Tensor) -> MemoryUse:
     return MemoryUse(kind, hits.cpu().numpy(), cosine.cpu().numpy())
 
 
-def evenly(images: ImageSet, most: int = _IMAGES) -> ImageSet:
-    """At most so many images, from all over the set."""
-    return images.subset(np.unique(np.linspace(0, len(images) - 1, most).astype(int)).tolist())
-
-
 def draw_memory(uses: dict[str, MemoryUse], path: Path) -> None:
-    """One row for each memory: hits by place, slots most hit first, and similarities.
+    """Draw a row for each memory: the hits of its slots, sorted at each place, and similarities.
 
     Raises:
-        ValueError: there is no memory to draw.
+        ValueError: ``uses`` is empty.
     """
     if not uses:
-        raise ValueError("this model has no memories, so there is nothing to draw.")
+        raise ValueError("the model has no memories, so there is nothing to draw.")
     figure = require("matplotlib.figure", "train").Figure(
         figsize=(10, 2.6 * len(uses)), layout="constrained"
     )
@@ -127,47 +129,47 @@ def draw_memory(uses: dict[str, MemoryUse], path: Path) -> None:
     for (name, use), (left, right) in zip(uses.items(), axes, strict=True):
         ranked = -np.sort(-use.hits, axis=1)
         shown = left.imshow(ranked, aspect="auto", interpolation="nearest", cmap="viridis", vmin=0)
-        figure.colorbar(shown, ax=left, label="answers it is in")
-        left.set(xlabel="slots, most hit first", ylabel="patch")
+        figure.colorbar(shown, ax=left, label="images that use the slot")
+        left.set(xlabel="slots, most used first", ylabel="place")
         left.set_yticks(range(len(ranked)))
         left.set_title(
-            f"{name} ({use.kind}): {use.dead_share:.0%} of the slots dead, "
+            f"{name} ({use.kind}): {use.dead_share:.0%} of the slots unused, "
             f"{np.mean(use.effective_slots):.0f} of {use.hits.shape[1]} effective",
             fontsize=9, loc="left",
         )  # fmt: skip
         right.hist(use.similarity.ravel(), bins=40, range=(-1, 1), color="C0")
         right.axvline(float(use.similarity.mean()), color="C1", linewidth=1.5)
-        right.set(xlabel="cosine of a slot and the feature nearest to it", ylabel="slots")
+        right.set(xlabel="cosine similarity of a slot and the nearest feature", ylabel="slots")
         right.set_title(f"mean {use.similarity.mean():.2f}", fontsize=9, loc="left")
         right.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
 
 
-class Diary:
-    """Pictures of a training run, made anew at every validation, under ``out/pictures``.
+class TrainingSnapshots:
+    """Pictures of a training run under ``out/pictures``, drawn at every validation.
 
-    ``reconstructions.png`` shows the same images over time, ``memory.png`` and ``memory.json`` how
-    the memories are used now. A resumed run goes on with what it finds there.
+    ``reconstructions.png`` shows reconstructions of the same images over time; ``memory.png`` and
+    ``memory.json`` show how the memories are used now. A resumed run adds to what is there.
 
     Args:
-        out: run folder.
-        images: validation images, or others that training does not see.
+        out: folder of the run.
+        images: validation images, of which a few of each label are shown.
     """
 
     def __init__(self, out: Path, images: ImageSet) -> None:
         self.folder = out / "pictures"
         self.images = images
         kinds = [images.labels == label for label in sorted(set(images.labels.tolist()))]
-        chosen = [evenly(images.subset(kind), _SHOWN) for kind in kinds]
+        chosen = [images.subset(kind).subsample(_SHOWN) for kind in kinds]
         self.shown = ImageSet.concatenate(*chosen)
 
     def add(self, model: SQUID, epoch: int) -> dict[str, float]:
-        """Draw the model as it is after an epoch, counted from 0; figures for the log."""
+        """Draw the model after an epoch, counted from 0, and return figures for the log."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "reconstructions.npz"
         strips: dict[str, np.ndarray] = dict(np.load(path)) if path.exists() else {}
         strips = {key: strip for key, strip in strips.items() if int(key) <= epoch}
-        strips[f"{epoch + 1:05d}"] = self._paint(model)
+        strips[f"{epoch + 1:05d}"] = self._reconstruct(model)
         np.savez_compressed(path, **strips)  # type: ignore[arg-type]
         self._draw(strips)
         uses = memory_use(model, self.images)
@@ -186,8 +188,8 @@ class Diary:
         return found
 
     @torch.no_grad()
-    def _paint(self, model: SQUID) -> np.ndarray:
-        """uint8 [images, S, S]."""
+    def _reconstruct(self, model: SQUID) -> np.ndarray:
+        """Reconstructions of the images that are shown, uint8 [images, S, S]."""
         own = copy.deepcopy(model).float().eval()
         device = next(own.parameters()).device
         batch = self.shown.batch(slice(0, len(self.shown)), device)
@@ -197,20 +199,20 @@ class Diary:
     def _draw(self, strips: dict[str, np.ndarray]) -> None:
         keys = sorted(strips)
         keys = [keys[i] for i in np.unique(np.linspace(0, len(keys) - 1, _COLUMNS).astype(int))]
-        truth = self.shown.images[:, 0].numpy()
-        rows, columns = len(truth), len(keys) + 2
+        originals = self.shown.images[:, 0].numpy()
+        rows, columns = len(originals), len(keys) + 2
         figure = require("matplotlib.figure", "train").Figure(
             figsize=(1.5 * columns, 1.6 * rows + 0.4), layout="constrained"
         )
         axes = figure.subplots(rows, columns, squeeze=False)
         names = {0: "normal", 1: "anomalous"}
-        for row, image in enumerate(truth):
-            away = strips[keys[-1]][row].astype(float) - image
+        for row, image in enumerate(originals):
+            difference = strips[keys[-1]][row].astype(float) - image
             for axis, picture in zip(
                 axes[row], [image, *(strips[k][row] for k in keys)], strict=False
             ):
                 axis.imshow(picture, cmap="gray", vmin=0, vmax=255)
-            axes[row, -1].imshow(away, cmap="RdBu_r", vmin=-128, vmax=128)
+            axes[row, -1].imshow(difference, cmap="RdBu_r", vmin=-128, vmax=128)
             label = names.get(int(self.shown.labels[row]), "unlabelled")
             axes[row, 0].set_ylabel(label, fontsize=9)
         for axis, title in zip(

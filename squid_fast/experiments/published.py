@@ -1,4 +1,4 @@
-"""The published way of evaluating, by which squid_fast is measured."""
+"""The published way of evaluating, which squid_fast is compared with."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TOLERANCE = 0.01  # standard deviations
 
 
 def published_way(bundle: Bundle, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Scores [B] of images [B, 1, H, W] as they are published: the logits of `reference`.
+    """The published scores [B] of images [B, 1, H, W]: the logits of ``reference``.
 
     Raises:
         ValueError: the model is a variant that was never published.
@@ -27,22 +27,27 @@ def published_way(bundle: Bundle, device: torch.device) -> Callable[[Tensor], Te
         )
     model = reference.SQUID(**bundle.model.config)
     model.load_state_dict(bundle.model.state_dict())
-    judge = reference.Discriminator(bundle.discriminator.size)
-    judge.load_state_dict(bundle.discriminator.state_dict())
-    model.eval().to(device), judge.eval().to(device)
+    discriminator = reference.Discriminator(bundle.discriminator.size)
+    discriminator.load_state_dict(bundle.discriminator.state_dict())
+    model.eval().to(device), discriminator.eval().to(device)
 
     @torch.no_grad()
     def score(images: Tensor) -> Tensor:
-        return reference.discriminator_logits(judge, model(images.to(device))["recon"]).cpu()
+        recon = model(images.to(device))["recon"]
+        return reference.discriminator_logits(discriminator, recon).cpu()
 
     return score
 
 
 def check_agreement(published: Callable[[Tensor], Tensor], scorer: Scorer, images: Tensor) -> None:
-    """Whether a scorer in float32, by the paper's score, gives images [B, 1, H, W] their scores.
+    """Check that a float32 scorer of the paper's score agrees with the published scores.
+
+    Args:
+        published: as from ``published_way``.
+        images: [B, 1, H, W].
 
     Raises:
-        RuntimeError: it does not, by a hundredth of their standard deviation.
+        RuntimeError: the scores differ by a hundredth of their standard deviation or more.
     """
     theirs, ours = published(images), scorer.score(images).raw
     # Their median: where two slots of a memory are equally near, rounding may choose between them.

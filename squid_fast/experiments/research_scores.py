@@ -1,6 +1,6 @@
 """Scores for research, beside those of a ``Scorer``: of teacher and memories, and combinations.
 
-A ``Scorer`` drops what the first need. All are greater for what is less normal.
+They need parts of the model that a ``Scorer`` drops. All are greater for less normal images.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from ..utils.devices import Precision, choose_device, choose_layout, choose_prec
 OTHER_SCORES = {
     "memory_distance": "how far a patch's features lie from the nearest slot of their queue: "
     "1 - cosine similarity, mean over the patches",
-    "teacher_difference": "mean squared difference of the student's and the teacher's painting",
+    "teacher_difference": "mean squared difference of the student's and the teacher's "
+    "reconstruction",
 }
 
 COMBINATIONS = {
     "combined_discriminator": (PAPER_SCORE, "discriminator_image"),
     "combined_errors": (PAPER_SCORE, "discriminator_image", "patch_error"),
 }
-"""Means of the z-scores of several scores, all of them measured on normal training images alone."""
+"""Means of the z-scores of several scores."""
 
 _BATCH = 16
 
@@ -42,7 +43,7 @@ def other_scores(
     precision: Precision = "auto",
     device: str | torch.device | None = None,
 ) -> dict[str, Tensor]:
-    """``OTHER_SCORES`` of images, [n] each, float32 on the CPU; those that the model can give.
+    """Those of ``OTHER_SCORES`` that the model has, [n] each, float32 on the CPU.
 
     A model without a teacher gives no ``teacher_difference``, one without a memory queue no
     ``memory_distance``.

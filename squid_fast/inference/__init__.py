@@ -1,8 +1,9 @@
-"""A trained model at work: calibrated, and scoring as fast as the machine can.
+"""A trained model at work: frozen, calibrated, and scoring as fast as the machine can.
 
-``scorer`` holds the public face, ``calibration`` what it needs to know of normal images. The model
-is frozen by ``network``, of convolutions that ``convolution`` has folded and ``quantization`` can
-put in bytes; ``precision`` chooses between them, ``graphs`` replays the network on a GPU.
+``model`` measures images with a frozen pair; ``scorer`` makes calibrated scores of what it measures
+and ``calibration`` finds the calibration; ``export`` writes a scorer as a file for other runtimes.
+``network`` freezes the generator, of convolutions that ``convolution`` folds and ``quantization``
+quantizes; ``precision`` chooses between them, and ``graphs`` replays the network on a GPU.
 """
 
 from .bundle import Bundle, BundleError, load_bundle, save_bundle

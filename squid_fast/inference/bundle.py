@@ -26,7 +26,7 @@ _QUEUE_PTR = "inpaint_block.memory.ptr"
 
 
 class BundleError(ValueError):
-    """A folder or checkpoint is no model that can be loaded; the message says why."""
+    """A folder or checkpoint cannot be loaded as a model; the message says why."""
 
 
 @dataclass
@@ -36,6 +36,11 @@ class Bundle:
     Attributes:
         score: name of the score that screening uses, see ``squid_fast.inference.scores.SCORES``.
         about: free facts for people: preset, recipe, machine.
+
+    Example:
+        >>> model, discriminator = SQUID.from_preset("small"), Discriminator(2)
+        >>> Bundle(model, discriminator, about={"preset": "small"}).score
+        'discriminator_instance'
     """
 
     model: SQUID
@@ -46,7 +51,14 @@ class Bundle:
 
 
 def save_bundle(bundle: Bundle, folder: str | Path) -> None:
-    """Write the bundle; each file is replaced whole or not at all."""
+    """Write a bundle into a folder; each file is replaced whole or not at all.
+
+    Example:
+        >>> bundle = Bundle(SQUID.from_preset("small"), Discriminator(2))
+        >>> save_bundle(bundle, "model")
+        >>> sorted(path.name for path in Path("model").iterdir())
+        ['config.json', 'discriminator.safetensors', 'model.safetensors']
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = {
@@ -73,6 +85,12 @@ def load_bundle(folder: str | Path) -> Bundle:
 
     Raises:
         BundleError: a file is missing, damaged or does not fit the others.
+
+    Example:
+        >>> save_bundle(Bundle(SQUID.from_preset("small"), Discriminator(2)), "model")
+        >>> bundle = load_bundle("model")
+        >>> bundle.model.image_size, bundle.model.training
+        (48, False)
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -110,7 +128,7 @@ def load_bundle(folder: str | Path) -> Bundle:
 def load_published(
     generator: str | Path, discriminator: str | Path, model: dict[str, Any]
 ) -> tuple[SQUID, Discriminator]:
-    """Read a pair of published ``.pth`` checkpoints into models of that configuration.
+    """Read a pair of published ``.pth`` checkpoints into models of a configuration of ``SQUID``.
 
     The files are read as plain tensors; one that holds anything else is refused, not run.
 
@@ -118,8 +136,8 @@ def load_published(
         BundleError: a file cannot be read so, or its weights do not fit the configuration.
     """
     squid = SQUID(**model)
-    judge = Discriminator(discriminator_size(squid.image_size))
-    for module, path in ((squid, generator), (judge, discriminator)):
+    pair = squid, Discriminator(discriminator_size(squid.image_size))
+    for module, path in zip(pair, (generator, discriminator), strict=True):
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # the unpickler raises many kinds
@@ -131,7 +149,7 @@ def load_published(
         # Checkpoints of models that were wrapped for several GPUs carry the wrapper's name.
         nn.modules.utils.consume_prefix_in_state_dict_if_present(state, "module.")
         _fit(module, state, Path(path))
-    return squid.eval(), judge.eval()
+    return pair[0].eval(), pair[1].eval()
 
 
 def _fit(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
@@ -166,10 +184,10 @@ def _load_weights(module: nn.Module, path: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file of a bundle.
+    """The JSON object in a file of a bundle.
 
     Raises:
-        BundleError: there is none.
+        BundleError: the file is missing, or holds no JSON object.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

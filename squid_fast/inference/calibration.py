@@ -1,8 +1,9 @@
-"""Where scores lie on normal images, and what 8-bit convolutions have to know of a model."""
+"""Calibration: the distribution of scores on normal images, and which stages can be quantized."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -12,9 +13,18 @@ from ..data import ImageSet
 from ..metrics import threshold_at_false_positive_rate
 from ..modules import SQUID, Discriminator
 from ..utils.devices import ScoringPrecision, choose_layout
-from .quantization import Range, RangeRecorder, has_int8
-from .scorer import Scorer, z_score
-from .scores import PAPER_SCORE, SCORES, Calibration, Quantization, ScoreCalibration
+from .model import FrozenModel
+from .quantization import MinMaxObserver, Range, has_int8
+from .scorer import BaseScorer, Scorer
+from .scores import (
+    PAPER_SCORE,
+    SCORES,
+    Calibration,
+    Quantization,
+    ScoreCalibration,
+    raw_scores,
+    z_score,
+)
 
 _IMAGES = 2000  # of the training set; more do not move mean and deviation
 _RANGE_IMAGES = 96
@@ -33,9 +43,9 @@ def calibrate(
 ) -> Calibration:
     """Calibrate every score on normal images.
 
-    Mean and deviation come from training images, as in the paper (up to 2,000, evenly chosen), the
-    thresholds from validation images. On CPUs that multiply bytes, the ranges of 8-bit scoring
-    come along, and how well it ranks the same images.
+    Mean and deviation come from training images, as in the paper (some 2,000, evenly chosen), the
+    thresholds from validation images. On CPUs with int8 products, the ranges for scoring in int8
+    are found too, and how well it ranks the same images.
 
     Args:
         normal_training, normal_validation: normal images only; too few validation images for the
@@ -45,58 +55,82 @@ def calibrate(
 
     Raises:
         ValueError: no training images, or a rate outside (0, 1).
+
+    Example:
+        >>> from squid_fast import SQUID, Discriminator, calibrate
+        >>> model = SQUID(1, 8, 3, level=2, memory_channel=200, ops=["none", "none"])
+        >>> pixels = torch.randint(0, 256, (20, 1, 40, 40), dtype=torch.uint8)
+        >>> normal = ImageSet(pixels, torch.zeros(20, dtype=torch.int64), [""] * 20)
+        >>> calibration = calibrate(model, Discriminator(2), normal, device="cpu")
+        >>> calibration.scores["patch_error"].false_positive_rate, calibration.threshold_images
+        (0.05, 'training')
     """
     if not 0 < false_positive_rate < 1:
         raise ValueError(
             f"the false-positive rate is {false_positive_rate}; it must lie in (0, 1)."
         )
-    training = _evenly(normal_training, _IMAGES)
+    training = _spread(normal_training, _IMAGES)
     if len(training) < 2:
         raise ValueError(
             f"{len(training)} normal images cannot calibrate a score; give at least 2."
         )
-    quantization = None
+    known = Calibration({}, [], [], "")
     if has_int8() and choose_layout(model.config["features_root"]) is torch.channels_last:
-        quantization = _quantization(model, discriminator, training)
-    known = Calibration({}, [], [], "", quantization)
-    scorer = Scorer(model, discriminator, known, PAPER_SCORE, precision, device)
-    logits, errors = scorer._look_at_all(training, SCORES)
-    known = scorer.calibration = _with_patches(known, errors)
-    raw = held_out_raw = scorer._derive(SCORES, logits, errors)
-    source = "training"
-    if normal_validation is not None and len(normal_validation) * false_positive_rate >= 1:
-        held_out_raw, source = scorer.raw_scores(normal_validation), "validation"
-    scores = {}
-    for name, values in raw.items():
-        mean, std = values.double().mean().item(), max(values.double().std().item(), 1e-12)
-        z = z_score(name, held_out_raw[name], mean, std).numpy()
-        threshold = threshold_at_false_positive_rate(z, false_positive_rate)
-        scores[name] = ScoreCalibration(
-            mean, std, threshold, false_positive_rate, np.sort(z).astype(float).round(4).tolist()
+        known = dataclasses.replace(
+            known, quantization=_quantization(model, discriminator, training)
         )
+    scorer = Scorer(model, discriminator, known, PAPER_SCORE, precision, device)
+    logits, errors = scorer.model.measure_set(training, SCORES)
+    scorer.calibration = _with_patches(known, errors)
+    raw = raw_scores(SCORES, logits, errors, scorer.calibration)
+    return calibrate_scores(scorer, raw, normal_validation, false_positive_rate)
+
+
+def calibrate_scores(
+    scorer: BaseScorer,
+    training: Mapping[str, Tensor],
+    normal_validation: ImageSet | None,
+    false_positive_rate: float,
+) -> Calibration:
+    """The scorer's calibration with mean, deviation and threshold of its raw scores.
+
+    Args:
+        training: raw scores [n] of normal training images, by name.
+        normal_validation: give the thresholds; the training images do where these are too few.
+        false_positive_rate: share of normal images that a threshold may flag, in (0, 1).
+    """
+    held_out, source = training, "training"
+    if normal_validation is not None and len(normal_validation) * false_positive_rate >= 1:
+        held_out, source = scorer.raw_scores(normal_validation, list(training)), "validation"
+    scores = {}
+    for name, raw in training.items():
+        mean, std = raw.double().mean().item(), max(raw.double().std().item(), 1e-12)
+        z = np.sort(z_score(name, held_out[name], mean, std).numpy())
+        threshold = threshold_at_false_positive_rate(z, false_positive_rate)
+        reference = z.astype(float).round(4).tolist()
+        scores[name] = ScoreCalibration(mean, std, threshold, false_positive_rate, reference)
+    known = scorer.calibration or Calibration({}, [], [], "")
     return dataclasses.replace(known, scores=scores, threshold_images=source)
 
 
-def _quantization(
-    model: SQUID, discriminator: Discriminator, normal: ImageSet
-) -> Quantization | None:
-    """Ranges of all convolutions, and the stages that can be in bytes without moving scores.
+def _quantization(model: SQUID, discriminator: Discriminator, normal: ImageSet) -> Quantization:
+    """Ranges of all convolutions, and the stages that can be quantized without moving scores.
 
     Every stage is tried by itself. What it adds to the variance of the paper's score, measured in
-    the variance that the score has among normal images, adds up nearly; those that add least are
-    taken first, as far as ``_NOISE`` allows.
+    the variance that the score has among normal images, is nearly additive; the stages that add
+    least are taken first, as far as ``_NOISE`` allows.
     """
-    exact = Scorer(model, discriminator, precision="float32", device="cpu")
-    ranges = observe_ranges(exact, _evenly(normal, _RANGE_IMAGES))
-    images = _evenly(normal, _AGREEMENT_IMAGES)
-    logits, errors = exact._look_at_all(images, SCORES)
+    exact = FrozenModel(model, discriminator)
+    ranges = observe_ranges(exact, _spread(normal, _RANGE_IMAGES))
+    images = _spread(normal, _AGREEMENT_IMAGES)
+    logits, errors = exact.measure_set(images, SCORES)
 
-    def rough(stages: list[str]) -> Scorer:
-        known = Calibration({}, [], [], "", Quantization(stages, ranges, {}))
-        return Scorer(model, discriminator, known, precision="int8", device="cpu")
+    def quantized(stages: list[str]) -> FrozenModel:
+        chosen = Quantization(stages, ranges, {})
+        return FrozenModel(model, discriminator, "int8", quantization=chosen)
 
     def noise(stages: list[str]) -> float:
-        found = rough(stages)._look_at_all(images, [PAPER_SCORE])[0][PAPER_SCORE]
+        found = quantized(stages).measure_set(images, [PAPER_SCORE]).logits[PAPER_SCORE]
         right = logits[PAPER_SCORE]
         return float((found - right).double().var() / right.double().var())
 
@@ -108,21 +142,20 @@ def _quantization(
         total += added[name]
         if total <= _NOISE:
             stages.append(name)
-    scorer = rough(sorted(stages))
-    known = _with_patches(Calibration({}, [], [], "", None), errors)
-    exact.calibration = known
-    scorer.calibration = known
-    values, others = exact._derive(SCORES, logits, errors), scorer.raw_scores(images)
+    stages.sort()
+    patches = _with_patches(Calibration({}, [], [], ""), errors)
+    values = raw_scores(SCORES, logits, errors, patches)
+    others = raw_scores(SCORES, *quantized(stages).measure_set(images, SCORES), patches)
     agreement = {name: rank_correlation(values[name], others[name]) for name in SCORES}
-    return Quantization(sorted(stages), ranges, agreement)
+    return Quantization(stages, ranges, agreement)
 
 
-def observe_ranges(scorer: Scorer, images: ImageSet) -> dict[str, Range]:
-    """Of all convolutions of a float32 scorer, see ``RangeRecorder``."""
-    recorder = RangeRecorder(scorer._generator)
-    scorer._look_at_all(images, ())
-    recorder.close()
-    return recorder.ranges()
+def observe_ranges(model: FrozenModel, images: ImageSet) -> dict[str, Range]:
+    """The ranges of all convolutions of a float32 model, see ``MinMaxObserver``."""
+    observer = MinMaxObserver(model.generator)
+    model.measure_set(images, ())
+    observer.close()
+    return observer.ranges()
 
 
 def _with_patches(calibration: Calibration, errors: Tensor) -> Calibration:
@@ -131,9 +164,9 @@ def _with_patches(calibration: Calibration, errors: Tensor) -> Calibration:
     return dataclasses.replace(calibration, patch_mean=mean.tolist(), patch_std=std.tolist())
 
 
-def _evenly(images: ImageSet, most: int) -> ImageSet:
-    """At most about that many, from all over the set."""
-    return images.subset(list(range(0, len(images), max(1, len(images) // most))))
+def _spread(images: ImageSet, least: int) -> ImageSet:
+    """Every k-th image, with a k that leaves at least ``least``; all where there are fewer."""
+    return images.subset(list(range(0, len(images), max(1, len(images) // least))))
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> float:

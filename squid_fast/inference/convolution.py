@@ -1,4 +1,4 @@
-"""Convolutions for evaluation: batch norm folded in, ReLU and residual fused, weights laid out."""
+"""Convolutions for evaluation: batch norm folded in, ReLU and residual fused, weights packed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def has_onednn() -> bool:
 
 
 class FoldedConv(nn.Module):
-    """``ReLU(conv(x) + residual)`` with what is left of a batch norm in its weights.
+    """``ReLU(conv(x) + residual)``, with a batch norm folded into the weights.
 
     Args:
         weight, bias: [Cout, Cin, h, w], [Cout], of the dtype of the maps.
@@ -46,7 +46,7 @@ class FoldedConv(nn.Module):
 class OneDnnConv(FoldedConv):
     """The same in one call of oneDNN.
 
-    The bias is in float32 whatever the maps are, which that call takes where there is no residual.
+    The bias stays in float32 whatever the dtype of the maps; with a residual it is cast to theirs.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor, stride: list[int], padding: list[int]) -> None:
@@ -78,7 +78,7 @@ def fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> FoldedConv:
 
 
 def fold_discriminator(discriminator: Discriminator) -> Discriminator:
-    """One whose score by running statistics is the same, their norms being part of convolutions."""
+    """A discriminator of the same score by running statistics, with its norms folded in."""
     folded = copy.deepcopy(discriminator)
     layers = folded.conv_model
     for i, layer in enumerate(layers):
@@ -101,8 +101,8 @@ def cast(
 class SplitConv(nn.Module):
     """A convolution of images that oneDNN does in bfloat16, nearly as exact as in float32.
 
-    Rounded to bfloat16 an image loses as much as bytes hold of it at all, which moves scores more
-    than the rounding in all later layers. So images and weights go in as sums of two bfloat16
+    bfloat16 has no more bits than the pixels of an 8-bit image, and rounding them moves scores more
+    than the rounding in all later layers. So images and weights are split into sums of two bfloat16
     numbers, laid out as channels: high * high + low * high + high * low. In float32, oneDNN takes
     ten times as long for a convolution of one channel.
     """
@@ -133,9 +133,9 @@ class ResizedConv(nn.Module):
     the result, the same for all channels. It is small for small maps only.
 
     Args:
-        conv: 3 x 3, of what is put together.
+        conv: 3 x 3, of the concatenated maps.
         skip: channels of the skip, 0 for none.
-        side: of x.
+        side: of ``x``.
     """
 
     spread: Tensor

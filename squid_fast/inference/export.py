@@ -1,41 +1,23 @@
-"""A scorer as a graph that runs where squid_fast is not installed: PyTorch's own, or ONNX.
+"""A scorer as a file that runs where squid_fast is not installed: PyTorch's own, or ONNX.
 
-The graph holds ATen operations (or those of ONNX) alone and takes any number of images:
-
-- ``images``: float32 [B, 1, S, S] in [0, 1], B from 1 on;
-- ``raw``, ``z_score``, ``anomaly_score``: float32 [B], as in ``Scores``;
-- ``reconstruction``: float32 [B, 1, S, S].
-
-Nobody in a graph can raise: an image with NaN or infinite pixels gets NaN for scores, those beside
-it are not touched.
+Both take and return what ``squid_fast.inference.program`` describes.
 """
 
 from __future__ import annotations
 
-import copy
 import json
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
+from torch import Tensor
+from torch.export import ExportedProgram
 
-from .. import vectorised
 from .._version import __version__
 from ..utils.atomic import replacing
-from ..utils.devices import to_layout
 from ..utils.extras import require
-from .convolution import FoldedConv, cast
-from .scorer import JUDGED
+from .program import quiet
+from .scorer import Scorer
 from .scores import SCORES
-
-if TYPE_CHECKING:
-    from .scorer import Scorer
 
 OUTPUTS = ("raw", "z_score", "anomaly_score", "reconstruction")
 METADATA_FILE = "squid_fast.json"  # among the extra files of a .pt2
@@ -46,29 +28,6 @@ _NOTICE = (
     "images the model learned from. It is no diagnosis, and a low score does not make an image "
     "normal."
 )
-
-
-def to_torch_export(scorer: Scorer) -> ExportedProgram:
-    """The scorer as a program of ATen operations; see ``Scorer.to_torch_export``."""
-    if scorer.precision != "float32" or scorer.device.type != "cpu":
-        raise ValueError(
-            f"this scorer computes in {scorer.precision} on {scorer.device}, but a graph is made "
-            "of float32 weights on the CPU: Scorer.load(bundle, precision='float32', device='cpu') "
-            "has them."
-        )
-    scorer.z_score(scorer.score_name, torch.zeros(1))  # raises without a calibration
-    side = scorer.image_size
-    with torch.no_grad():  # with gradients the projections of the memory slots would not be used
-        program = torch.export.export(
-            _Graph(scorer).eval(),
-            (torch.rand(2, 1, side, side),),  # 2: a size of 1 would be taken for one that stays
-            dynamic_shapes={"images": {0: Dim("batch", min=1)}},
-        )
-    with _quiet():
-        program = program.run_decompositions(_DECOMPOSITIONS)
-    for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # names folders of the machine that exports
-    return program
 
 
 def write_export(scorer: Scorer, path: str | Path) -> None:
@@ -93,76 +52,12 @@ def write_export(scorer: Scorer, path: str | Path) -> None:
         for module in ("onnx", "onnxscript"):
             require(module, "export")
     with replacing(path) as file:
-        program = to_torch_export(scorer)
+        program = scorer.to_torch_export()
         if path.suffix == ".onnx":
             file.write(_onnx(program, _metadata(scorer)))
         else:
             facts = json.dumps(_metadata(scorer), indent=2)
             torch.export.save(program, file, extra_files={METADATA_FILE: facts})
-
-
-class _Graph(nn.Module):
-    """What ``Scorer.score`` computes, in modules that can be traced."""
-
-    def __init__(self, scorer: Scorer) -> None:
-        super().__init__()
-        own = copy.copy(scorer)
-        plain: dict[int, object] = {
-            id(conv): cast(conv, torch.float32, torch.contiguous_format, onednn=False)
-            for conv in scorer._generator.modules()
-            if isinstance(conv, FoldedConv)
-        }
-        self.generator = own._generator = copy.deepcopy(scorer._generator, plain)
-        self.generator.layout, self.generator.least = torch.contiguous_format, 1
-        judges = copy.deepcopy(scorer._discriminators).requires_grad_(False)
-        self.discriminators = own._discriminators = to_layout(judges, torch.contiguous_format)
-        self._scorer = own
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        name = self._scorer.score_name
-        judged = (name,) if name in JUDGED else ()
-        recon, errors, *logits = self._scorer._network(judged, images)
-        known = dict(zip(judged, logits, strict=True))
-        raw = self._scorer._derive((name,), known, errors)[name]
-        z = self._scorer.z_score(name, raw)
-        return raw, z, torch.sigmoid(z), recon
-
-
-def _shrink(values: Tensor, threshold: Tensor | float) -> Tensor:
-    """Weights of the values above a threshold, the others being 0."""
-    kept = values * (values > threshold)
-    return kept / kept.sum(dim=-1, keepdim=True).clamp_min(vectorised.EPSILON)
-
-
-def _memory_lookup(
-    query: Tensor,
-    memory: Tensor,
-    values: Tensor | None,
-    mode: str,
-    top_k: int,
-    threshold: float,
-    keep_scores: bool,
-) -> tuple[Tensor, Tensor]:
-    """``vectorised.memory_lookup`` without gradients, for graphs.
-
-    That one chooses its ways by the number of images, which a graph does not know, and shrinks by
-    ``relu(d) * a / (|d| + 1e-12)``, which is 0 / 0 wherever the 1e-12 is taken for 0, as ONNX's
-    optimisers and half precision do. The weights are the same but where d itself is near 1e-12.
-    """
-    weights = torch.bmm(query.transpose(0, 1), memory.mT)  # [N, B, M]
-    if mode == "gumbel":
-        weights = torch.softmax(weights, dim=-1)
-        weights = _shrink(weights, weights.topk(top_k, dim=-1).values[..., -1:])
-    elif mode == "hard":
-        weights = _shrink(weights, threshold)
-    answer = torch.bmm(weights, memory if values is None else values)
-    return answer.transpose(0, 1).contiguous(), query.new_empty(0)
-
-
-_DECOMPOSITIONS = {
-    torch.ops.squid_fast.memory_lookup.default: _memory_lookup,
-    torch.ops.squid_fast.neighbourhood_attention.default: vectorised.neighbourhood_attention,
-}
 
 
 def _metadata(scorer: Scorer) -> dict[str, str]:
@@ -201,7 +96,7 @@ def _onnx(program: ExportedProgram, metadata: dict[str, str]) -> bytes:
             f"the weights take {size / 1e9:.1f} GB, but an ONNX file holds at most "
             f"{_LARGEST_ONNX / 1e9:.1f} GB; .pt2 has no such limit."
         )
-    with _quiet():
+    with quiet():
         found = torch.onnx.export(
             program,
             input_names=["images"],
@@ -220,21 +115,3 @@ def _onnx(program: ExportedProgram, metadata: dict[str, str]) -> bytes:
     model.producer_name, model.producer_version = "squid_fast", __version__
     model.doc_string = f"SQUID anomaly scores ({metadata['score']}). {_NOTICE}"
     return model.SerializeToString()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep to itself what PyTorch has to say to its own developers."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx._internal.exporter", "onnxscript")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", r".*LeafSpec", FutureWarning)
-            # A constant of the neighbourhood attention: nobody outside, weight e^-inf.
-            warnings.filterwarnings("ignore", "divide by zero encountered in log", RuntimeWarning)
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -1,23 +1,40 @@
-"""CUDA graphs: a network's hundred kernels as one launch."""
+"""CUDA graphs: the hundreds of kernels of a call as one launch."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-_WARM_UP = 3  # calls before capture, as PyTorch asks for
+_WARM_UP = 3  # calls before a capture, as PyTorch recommends
 _MOST = 8  # graphs kept; each holds the memory of its activations
 
 Function = Callable[[Tensor], tuple[Tensor, ...]]
+Result = TypeVar("Result")
 
 
-@dataclass(frozen=True)
-class _Captured:
-    graph: torch.cuda.CUDAGraph
+def capture(call: Callable[[], Result], device: torch.device) -> tuple[Callable[[], None], Result]:
+    """Capture the kernels of a call as a CUDA graph, without running them.
+
+    Args:
+        call: what to capture; it must have run before, and read no tensor on the host.
+        device: that the call computes on.
+
+    Returns:
+        A function that replays the graph, and the call's result, whose tensors a replay overwrites.
+    """
+    graph = torch.cuda.CUDAGraph()
+    stream = torch.cuda.Stream(device)  # PyTorch's own belongs to the first device that captured
+    with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream):
+        result = call()
+    return graph.replay, result
+
+
+class _Captured(NamedTuple):
+    replay: Callable[[], None]
     given: Tensor
     results: tuple[Tensor, ...]
 
@@ -29,20 +46,20 @@ class Graphs:
         self._captured: OrderedDict[Hashable, _Captured] = OrderedDict()
 
     def __call__(self, function: Function, name: Hashable, x: Tensor) -> tuple[Tensor, ...]:
-        """``function(x)``; functions of the same ``name`` are taken to be the same."""
+        """``function(x)``; a graph is shared by all functions of the same ``name``."""
         key = (name, x.shape, x.dtype)
         if key not in self._captured:
             while len(self._captured) >= _MOST:
                 self._captured.popitem(last=False)
-            self._captured[key] = _capture(function, x)
+            self._captured[key] = _warm_and_capture(function, x)
         self._captured.move_to_end(key)
         captured = self._captured[key]
         captured.given.copy_(x)
-        captured.graph.replay()
+        captured.replay()
         return tuple(result.clone() for result in captured.results)
 
 
-def _capture(function: Function, x: Tensor) -> _Captured:
+def _warm_and_capture(function: Function, x: Tensor) -> _Captured:
     given = x.clone()
     stream = torch.cuda.Stream(x.device)
     stream.wait_stream(torch.cuda.current_stream(x.device))
@@ -50,7 +67,5 @@ def _capture(function: Function, x: Tensor) -> _Captured:
         for _ in range(_WARM_UP):
             function(given)
     torch.cuda.current_stream(x.device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = function(given)
-    return _Captured(graph, given, results)
+    replay, results = capture(lambda: function(given), x.device)
+    return _Captured(replay, given, results)

@@ -1,4 +1,4 @@
-"""A trained generator as evaluation needs it: no teacher, nothing left to learn or to decide."""
+"""A trained generator frozen for evaluation: no teacher, norms folded, stages in int8."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..modules import SQUID, InpaintBlock
 from ..modules.unet import DoubleConv, Down, Up, to_image, to_patches
 from .convolution import FoldedConv, ResizedConv, SplitConv, cast, fold
-from .quantization import Grid, QuantizedConv, Range
+from .quantization import QuantizedConv, QuantParams, Range
 from .scores import Quantization
 
 _SMALL = 8  # side of the maps up to which ``ResizedConv`` is faster, measured on AVX512
@@ -35,14 +35,14 @@ def _resized(x: Tensor) -> Tensor:
 
 
 class Stage(nn.Module):
-    """A residual double convolution in floats; of the decoder, with the resize in front of it.
+    """A residual double convolution in floats, in the decoder with the resize in front of it.
 
     Args:
         block: trained.
         dtype: of the maps.
-        image: whether it is given images, in float32.
-        side: of the maps, in the decoder, before they are resized; None in the encoder.
-        concat: channels of the skip that is put in front of them, 0 for none.
+        image: whether the input are images, in float32.
+        side: of the decoder's maps before they are resized; None in the encoder.
+        concat: channels of the skip that is concatenated in front of the maps, 0 for none.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Stage(nn.Module):
         self.third = cast(third, dtype, layout, onednn)
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
-        """Maps, and those to put in front of their channels."""
+        """Maps, and the skip to concatenate in front of their channels."""
         x = x.to(self.source)
         if skip is not None:
             skip = skip.to(self.source)
@@ -84,29 +84,31 @@ class Stage(nn.Module):
 
 
 class QuantizedStage(nn.Module):
-    """A residual double convolution in bytes; of the decoder, with the resize in front of it.
+    """A residual double convolution in int8, in the decoder with the resize in front of it.
 
     Args:
         block: trained.
         ranges: of its convolutions: "first", "second", "third", and "first.input".
-        source: grid of the maps it is given, where they are bytes.
-        resizes: the maps, as in the decoder.
-        skip: grid of what is put in front of them, where it is bytes.
-        target: float dtype of the output; None for bytes on the grid ``output``.
+        source: parameters of the input, where it is quantized already.
+        target: float dtype of the output; None to quantize it by ``output``.
+        resizes: whether the input is resized first, as in the decoder.
+        skip: parameters of the skip, where it is quantized.
     """
 
     def __init__(
         self,
         block: DoubleConv,
         ranges: Mapping[str, Range],
-        source: Grid | None,
+        source: QuantParams | None,
         target: torch.dtype | None,
         resizes: bool = False,
-        skip: Grid | None = None,
+        skip: QuantParams | None = None,
     ) -> None:
         super().__init__()
-        self.source = source or Grid.over(ranges["first.input"])
-        self.a, b, self.output = (Grid.over(ranges[part]) for part in ("first", "second", "third"))
+        self.source = source or QuantParams.from_range(*ranges["first.input"])
+        self.a, b, self.output = (
+            QuantParams.from_range(*ranges[part]) for part in ("first", "second", "third")
+        )
         self.resizes, self.skip, self.target = resizes, skip, target
         first, second, third = _folded(block)
         self.first = QuantizedConv(first, self.source, self.a)
@@ -114,14 +116,15 @@ class QuantizedStage(nn.Module):
         self.third = QuantizedConv(third, b, target or self.output, self.a)
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
-        """Maps, and those to put in front of their channels."""
+        """Maps, and the skip to concatenate in front of their channels."""
         x = _resized(x) if self.resizes else x
         if skip is not None:
-            skip = self.skip.decode(skip, x.dtype) if self.skip else skip.to(x.dtype)
+            skip = self.skip.dequantize(skip, x.dtype) if self.skip else skip.to(x.dtype)
             x = torch.cat([skip, x], dim=1)
-        a = self.first(x if x.dtype == torch.uint8 else self.source.encode(x))
+        a = self.first(x if x.dtype == torch.uint8 else self.source.quantize(x))
         b = self.second(a)
-        return self.third(b, residual=a if self.target is None else self.a.decode(a, self.target))
+        residual = a if self.target is None else self.a.dequantize(a, self.target)
+        return self.third(b, residual=residual)
 
 
 class FrozenGenerator(nn.Module):
@@ -129,16 +132,16 @@ class FrozenGenerator(nn.Module):
 
     Everything that can be done once is done here: the teacher is left out, batch norm folded into
     the convolutions, slots projected. Memories and in-painting stay in float32, whatever the
-    convolutions compute in: which slots are the k best hangs on small differences.
+    convolutions compute in: which slots are the k best depends on small differences.
 
     Args:
         model: trained; it is not changed.
         dtype: of the convolutions.
         layout: of the maps.
         onednn: whether to call oneDNN's fused convolutions.
-        quantization: names the stages to put in bytes.
-        least: memories and in-painting are given no fewer images than these, made up of zeros
-            where need be: libraries multiply matrices of few rows in another order, and the
+        quantization: the stages to compute in int8, with the ranges of their convolutions.
+        least: memories and in-painting are given at least so many images, padded with zeros where
+            there are fewer: libraries multiply matrices of few rows in another order, and the
             results would depend on the size of the batch.
     """
 
@@ -171,7 +174,7 @@ class FrozenGenerator(nn.Module):
             concat = width if self.concat[i] else 0
             self.ups.append(Stage(block, dtype, layout, onednn, side=side, concat=concat))
         if quantization is not None:
-            self._put_in_bytes(downs, ups, model.memory_blocks, dtype, quantization)
+            self._quantize(downs, ups, model.memory_blocks, dtype, quantization)
         self.inpaint = model.inpaint_block
         if isinstance(self.inpaint, InpaintBlock):
             for name in ("bottleneck_conv1", "bottleneck_conv2"):
@@ -182,7 +185,7 @@ class FrozenGenerator(nn.Module):
         self.head = model.out_conv
         self.requires_grad_(False)
 
-    def _put_in_bytes(
+    def _quantize(
         self,
         downs: list[DoubleConv],
         ups: list[DoubleConv],
@@ -190,31 +193,31 @@ class FrozenGenerator(nn.Module):
         dtype: torch.dtype,
         chosen: Quantization,
     ) -> None:
-        """Exchange stages; maps travel as bytes where all stages that read them are in bytes."""
+        """Replace stages; maps between them stay quantized where all their readers are int8."""
 
         def ranges(name: str) -> dict[str, Range]:
             prefix = f"{name}."
             return {k[len(prefix) :]: v for k, v in chosen.ranges.items() if k.startswith(prefix)}
 
         L = self.level
-        down_in_bytes = [f"downs.{i}" in chosen.stages for i in range(L)]
-        up_in_bytes = [f"ups.{i}" in chosen.stages for i in range(L)]
-        # Grids of the maps in front of every ``down``, which are the skips too; None for floats.
-        grids: list[Grid | None] = [None] * L
-        for i in (i for i in range(L) if down_in_bytes[i]):
+        int8_downs = [f"downs.{i}" in chosen.stages for i in range(L)]
+        int8_ups = [f"ups.{i}" in chosen.stages for i in range(L)]
+        # Parameters of the input of every ``down``, which is a skip too; None where it is float.
+        inputs: list[QuantParams | None] = [None] * L
+        for i in (i for i in range(L) if int8_downs[i]):
             reader = L - 2 - i  # the ``up`` for which the output is the skip
-            travels = i < L - 1 and down_in_bytes[i + 1]
-            travels = travels and (up_in_bytes[reader] or not self.concat[reader])
-            target = None if travels else torch.float32 if i == L - 1 else dtype
-            stage = QuantizedStage(downs[i], ranges(f"downs.{i}"), grids[i], target)
-            if travels:
-                grids[i + 1] = stage.output
+            stays = i < L - 1 and int8_downs[i + 1]
+            stays = stays and (int8_ups[reader] or not self.concat[reader])
+            target = None if stays else torch.float32 if i == L - 1 else dtype
+            stage = QuantizedStage(downs[i], ranges(f"downs.{i}"), inputs[i], target)
+            if stays:
+                inputs[i + 1] = stage.output
             self.downs[i] = stage
-        for i in (i for i in range(L) if up_in_bytes[i]):
+        for i in (i for i in range(L) if int8_ups[i]):
             deep = L - 1 - i
             target = dtype if isinstance(memories[deep], nn.Identity) else torch.float32
             self.ups[i] = QuantizedStage(
-                ups[i], ranges(f"ups.{i}"), None, target, True, grids[deep]
+                ups[i], ranges(f"ups.{i}"), None, target, True, inputs[deep]
             )
 
     def forward(self, images: Tensor) -> Tensor:
@@ -229,20 +232,20 @@ class FrozenGenerator(nn.Module):
             skips.append(skip)
             x = down(x)
         B = images.shape[0]
-        x = self._among_others(self.inpaint, x.float(), B)
+        x = self._padded(self.inpaint, x.float(), B)
         for i, up in enumerate(self.ups):
             deep = self.level - 1 - i
             if self.combine == deep + 1:
                 x = to_image(x, self.num_patch)
             x = up(x.contiguous(memory_format=self.layout), skips[deep])
             if not isinstance(self.memories[deep], nn.Identity):
-                x = self._among_others(self.memories[deep], x.float(), B)
+                x = self._padded(self.memories[deep], x.float(), B)
         if not self.combine:
             x = to_image(x, self.num_patch)
         return self.head(x.float())
 
-    def _among_others(self, module: nn.Module, x: Tensor, images: int) -> Tensor:
-        """The module's answer for maps of so many images, asked for ``least`` at once."""
+    def _padded(self, module: nn.Module, x: Tensor, images: int) -> Tensor:
+        """The module's output for the maps of so many images, computed for ``least`` at once."""
         missing = max(self.least - images, 0) * (x.shape[0] // images)
         padded = F.pad(x, (0, 0, 0, 0, 0, 0, 0, missing)) if missing else x
         return module(padded)[: x.shape[0]]

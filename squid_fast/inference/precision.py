@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -11,25 +11,35 @@ from .quantization import has_int8
 from .scores import Calibration
 
 AGREEMENT = 0.999
-"""Rank correlation with float32 from which on 8-bit convolutions are used unasked."""
+"""Rank correlation with float32 from which on ``precision="auto"`` chooses int8."""
 
 
 def can_use_int8(calibration: Calibration | None, device: torch.device) -> bool:
-    """Whether a scorer with that calibration can be asked for int8 on that device."""
+    """Whether a scorer with that calibration can compute in int8 on that device."""
     return bool(calibration and calibration.quantization) and device.type == "cpu" and has_int8()
 
 
 def check_hardware(precision: ScoringPrecision, device: torch.device) -> None:
-    """Refuse a precision that the hardware does not compute in, before a model is loaded for it.
+    """Raise unless the hardware computes in a precision, before a model is loaded for it.
 
     Raises:
-        ValueError: it does not, or another name.
+        ValueError: the name is unknown, or the hardware does not compute in the precision.
+
+    Example:
+        >>> check_hardware("float32", torch.device("cpu"))
+        >>> check_hardware("int4", torch.device("cpu"))
+        Traceback (most recent call last):
+        ...
+        ValueError: precision is 'int4'; it must be 'auto', 'int8', 'bf16' or 'float32'.
     """
+    *others, last = map(repr, get_args(ScoringPrecision))
+    if repr(precision) not in (*others, last):
+        raise ValueError(f"precision is {precision!r}; it must be {', '.join(others)} or {last}.")
     if precision != "int8":
         choose_precision(precision, device)
     elif device.type != "cpu" or not has_int8():
         raise ValueError(
-            "precision is 'int8', which needs a processor that multiplies bytes (VNNI); "
+            "precision is 'int8', which needs a processor with int8 products (VNNI); "
             f"on this {device.type} 'auto' or 'float32' would fit."
         )
 
@@ -40,10 +50,10 @@ def choose_scoring_precision(
     calibration: Calibration | None,
     score: str,
 ) -> Literal["int8", "bf16", "float32"]:
-    """The precision asked for, or that of ``"auto"``; see ``Scorer``.
+    """The precision to compute in, where ``"auto"`` is resolved as described in ``Scorer``.
 
     Raises:
-        ValueError: another name, or it is not to be had here or with this calibration.
+        ValueError: the name is unknown, or the hardware or the calibration do not allow it.
     """
     check_hardware(precision, device)
     if precision == "auto":
@@ -56,8 +66,8 @@ def choose_scoring_precision(
         return choose_precision(precision, device)
     if not can_use_int8(calibration, device):
         raise ValueError(
-            "precision is 'int8', but the calibration holds no ranges for it: it was made where "
-            "there is no VNNI, or is missing. squid_fast.calibrate makes them here; 'bf16' and "
-            "'float32' do without."
+            "precision is 'int8', but the calibration holds no ranges for it: it is missing, or "
+            "was made on a processor without VNNI. squid_fast.calibrate adds them on this machine; "
+            "'bf16' and 'float32' need none."
         )
     return "int8"

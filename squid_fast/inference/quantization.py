@@ -1,7 +1,7 @@
-"""Integer convolutions: weights and activations of 8 bits, sums of 32, on processors with VNNI.
+"""Quantized convolutions: int8 weights, uint8 maps and int32 sums, on processors with VNNI.
 
-Where the bytes lie is fixed beforehand, by ranges that calibration saw on normal images, so that
-the score of an image depends on nothing but the image.
+The ranges of the maps are fixed beforehand, by calibration on normal images, so that the score of
+an image depends on nothing but the image.
 """
 
 from __future__ import annotations
@@ -16,100 +16,101 @@ from ..utils.devices import INT8_UNITS, cpu_has
 from .convolution import FoldedConv, has_onednn
 
 Range = tuple[float, float]
-_SAMPLES = 4096  # values kept of a tensor that is seen
+_SAMPLES = 4096  # values kept of an observed tensor
 
 
 def has_int8() -> bool:
-    """Whether the processor multiplies bytes (VNNI), without which 8 bits bring nothing."""
+    """Whether the processor has int8 products (VNNI), without which int8 is not faster."""
     known = hasattr(torch.ops.onednn, "qconv2d_pointwise")
     return has_onednn() and known and cpu_has(INT8_UNITS)
 
 
-class Grid(NamedTuple):
-    """Values that bytes stand for: q is ``(q - zero) * scale``."""
+class QuantParams(NamedTuple):
+    """How a tensor is quantized to uint8: ``x = (q - zero_point) * scale``."""
 
     scale: float
-    zero: int
+    zero_point: int
 
     @classmethod
-    def over(cls, span: Range) -> Grid:
-        """The finest grid over a range; it holds 0, which pads convolutions, exactly."""
-        low, high = min(span[0], 0.0), max(span[1], 0.0)
+    def from_range(cls, low: float, high: float) -> QuantParams:
+        """The smallest scale that covers a range; 0, which pads convolutions, stays exact."""
+        low, high = min(low, 0.0), max(high, 0.0)
         scale = max(high - low, 1e-12) / 255
         return cls(scale, round(-low / scale))
 
-    def encode(self, x: Tensor) -> Tensor:
-        """uint8 of the shape of x; what lies outside goes to the nearest end."""
-        x = (x * (1 / self.scale)).add_(self.zero - 128).round_().clamp_(-128, 127)
+    def quantize(self, x: Tensor) -> Tensor:
+        """uint8 of the shape of ``x``; values outside the range saturate."""
+        x = (x * (1 / self.scale)).add_(self.zero_point - 128).round_().clamp_(-128, 127)
         # By way of int8, to which PyTorch converts several times as fast as to uint8.
         return x.to(torch.int8).view(torch.uint8).bitwise_xor_(128)
 
-    def decode(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
-        """The values, in a float dtype."""
-        return codes.to(dtype).sub_(self.zero).mul_(self.scale)
+    def dequantize(self, q: Tensor, dtype: torch.dtype) -> Tensor:
+        """The values that ``q`` stands for, in a float dtype."""
+        return q.to(dtype).sub_(self.zero_point).mul_(self.scale)
 
 
-class RangeRecorder:
-    """Watches the convolutions of a float network while it runs.
+class MinMaxObserver:
+    """Records the ranges of a float network's convolutions while it runs.
 
     Attributes:
-        ends: smallest and largest value seen, of every convolution's output by its name, and of
-            what it was given by ``name.input``; both include 0.
+        min_max: smallest and largest value of every convolution's output by its name, and of its
+            input by ``name.input``; both include 0.
     """
 
     def __init__(self, network: nn.Module) -> None:
-        self.ends: dict[str, Range] = {}
+        self.min_max: dict[str, Range] = {}
         self._samples: dict[str, list[Tensor]] = {}
         self._hooks: list[RemovableHandle] = []
         for name, module in network.named_modules():
             if isinstance(module, FoldedConv):
-                self._watch(name, module)
+                self._attach(name, module)
 
-    def _watch(self, name: str, module: nn.Module) -> None:
+    def _attach(self, name: str, module: nn.Module) -> None:
         self._hooks += [
-            module.register_forward_pre_hook(lambda _, args: self._see(f"{name}.input", args[0])),
-            module.register_forward_hook(lambda _, args, output: self._see(name, output)),
+            module.register_forward_pre_hook(lambda _, args: self._add(f"{name}.input", args[0])),
+            module.register_forward_hook(lambda _, args, output: self._add(name, output)),
         ]
 
     def close(self) -> None:
-        """Stop watching."""
+        """Stop observing."""
         for hook in self._hooks:
             hook.remove()
 
-    def _see(self, name: str, x: Tensor) -> None:
-        low, high = self.ends.get(name, (0.0, 0.0))
-        self.ends[name] = min(low, float(x.amin())), max(high, float(x.amax()))
+    def _add(self, name: str, x: Tensor) -> None:
+        low, high = self.min_max.get(name, (0.0, 0.0))
+        self.min_max[name] = min(low, float(x.amin())), max(high, float(x.amax()))
         flat = x.flatten()
         self._samples.setdefault(name, []).append(flat[:: flat.numel() // _SAMPLES + 1].float())
 
     def ranges(self) -> dict[str, Range]:
-        """For each name the part of its range whose grid has the least squared error.
+        """By name, the part of the range that has the least squared quantization error.
 
-        A few far values would make the grid coarse for all the others; they are cut off where
-        that costs less than it brings.
+        A few large values would make the scale coarse for all others; they are clipped where that
+        lowers the error.
         """
-        return {name: self._best(name) for name in self.ends}
+        return {name: self._best(name) for name in self.min_max}
 
     def _best(self, name: str) -> Range:
         values = torch.cat(self._samples[name])
-        low, high = self.ends[name]
+        low, high = self.min_max[name]
         shares = torch.linspace(0.1, 1, 37).tolist()
-        grids = [Grid.over((low * share, high * share)) for share in shares]
+        candidates = [QuantParams.from_range(low * share, high * share) for share in shares]
         errors = [
-            (g.decode(g.encode(values), torch.float32) - values).square().mean() for g in grids
+            (params.dequantize(params.quantize(values), torch.float32) - values).square().mean()
+            for params in candidates
         ]
         share = shares[int(torch.stack(errors).argmin())]
         return low * share, high * share
 
 
 class QuantizedConv(nn.Module):
-    """A ``FoldedConv`` in bytes.
+    """A ``FoldedConv`` of int8 weights and uint8 maps.
 
     Args:
         conv: float32.
-        source: grid of its input.
-        target: grid of its output, or the float dtype that it gives instead.
-        residual: grid of the residual, where the output is bytes.
+        source: parameters of the input.
+        target: parameters of the output, or a float dtype to leave it unquantized.
+        residual: parameters of the residual, where the output is quantized.
     """
 
     codes: Tensor
@@ -120,14 +121,15 @@ class QuantizedConv(nn.Module):
     def __init__(
         self,
         conv: FoldedConv,
-        source: Grid,
-        target: Grid | torch.dtype,
-        residual: Grid | None = None,
+        source: QuantParams,
+        target: QuantParams | torch.dtype,
+        residual: QuantParams | None = None,
     ) -> None:
         super().__init__()
         self.source, self.target = source, target
-        # A residual in floats is taken as it is.
-        self.residual = residual if residual and isinstance(target, Grid) else Grid(1.0, 0)
+        self.residual = QuantParams(1.0, 0)  # a float residual is added as it is
+        if residual is not None and isinstance(target, QuantParams):
+            self.residual = residual
         self.stride, self.padding = conv.stride, conv.padding
         scale = (conv.weight.abs().amax(dim=(1, 2, 3)) / 127).clamp_min(1e-12)
         codes = (conv.weight / scale[:, None, None, None]).round_().to(torch.int8)
@@ -138,13 +140,13 @@ class QuantizedConv(nn.Module):
         self._packed: Tensor | None = None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Bytes in; the residual, bytes or floats as the output is, is overwritten."""
+        """uint8 maps to maps of the target; the residual, of the same kind, is overwritten."""
         where = self.stride, self.padding, [1, 1], 1
         if self._packed is None:  # in the layout that oneDNN wants for maps of this size
             self._packed = torch.ops.onednn.qconv_prepack(
                 self.codes, self.scale, *self.source, *where, list(x.shape)
             )
-        if isinstance(self.target, Grid):
+        if isinstance(self.target, QuantParams):
             out = (*self.target, torch.uint8)
         else:
             out = (1.0, 0, self.target)

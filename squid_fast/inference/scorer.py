@@ -2,42 +2,28 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
-from collections.abc import Collection
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.export import ExportedProgram
 
 from ..data import ImageSet
 from ..metrics import Evaluation, evaluate
-from ..modules import SQUID, Discriminator, ScoreMode
-from ..modules.squid import check_images
-from ..modules.unet import to_patches
-from ..utils.devices import ScoringPrecision, choose_device, choose_layout, has_fast_bf16, to_layout
+from ..modules import SQUID, Discriminator
+from ..utils.devices import ScoringPrecision, choose_device
 from .bundle import load_bundle
-from .convolution import fold_discriminator, has_onednn
-from .graphs import Graphs
-from .network import FrozenGenerator
+from .model import BATCH, FrozenModel
 from .precision import check_hardware, choose_scoring_precision
-from .scores import PAPER_SCORE, SCORES, Calibration, ScoreCalibration
-
-JUDGED: dict[str, tuple[Literal["reconstruction", "image"], ScoreMode]] = {
-    PAPER_SCORE: ("reconstruction", "instance"),
-    "discriminator_running": ("reconstruction", "running"),
-    "discriminator_image": ("image", "instance"),
-}
-"""Scores that are the discriminator's: what it judges, and by which statistics."""
-
-_BATCH = 256  # of a whole set
-_CPU_BATCH = 8  # whose maps stay in the cache: a larger one goes through the network in parts
+from .program import trace
+from .scores import PAPER_SCORE, SCORES, Calibration, ScoreCalibration, raw_scores, z_score
 
 
 @dataclass(frozen=True)
@@ -51,6 +37,12 @@ class Scores:
         anomaly_score: [B], sigmoid(z_score): 1 is anomalous. The paper's ``1 - sigmoid((s - mean)
             / std)``; in float32 it saturates and ties where z_score does not.
         reconstruction: [B, 1, H, W], where asked for.
+
+    Example:
+        >>> z_score = torch.tensor([-1.0, 0.0, 2.0])
+        >>> scores = Scores(-z_score, z_score, torch.sigmoid(z_score))
+        >>> scores.anomaly_score
+        tensor([0.2689, 0.5000, 0.8808])
     """
 
     raw: Tensor
@@ -59,7 +51,126 @@ class Scores:
     reconstruction: Tensor | None = None
 
 
-class Scorer:
+class BaseScorer(ABC):
+    """Calibrated scores by whatever method ``measure`` measures images with.
+
+    Args:
+        score: name of the score of ``score``, one of ``score_names``, which ``measure`` knows.
+        image_size: S.
+        precision, device: of the computation.
+        calibration: of the scores; without one only ``raw_scores`` can be used.
+    """
+
+    batch_size = BATCH  # of a whole set
+
+    def __init__(
+        self,
+        score: str,
+        score_names: Collection[str],
+        image_size: int,
+        precision: str,
+        device: torch.device,
+        calibration: Calibration | None,
+    ) -> None:
+        self.score_name, self.score_names, self.image_size = score, tuple(score_names), image_size
+        self.precision, self.device, self.calibration = precision, device, calibration
+
+    @abstractmethod
+    def measure(self, images: Tensor, names: Collection[str]) -> tuple[dict[str, Tensor], Tensor]:
+        """Raw scores [B] by name, on the CPU, and reconstructions of images, see ``score``."""
+
+    @property
+    def threshold(self) -> float:
+        """On the z-score: an image is flagged when its z-score exceeds it."""
+        return self.calibration_of().threshold
+
+    @property
+    def false_positive_rate(self) -> float:
+        """Share of normal validation images at which ``threshold`` was set."""
+        return self.calibration_of().false_positive_rate
+
+    @property
+    def reference_z(self) -> list[float]:
+        """z-scores of the normal images that gave the threshold."""
+        return self.calibration_of().reference_z
+
+    def prefetch(self, images: Tensor) -> Tensor:
+        """Start to copy images to a GPU while it computes; give the result to ``score``.
+
+        On a CPU the images themselves.
+        """
+        return images
+
+    def score(self, images: Tensor, reconstruction: bool = False) -> Scores:
+        """Scores of images [B, 1, S, S]: float in [0, 1], or uint8, of which 255 is 1.
+
+        Raises:
+            ValueError: images that the model cannot take, or no calibration.
+        """
+        self.calibration_of()
+        values, recon = self.measure(images, (self.score_name,))
+        raw = values[self.score_name]
+        z = self.z_score(self.score_name, raw)
+        return Scores(raw, z, torch.sigmoid(z), recon.cpu() if reconstruction else None)
+
+    def raw_scores(
+        self, images: ImageSet, names: Collection[str] | None = None
+    ) -> dict[str, Tensor]:
+        """Raw values [n] of several scores at once, of all unless named."""
+        names = self.score_names if names is None else names
+        parts = [
+            self.measure(images.batch(slice(start, start + self.batch_size)), names)[0]
+            for start in range(0, len(images), self.batch_size)
+        ]
+        return {name: torch.cat([part[name] for part in parts]) for name in names}
+
+    def evaluate(self, images: ImageSet) -> tuple[dict[str, Evaluation], dict[str, np.ndarray]]:
+        """Figures of every score on labelled images, and the z-scores [n] they are made of.
+
+        Raises:
+            ValueError: images of unknown label or of one class only, or no calibration.
+        """
+        known = self.calibration.scores if self.calibration else self.score_names
+        raw = self.raw_scores(images, [name for name in self.score_names if name in known])
+        z = {name: self.z_score(name, values).numpy() for name, values in raw.items()}
+        evaluations = {
+            name: evaluate(
+                images.labels.numpy(),
+                values,
+                score_name=name,
+                threshold=self.calibration_of(name).threshold,
+                false_positive_rate=self.calibration_of(name).false_positive_rate,
+            )
+            for name, values in z.items()
+        }
+        return evaluations, z
+
+    def z_score(self, name: str, raw: Tensor) -> Tensor:
+        """z-scores [B], float32, of raw values, oriented so that greater is less normal."""
+        own = self.calibration_of(name)
+        return z_score(name, raw, own.mean, own.std)
+
+    def calibration_of(self, name: str | None = None) -> ScoreCalibration:
+        """The calibration of a score, of its own unless named.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if self.calibration is None:
+            raise ValueError(
+                "this scorer has no calibration, so there are no z-scores and no threshold; "
+                "`squid-fast train`, `squid-fast convert --data` and squid_fast.calibrate make one."
+            )
+        name = name or self.score_name
+        if name not in self.calibration.scores:
+            raise ValueError(
+                f"the calibration of this bundle lacks {name!r}: it is older than that score and "
+                f"has {', '.join(self.calibration.scores)}."
+            )
+        return self.calibration.scores[name]
+
+
+class Scorer(BaseScorer):
     """Scores images with a trained generator and discriminator.
 
     Built once: both are copied into the form that evaluation runs fastest in (no teacher, batch
@@ -71,14 +182,27 @@ class Scorer:
         calibration: as from ``calibrate``; without one only ``raw_scores`` can be used.
         score: one of ``SCORES``.
         precision: of the convolutions, everything else being float32. "float32"; "bf16"; "int8",
-            in which those stages are in bytes that the calibration found to bear it (on CPUs with
-            VNNI, for a calibration made on one), the others in bf16 where the hardware has it;
-            "auto": on a CPU int8 where it ranks as float32 does (``AGREEMENT``), else bf16 where
-            the hardware has it. Scores differ a little between precisions.
+            in which those stages are quantized that the calibration found to keep the ranking (on
+            CPUs with VNNI, for a calibration made on one), the others in bf16 where the hardware
+            has it; "auto": on a CPU int8 where it ranks as float32 does (``AGREEMENT``), else bf16
+            where the hardware has it. Scores differ a little between precisions.
         device: "cpu", "cuda", ...; a GPU if there is one unless given.
 
     Raises:
         ValueError: no such score, precision or device; or the hardware does not compute in it.
+
+    Example:
+        >>> from squid_fast import SQUID, Discriminator, Scorer, calibrate
+        >>> model = SQUID(1, 8, 3, level=2, memory_channel=200, ops=["none", "none"])
+        >>> images = torch.randint(0, 256, (20, 1, 40, 40), dtype=torch.uint8)
+        >>> normal = ImageSet(images, torch.zeros(20, dtype=torch.int64), [""] * 20)
+        >>> calibration = calibrate(model, Discriminator(2), normal, device="cpu")
+        >>> scorer = Scorer(model, Discriminator(2), calibration, "patch_error", device="cpu")
+        >>> scores = scorer.score(images, reconstruction=True)
+        >>> scores.z_score.shape, scores.reconstruction.shape
+        (torch.Size([20]), torch.Size([20, 1, 40, 40]))
+        >>> (scores.z_score > scorer.threshold).sum()  # 5% of the normal images
+        tensor(1)
     """
 
     def __init__(
@@ -92,32 +216,11 @@ class Scorer:
     ) -> None:
         if score not in SCORES:
             raise ValueError(f"score is {score!r}; it must be one of {', '.join(SCORES)}.")
-        self.device = choose_device(device)
-        self.calibration, self.score_name = calibration, score
-        self.precision = choose_scoring_precision(precision, self.device, calibration, score)
-        self.image_size = model.image_size
-        self._config = model.config
-        self._layout = choose_layout(model.config["features_root"])
-        on_cpu = self.device.type == "cpu"
-        wide = self.precision == "float32"
-        if self.precision == "int8":  # what is not in bytes
-            wide = not has_fast_bf16(self.device)
-        self._generator = FrozenGenerator(
-            model,
-            torch.float32 if wide else torch.bfloat16,
-            self._layout,
-            onednn=on_cpu and has_onednn(),
-            quantization=calibration.quantization
-            if calibration and self.precision == "int8"
-            else None,
-            least=_CPU_BATCH if on_cpu and self.precision == "float32" else 1,
-        ).to(self.device)
-        judge = to_layout(copy.deepcopy(discriminator).float().eval().to(self.device), self._layout)
-        self._discriminators = nn.ModuleDict(
-            {"instance": judge, "running": fold_discriminator(judge)}
-        )
-        self._graphs = Graphs()
-        self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        where = choose_device(device)
+        chosen = choose_scoring_precision(precision, where, calibration, score)
+        super().__init__(score, SCORES, model.image_size, chosen, where, calibration)
+        quantization = calibration.quantization if calibration else None
+        self.model = FrozenModel(model, discriminator, chosen, where, quantization)
 
     @classmethod
     def load(
@@ -144,46 +247,19 @@ class Scorer:
             device,
         )
 
-    @property
-    def threshold(self) -> float:
-        """On the z-score: an image is flagged when its z-score exceeds it."""
-        return self._calibrated().threshold
-
-    @property
-    def false_positive_rate(self) -> float:
-        """Share of normal validation images at which ``threshold`` was set."""
-        return self._calibrated().false_positive_rate
-
-    @property
-    def reference_z(self) -> list[float]:
-        """z-scores of the normal images that gave the threshold."""
-        return self._calibrated().reference_z
-
     @cached_property
     def fingerprint(self) -> str:
         """Hash of weights, calibration, score and precision: rows of two must not be mixed."""
-        digest = hashlib.sha256()
-        for module in (self._generator, self._discriminators):
-            for name, value in module.state_dict().items():
-                digest.update(name.encode())
-                digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         calibration = self.calibration and self.calibration.to_json()
-        about = [self._config, calibration, self.score_name, self.precision]
-        digest.update(json.dumps(about, sort_keys=True).encode())
-        return digest.hexdigest()
+        about = [self.model.config, calibration, self.score_name, self.precision]
+        return fingerprint(self.model.weights(), about)
 
-    def score(self, images: Tensor, reconstruction: bool = False) -> Scores:
-        """Scores of images [B, 1, H, W]: float in [0, 1], or uint8, of which 255 is 1.
+    def prefetch(self, images: Tensor) -> Tensor:
+        return self.model.prefetch(images)
 
-        Raises:
-            ValueError: images that the model cannot take, or no calibration.
-        """
-        self._calibrated()
-        names = (self.score_name,)
-        logits, errors, recon = self._look(images, names)
-        values = self._derive(names, logits, errors)[self.score_name]
-        z = self.z_score(self.score_name, values)
-        return Scores(values, z, torch.sigmoid(z), recon.cpu() if reconstruction else None)
+    def measure(self, images: Tensor, names: Collection[str]) -> tuple[dict[str, Tensor], Tensor]:
+        measured, recon = self.model.measure(images, names)
+        return raw_scores(names, *measured, self.calibration), recon
 
     def to_torch_export(self) -> ExportedProgram:
         """The scorer as a program of ATen operations alone, which runs without squid_fast.
@@ -195,136 +271,22 @@ class Scorer:
         Raises:
             ValueError: no calibration, or a scorer that is not in float32 on the CPU.
         """
-        from .export import to_torch_export  # which is made of this module
-
-        return to_torch_export(self)
-
-    def prefetch(self, images: Tensor) -> Tensor:
-        """Start the way of images to a GPU while it works on others; give the result to ``score``.
-
-        On a CPU the images themselves.
-        """
-        if self._copies is None:
-            return images
-        with torch.cuda.stream(self._copies):
-            return images.pin_memory().to(self.device, non_blocking=True)
-
-    def raw_scores(
-        self, images: ImageSet, names: Collection[str] = tuple(SCORES)
-    ) -> dict[str, Tensor]:
-        """Raw values [n] of several scores at once; "patch_error" needs the calibration."""
-        logits, errors = self._look_at_all(images, names)
-        return self._derive(names, logits, errors)
-
-    def evaluate(self, images: ImageSet) -> tuple[dict[str, Evaluation], dict[str, np.ndarray]]:
-        """Figures of every score on labelled images, and the z-scores [n] they are made of.
-
-        Raises:
-            ValueError: images of unknown label or of one class only, or no calibration.
-        """
-        known = self.calibration.scores if self.calibration else SCORES
-        raw = self.raw_scores(images, [name for name in SCORES if name in known])
-        z = {name: self.z_score(name, values).numpy() for name, values in raw.items()}
-        evaluations = {
-            name: evaluate(
-                images.labels.numpy(),
-                values,
-                score_name=name,
-                threshold=self._calibrated(name).threshold,
-                false_positive_rate=self._calibrated(name).false_positive_rate,
-            )
-            for name, values in z.items()
-        }
-        return evaluations, z
-
-    def z_score(self, name: str, raw: Tensor) -> Tensor:
-        """z-scores [B], float32, of raw values, oriented so that greater is less normal."""
-        own = self._calibrated(name)
-        return z_score(name, raw, own.mean, own.std)
-
-    def _calibrated(self, name: str | None = None) -> ScoreCalibration:
-        if self.calibration is None:
+        if self.precision != "float32" or self.device.type != "cpu":
             raise ValueError(
-                "this scorer has no calibration, so there are no z-scores and no threshold; "
-                "`squid-fast convert --data` or squid_fast.inference.calibrate make one."
+                f"this scorer computes in {self.precision} on {self.device}, but a graph is made "
+                "of float32 weights on the CPU: Scorer.load(bundle, precision='float32', "
+                "device='cpu') has them."
             )
-        name = name or self.score_name
-        if name not in self.calibration.scores:
-            raise ValueError(
-                f"the calibration of this bundle lacks {name!r}: it is older than that score and "
-                f"has {', '.join(self.calibration.scores)}."
-            )
-        return self.calibration.scores[name]
-
-    @torch.inference_mode()
-    def _look(
-        self, images: Tensor, names: Collection[str]
-    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """The discriminator's logits by score, patch errors [B, N], and the reconstruction."""
-        judged = tuple(name for name in JUDGED if name in names)
-        images = self._received(images)
-        if not len(images):
-            nothing = images.new_zeros(0)
-            patches = images.new_zeros(0, self._config["num_patch"] ** 2).cpu()
-            return dict.fromkeys(judged, nothing.cpu()), patches, images
-        if self._copies is not None:
-            recon, errors, *logits = self._graphs(partial(self._network, judged), judged, images)
-        else:
-            parts = [self._network(judged, part) for part in images.split(_CPU_BATCH)]
-            recon, errors, *logits = (torch.cat(column) for column in zip(*parts, strict=True))
-        return dict(zip(judged, (x.cpu() for x in logits), strict=True)), errors.cpu(), recon
-
-    def _received(self, images: Tensor) -> Tensor:
-        """The images on the device, float32, once they are known to fit."""
-        if self._copies is not None and images.is_cuda:
-            current = torch.cuda.current_stream(self.device)
-            current.wait_stream(self._copies)  # they may come from prefetch
-            images.record_stream(current)
-        images = images.to(self.device)
-        if images.dtype == torch.uint8:
-            images = images.to(torch.float32).div_(255)
-        check_images(images, self._config, self.image_size)
-        return images.to(torch.float32)
-
-    def _network(self, names: tuple[str, ...], images: Tensor) -> tuple[Tensor, ...]:
-        """Reconstruction, patch errors [B, N], and logits [B] by name."""
-        recon = self._generator(images)
-        squared = to_patches((recon - images).square(), self._config["num_patch"])
-        errors = squared.mean(dim=(1, 2, 3)).view(images.shape[0], -1)
-        logits = []
-        for what, mode in (JUDGED[name] for name in names):
-            judge = self._discriminators[mode]
-            assert isinstance(judge, Discriminator)
-            logits.append(judge.score(recon if what == "reconstruction" else images, mode))
-        return recon, errors, *logits
-
-    def _look_at_all(
-        self, images: ImageSet, names: Collection[str]
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """The same for a whole set, in batches, without the reconstructions."""
-        parts = [
-            self._look(images.batch(slice(start, start + _BATCH)), names)[:2]
-            for start in range(0, len(images), _BATCH)
-        ]
-        logits = {name: torch.cat([part[0][name] for part in parts]) for name in parts[0][0]}
-        return logits, torch.cat([part[1] for part in parts])
-
-    def _derive(
-        self, names: Collection[str], logits: dict[str, Tensor], errors: Tensor
-    ) -> dict[str, Tensor]:
-        """Raw scores by name, from the discriminator's logits and the patch errors [n, N]."""
-        values = dict(logits)
-        if "reconstruction_error" in names:
-            values["reconstruction_error"] = errors.mean(dim=1)
-        if "patch_error" in names:
-            if self.calibration is None:
-                raise ValueError("patch_error needs a calibration, but this scorer has none.")
-            mean = torch.tensor(self.calibration.patch_mean)
-            std = torch.tensor(self.calibration.patch_std)
-            values["patch_error"] = ((errors - mean) / std).amax(dim=1)
-        return {name: values[name] for name in names}
+        self.calibration_of()  # raises without one
+        assert self.calibration is not None
+        return trace(self.model, self.score_name, self.calibration)
 
 
-def z_score(name: str, raw: Tensor, mean: float, std: float) -> Tensor:
-    """float32; subtracted in float64, since the deviation can be tiny beside the mean."""
-    return (SCORES[name][0] * (raw.double() - mean) / std).float()
+def fingerprint(weights: Iterable[tuple[str, Tensor]], about: object, method: str = "") -> str:
+    """Hash of a method's name, its named tensors, and what else can be written as JSON."""
+    digest = hashlib.sha256(method.encode())
+    for name, value in weights:
+        digest.update(name.encode())
+        digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    digest.update(json.dumps(about, sort_keys=True).encode())
+    return digest.hexdigest()

@@ -1,10 +1,13 @@
-"""What an image can be scored by, and where each score lies on normal images."""
+"""What an image can be scored by, and the distribution of each score on normal images."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
+
+import torch
+from torch import Tensor
 
 PAPER_SCORE = "discriminator_instance"
 
@@ -23,12 +26,12 @@ SCORES: dict[str, tuple[int, str]] = {
 
 @dataclass(frozen=True)
 class ScoreCalibration:
-    """Where one score lies on normal images.
+    """The distribution of one score on normal images.
 
     Attributes:
         mean, std: of the raw score on normal training images.
         threshold: on the z-score; images above it are flagged.
-        false_positive_rate: share of normal validation images that ``threshold`` flags at most.
+        false_positive_rate: largest share of normal validation images that ``threshold`` flags.
         reference_z: z-scores of the normal images that gave the threshold, for the report.
     """
 
@@ -41,14 +44,13 @@ class ScoreCalibration:
 
 @dataclass(frozen=True)
 class Quantization:
-    """What scoring with 8-bit convolutions has to know of a model.
+    """What scoring in int8 has to know of a model.
 
     Attributes:
-        stages: of the network, those whose convolutions 8 bits are enough for.
-        ranges: of every convolution's output, and of what it is given, on normal images:
-            (low, high) by name.
-        agreement: by score, the rank correlation of its values with those of float32 on normal
-            images.
+        stages: of the network, those that are computed in int8.
+        ranges: (low, high) of every convolution's output by its name, and of its input by
+            ``name.input``, on normal images.
+        agreement: by score, the rank correlation of int8 and float32 on normal images.
     """
 
     stages: list[str]
@@ -65,7 +67,7 @@ class Calibration:
         patch_mean, patch_std: reconstruction error of each patch [N] on normal training images.
         threshold_images: which normal images gave the thresholds: "validation" or, where there
             were too few, "training", which makes them optimistic.
-        quantization: None where it was not made, as on processors without 8-bit products.
+        quantization: None on processors without int8 products.
     """
 
     scores: dict[str, ScoreCalibration]
@@ -75,13 +77,51 @@ class Calibration:
     quantization: Quantization | None = None
 
     def to_json(self) -> dict[str, Any]:
+        """The content of ``calibration.json``."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Calibration:
+        """The calibration that ``to_json`` gave."""
         scores = {name: ScoreCalibration(**score) for name, score in values["scores"].items()}
         quantization = values.get("quantization")
         if quantization is not None:
             ranges = {name: (low, high) for name, (low, high) in quantization["ranges"].items()}
             quantization = Quantization(**{**quantization, "ranges": ranges})
         return cls(**{**values, "scores": scores, "quantization": quantization})
+
+
+def raw_scores(
+    names: Collection[str],
+    logits: Mapping[str, Tensor],
+    patch_errors: Tensor,
+    calibration: Calibration | None,
+) -> dict[str, Tensor]:
+    """Raw scores [B] by name.
+
+    Args:
+        names: of ``SCORES``.
+        logits: [B] of the discriminator, for the names that are logits.
+        patch_errors: [B, N], mean squared error of the reconstruction in each patch.
+        calibration: needed for "patch_error" alone.
+
+    Raises:
+        ValueError: "patch_error" without a calibration.
+    """
+    values = dict(logits)
+    if "reconstruction_error" in names:
+        values["reconstruction_error"] = patch_errors.mean(dim=1)
+    if "patch_error" in names:
+        if calibration is None:
+            raise ValueError("patch_error needs a calibration, but this scorer has none.")
+        mean = torch.tensor(calibration.patch_mean)
+        std = torch.tensor(calibration.patch_std)
+        values["patch_error"] = ((patch_errors - mean) / std).amax(dim=1)
+    return {name: values[name] for name in names}
+
+
+def z_score(name: str, raw: Tensor, mean: float, std: float) -> Tensor:
+    """float32, of raw scores; greater is less normal. Scores not in ``SCORES`` keep their sign."""
+    sign = SCORES[name][0] if name in SCORES else +1
+    # Subtracted in float64, since the deviation can be tiny beside the mean.
+    return (sign * (raw.double() - mean) / std).float()

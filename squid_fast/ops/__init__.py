@@ -1,9 +1,10 @@
 """The five operations of SQUID as PyTorch custom operators, one file per operation.
 
-Each public function checks its arguments and calls an operator ``torch.ops.squid_fast.<name>``
-that has a fake implementation (so that ``torch.compile`` and export see through it) and a gradient
-whose backward is an operator too. An operator runs the Triton kernel of its name where
-``kernels.choice`` says that it serves, else the vectorised PyTorch of the same name. Nothing
+Each public function checks its arguments and calls an operator ``torch.ops.squid_fast.<name>``.
+Beside the operator stand its PyTorch implementation ``_<name>_cpu``, a fake implementation (so that
+``torch.compile`` and export see through it) and a gradient, which is an operator too. An operator
+runs the Triton kernel of its name where ``kernels.dispatch`` says that it serves, else the PyTorch
+implementation: on every CPU, in float64, and for the shapes that it gives its reasons for. Nothing
 synchronises with the host. Results are contiguous, but for those of the masked shortcut, which keep
 their layout. NaN stays within its row. Double backward is not supported.
 
@@ -11,11 +12,12 @@ Symbols: B images, N patches of an image, M memory slots, C slot width, k = ``to
 """
 
 from .attention import neighbourhood_attention
-from .lookup import memory_lookup
+from .common import DECOMPOSITIONS
+from .lookup import gumbel_shrinkage, hard_shrinkage, memory_lookup
 from .shortcut import masked_shortcut
-from .shrinkage import gumbel_shrinkage, hard_shrinkage
 
 __all__ = [
+    "DECOMPOSITIONS",
     "gumbel_shrinkage",
     "hard_shrinkage",
     "masked_shortcut",

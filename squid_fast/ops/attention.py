@@ -1,62 +1,101 @@
-"""The neighbourhood attention as an operator."""
+"""The neighbourhood attention: operator, PyTorch implementation, gradient."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import vectorised
-from ..kernels import dispatch as choice
-from .common import kernels, shape
+from ..kernels import dispatch
+from .common import DECOMPOSITIONS, fake_like, kernels, operator, shape, softmax_backward, wide
 
 
-@torch.library.custom_op("squid_fast::neighbourhood_attention", mutates_args=())
-def _neighbourhood_attention(
+def _neighbour_bias(P: int, like: Tensor) -> Tensor:
+    """[N, N + 1]: 0 for a neighbour, -inf for none; last column the log count of places outside.
+
+    What lies outside the grid is the same key each time, so its e^score counts that many times.
+    """
+    place = torch.arange(P, device=like.device)
+    near = (place[:, None] - place[None]).abs() <= 1  # [P, P], along one axis
+    N = P * P
+    near = (near[:, None, :, None] & near[None, :, None, :]).view(N, N)
+    near = near & ~torch.eye(N, dtype=torch.bool, device=like.device)
+    outside = (8 - near.sum(dim=1, keepdim=True)).to(like.dtype).log()
+    inside = torch.zeros(N, N, dtype=like.dtype, device=like.device)
+    return torch.cat([inside.masked_fill(~near, -math.inf), outside], dim=1)
+
+
+def _with_pad(x: Tensor, pad: Tensor, num_heads: int) -> Tensor:
+    """[B, N, C] and [C] -> [B, heads, N + 1, C / heads]."""
+    B, N, C = x.shape
+    x = torch.cat([x, pad.expand(B, 1, C)], dim=1)
+    return x.view(B, N + 1, num_heads, C // num_heads).transpose(1, 2)
+
+
+def _attention_weights(query: Tensor, key: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+    """Queries by head [B, heads, N, d] and softmax weights [B, heads, N, N + 1]."""
+    B, N, C = query.shape
+    d = C // num_heads
+    q = query.reshape(B, N, num_heads, d).transpose(1, 2)
+    scores = wide(q @ key.transpose(-2, -1)) / math.sqrt(d)
+    return q, torch.softmax(scores + _neighbour_bias(math.isqrt(N), scores), dim=-1)
+
+
+def _merge_heads(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).flatten(2).contiguous()
+
+
+def _neighbourhood_attention_cpu(
     query: Tensor, key: Tensor, value: Tensor, pad_key: Tensor, pad_value: Tensor, num_heads: int
 ) -> Tensor:
-    arguments = (query, key, value, pad_key, pad_value, num_heads)
-    if choice.serves_neighbourhood_attention(query):
-        return kernels("neighbourhood_attention").forward(*arguments)
-    return vectorised.neighbourhood_attention(*arguments)
+    _, weights = _attention_weights(query, _with_pad(key, pad_key, num_heads), num_heads)
+    return _merge_heads(weights.to(value.dtype) @ _with_pad(value, pad_value, num_heads))
 
 
-@torch.library.custom_op("squid_fast::neighbourhood_attention_backward", mutates_args=())
+def _neighbourhood_attention_backward_cpu(
+    grad: Tensor,
+    query: Tensor, key: Tensor, value: Tensor, pad_key: Tensor, pad_value: Tensor, num_heads: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    B, N, C = query.shape
+    k, v = _with_pad(key, pad_key, num_heads), _with_pad(value, pad_value, num_heads)
+    q, weights = _attention_weights(query, k, num_heads)
+    g = grad.reshape(B, N, num_heads, C // num_heads).transpose(1, 2)
+    grad_v = _merge_heads(weights.to(g.dtype).transpose(-2, -1) @ g)
+    grad_scores = softmax_backward(wide(g @ v.transpose(-2, -1)), weights)
+    grad_scores = (grad_scores / math.sqrt(C // num_heads)).to(q.dtype)
+    grad_q = _merge_heads(grad_scores @ k)
+    grad_k = _merge_heads(grad_scores.transpose(-2, -1) @ q)
+    return (
+        grad_q,
+        grad_k[:, :N].contiguous(),
+        grad_v[:, :N].contiguous(),
+        grad_k[:, N].sum(dim=0),
+        grad_v[:, N].sum(dim=0),
+    )
+
+
+@operator(_neighbourhood_attention_cpu)
+def _neighbourhood_attention(query: Tensor, *rest: Any) -> Tensor:
+    if dispatch.serves_neighbourhood_attention(query):
+        return kernels("neighbourhood_attention").forward(query, *rest)
+    return _neighbourhood_attention_cpu(query, *rest)
+
+
+@operator(_neighbourhood_attention_backward_cpu)
 def _neighbourhood_attention_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    pad_key: Tensor,
-    pad_value: Tensor,
-    num_heads: int,
+    grad: Tensor, query: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    arguments = (grad, query, key, value, pad_key, pad_value, num_heads)
-    if choice.serves_neighbourhood_attention(query):
-        return kernels("neighbourhood_attention").backward(*arguments)
-    return vectorised.neighbourhood_attention_backward(*arguments)
+    if dispatch.serves_neighbourhood_attention(query):
+        return kernels("neighbourhood_attention").backward(grad, query, *rest)
+    return _neighbourhood_attention_backward_cpu(grad, query, *rest)
 
 
-@_neighbourhood_attention.register_fake
-def _(
-    query: Tensor, key: Tensor, value: Tensor, pad_key: Tensor, pad_value: Tensor, num_heads: int
-) -> Tensor:
-    return query.new_empty(query.shape)
-
-
-@_neighbourhood_attention_backward.register_fake
-def _(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    pad_key: Tensor,
-    pad_value: Tensor,
-    num_heads: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    q, k, v, pad_k, pad_v = (x.new_empty(x.shape) for x in (query, key, value, pad_key, pad_value))
-    return q, k, v, pad_k, pad_v
+_neighbourhood_attention.register_fake(fake_like)
+_neighbourhood_attention_backward.register_fake(
+    lambda grad, *inputs: tuple(map(fake_like, inputs[:-1]))  # all but the number of heads
+)
 
 
 def _save_attention(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -72,14 +111,11 @@ _neighbourhood_attention.register_autograd(
     setup_context=_save_attention,
 )
 
+DECOMPOSITIONS[torch.ops.squid_fast.neighbourhood_attention.default] = _neighbourhood_attention_cpu
+
 
 def neighbourhood_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    pad_key: Tensor,
-    pad_value: Tensor,
-    num_heads: int,
+    query: Tensor, key: Tensor, value: Tensor, pad_key: Tensor, pad_value: Tensor, num_heads: int
 ) -> Tensor:
     """Multi-head attention [B, N, C] of each patch of a P x P grid to its eight neighbours.
 
@@ -93,6 +129,13 @@ def neighbourhood_attention(
 
     Raises:
         ValueError: a shape does not fit, N is no square, or C is not divisible by ``num_heads``.
+
+    Example:
+        >>> zeros, ones = torch.zeros(1, 4, 1), torch.ones(1, 4, 1)
+        >>> pad_key = pad_value = torch.zeros(1)
+        >>> answer = neighbourhood_attention(zeros, zeros, ones, pad_key, pad_value, num_heads=1)
+        >>> answer.flatten()  # three of eight neighbours lie inside a grid of 2 x 2
+        tensor([0.3750, 0.3750, 0.3750, 0.3750])
     """
     if query.dim() != 3 or key.shape != query.shape or value.shape != query.shape:
         raise ValueError(

@@ -1,17 +1,50 @@
-"""What the operators share: the way to their kernels, and checks that speak in sentences."""
+"""What the operators share: how they are registered, and how their arguments are checked."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
+import torch
 from torch import Tensor
+from torch._ops import OpOverload
+
+# The operators that occur in exported programs, as ATen operations; each file adds its own.
+DECOMPOSITIONS: dict[OpOverload, Callable[..., Any]] = {}
+
+
+def operator(implementation: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+    """Decorator: register a function as ``squid_fast::<name>``, given ``_<name>_cpu``.
+
+    The schema is the signature of that PyTorch implementation. The function itself only chooses
+    between it and a kernel.
+    """
+    name = implementation.__name__.removeprefix("_").removesuffix("_cpu")
+    schema = torch.library.infer_schema(implementation, mutates_args=())
+    return torch.library.custom_op(f"squid_fast::{name}", mutates_args=(), schema=schema)
 
 
 def kernels(operation: str) -> ModuleType:
     """The launchers of an operation, imported (and Triton with them) when they are first needed."""
     return import_module(f"squid_fast.kernels.{operation}")
+
+
+def fake_like(x: Tensor, *_: Any) -> Tensor:
+    """What most fakes return: a contiguous tensor of the shape of the first argument."""
+    return x.new_empty(x.shape)
+
+
+def wide(x: Tensor) -> Tensor:
+    """At least float32: selection and normalisation never happen in half precision."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def softmax_backward(grad: Tensor, probabilities: Tensor) -> Tensor:
+    """Gradient of the logits, given that of their softmax over the last dimension."""
+    return torch._softmax_backward_data(grad, probabilities, -1, probabilities.dtype)
 
 
 def shape(x: Tensor) -> str:

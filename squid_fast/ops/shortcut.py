@@ -1,70 +1,82 @@
-"""The masked shortcut as an operator."""
+"""The masked shortcut: operator, PyTorch implementation, gradient."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import vectorised
-from ..kernels import dispatch as choice
-from .common import kernels, shape
+from ..kernels import dispatch
+from .common import kernels, operator, shape, wide
+from .philox import philox_uniform
 
 
-@torch.library.custom_op("squid_fast::masked_shortcut", mutates_args=())
-def _masked_shortcut(
-    inpainted: Tensor,
-    shortcut: Tensor,
-    keep_probability: float,
-    seed: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-) -> Tensor:
-    arguments = (inpainted, shortcut, keep_probability, seed, scale, shift)
-    if choice.serves_masked_shortcut(inpainted):
-        return kernels("masked_shortcut").forward(*arguments)
-    return vectorised.masked_shortcut(*arguments)
+def shortcut_mask(seed: Tensor, shape: tuple[int, ...], keep_probability: float) -> Tensor:
+    """The draw of ``masked_shortcut``: bool [B, 1, H, W] for maps of ``shape`` [B, C, H, W]."""
+    B, _, H, W = shape
+    return (philox_uniform(seed, B * H * W) < keep_probability).view(B, 1, H, W)
 
 
-@torch.library.custom_op("squid_fast::masked_shortcut_backward", mutates_args=())
-def _masked_shortcut_backward(
-    grad: Tensor,
-    inpainted: Tensor | None,
-    keep_probability: float,
-    seed: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _zero_unless(mask: Tensor, x: Tensor) -> Tensor:
+    """``torch.where(mask, x, 0)`` by its bits, which is faster where the mask is broadcast."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    return (-mask.to(bits) & x.view(bits)).view(x.dtype)
+
+
+def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    return wide(x) * scale[:, None, None] + shift[:, None, None]
+
+
+def _masked_shortcut_cpu(
+    inpainted: Tensor, shortcut: Tensor,
+    keep_probability: float, seed: Tensor, scale: Tensor | None, shift: Tensor | None,
+) -> Tensor:  # fmt: skip
+    if scale is not None and shift is not None:
+        inpainted = _affine(inpainted, scale, shift).relu().to(shortcut.dtype)
+    return torch.where(shortcut_mask(seed, inpainted.shape, keep_probability), inpainted, shortcut)
+
+
+def _masked_shortcut_backward_cpu(
+    grad: Tensor, inpainted: Tensor | None,
+    keep_probability: float, seed: Tensor, scale: Tensor | None, shift: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of inpainted, shortcut, scale and shift; the last two empty without an affine."""
-    arguments = (grad, inpainted, keep_probability, seed, scale, shift)
-    if choice.serves_masked_shortcut(grad):
-        return kernels("masked_shortcut").backward(*arguments)
-    return vectorised.masked_shortcut_backward(*arguments)
+    mask = shortcut_mask(seed, grad.shape, keep_probability)
+    kept, passed = _zero_unless(mask, grad), _zero_unless(~mask, grad)
+    if inpainted is None or scale is None or shift is None:
+        return kept, passed, grad.new_empty(0), grad.new_empty(0)
+    active = wide(kept) * (_affine(inpainted, scale, shift) > 0)
+    # What is not active may hold NaN, which times zero would stay.
+    grad_scale = torch.where(active != 0, active * inpainted, 0).sum(dim=(0, 2, 3))
+    grad_inpainted = (active * scale[:, None, None]).to(grad.dtype)
+    return grad_inpainted, passed, grad_scale, active.sum(dim=(0, 2, 3))
+
+
+@operator(_masked_shortcut_cpu)
+def _masked_shortcut(inpainted: Tensor, *rest: Any) -> Tensor:
+    if dispatch.serves_masked_shortcut(inpainted):
+        return kernels("masked_shortcut").forward(inpainted, *rest)
+    return _masked_shortcut_cpu(inpainted, *rest)
+
+
+@operator(_masked_shortcut_backward_cpu)
+def _masked_shortcut_backward(grad: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if dispatch.serves_masked_shortcut(grad):
+        return kernels("masked_shortcut").backward(grad, *rest)
+    return _masked_shortcut_backward_cpu(grad, *rest)
 
 
 @_masked_shortcut.register_fake
-def _(
-    inpainted: Tensor,
-    shortcut: Tensor,
-    keep_probability: float,
-    seed: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-) -> Tensor:
+def _(inpainted, shortcut, keep_probability, seed, scale, shift):  # type: ignore[no-untyped-def]
     return torch.where(inpainted[:, :1].bool(), inpainted, shortcut)
 
 
 @_masked_shortcut_backward.register_fake
-def _(
-    grad: Tensor,
-    inpainted: Tensor | None,
-    keep_probability: float,
-    seed: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(grad, inpainted, keep_probability, seed, scale, shift):  # type: ignore[no-untyped-def]
     mask = grad[:, :1].bool()
     kept, passed = torch.where(mask, grad, 0), torch.where(mask, 0, grad)
-    if scale is None or shift is None:
+    if scale is None:
         return kept, passed, grad.new_empty(0), grad.new_empty(0)
     return kept, passed, torch.empty_like(scale), torch.empty_like(shift)
 
@@ -89,14 +101,9 @@ _masked_shortcut.register_autograd(_shortcut_gradients, setup_context=_save_draw
 
 
 def masked_shortcut(
-    inpainted: Tensor,
-    shortcut: Tensor,
-    keep_probability: float,
-    seed: Tensor | None = None,
-    *,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-) -> Tensor:
+    inpainted: Tensor, shortcut: Tensor, keep_probability: float, seed: Tensor | None = None,
+    *, scale: Tensor | None = None, shift: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """``mask * inpainted + (1 - mask) * shortcut``, one Bernoulli draw per (image, row, column).
 
     Paper section 3.3. The draw is shared by the channels and is a function of ``seed`` alone: the
@@ -113,6 +120,12 @@ def masked_shortcut(
     Raises:
         ValueError: shapes or dtypes differ, the probability is outside [0, 1], or only one of
             ``scale`` and ``shift`` is given.
+
+    Example:
+        >>> ones, zeros = torch.ones(1, 3, 2, 4), torch.zeros(1, 3, 2, 4)
+        >>> masked_shortcut(ones, zeros, 0.5, torch.tensor(7))[0, 0]
+        tensor([[1., 0., 1., 0.],
+                [0., 0., 1., 0.]])
     """
     if inpainted.dim() != 4 or inpainted.shape != shortcut.shape:
         raise ValueError(
@@ -141,5 +154,5 @@ def _affine_parameters(
         raise ValueError(f"{given} is given without {absent}; an affine needs both, [{C}] each.")
     if scale.shape != (C,) or shift.shape != (C,):
         raise ValueError(f"scale is {shape(scale)} and shift {shape(shift)}; both must be [{C}].")
-    dtype = torch.float64 if inpainted.dtype == torch.float64 else torch.float32
+    dtype = torch.promote_types(inpainted.dtype, torch.float32)
     return scale.to(dtype), shift.to(dtype)

@@ -1,12 +1,12 @@
-"""From image files to a result table and a report that a person can read.
+"""From image files to a table of results and a report for people.
 
     from squid_fast.screening import screen_to_table, write_report
 
     summary = screen_to_table(scorer, ["ward-3/", "extra/**/*.dcm"], "results.parquet")
     write_report("report.html", scorer, summary)
 
-Rows go from the files to a journal beside the table, from which a run that was stopped or killed
-can be resumed; the table and what the report needs are made of it at the end.
+Rows are first written to a journal beside the table, from which a run that was stopped or killed
+is resumed. The table, and the summary for the report, are made from it at the end.
 """
 
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ from ..utils.lazy import lazy_names
 from ..utils.text import utf8_text
 
 if TYPE_CHECKING:
-    from .journal_format import JournalError
+    from .journal import JournalError
     from .pipeline import ScreenRow, screen
     from .reading.files import find_files
     from .reading.lists import read_list
@@ -29,7 +29,7 @@ else:
         __name__,
         {
             "reading.files": ("find_files",),
-            "journal_format": ("JournalError",),
+            "journal": ("JournalError",),
             "reading.lists": ("read_list",),
             "reading.packing": ("Packed", "pack"),
             "pipeline": ("ScreenRow", "screen"),

@@ -1,195 +1,217 @@
-"""The journal of a screening run: its rows until the table can be made of them.
+"""The journal of a screening run: a database that keeps its rows until the table is written.
 
-It is a folder, so that a run that was killed can go on where it was:
+It is a folder beside the table, from which a run that was stopped or killed is resumed. The folder
+holds an SQLite database, the files that SQLite puts beside it and, at the end, the table while it
+is being written. The database has three tables:
 
-- ``run.json``: what is being run. Written last and removed first: a folder without is no run.
-- ``files.bin``: the listing, paths as bytes, each ended by a NUL.
-- ``rows.jsonl``: one line for each row so far, in the order of the listing:
-  ``[path, raw_score, z_score, anomaly_score, flag, error]``.
+- ``run``: what is being run, as one JSON object. It is written together with the listing.
+- ``files``: the listing, paths as bytes.
+- ``rows``: the rows so far, in the order of the listing, each as the JSON list of its fields. JSON
+  as Python writes it keeps NaN, booleans and file names that are not UTF-8; the types of SQLite
+  do not.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import os
+import sqlite3
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
-from io import FileIO
+from operator import attrgetter
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, overload
 
-from ..utils.atomic import replacing, sync_folder, write_json
-from .journal_format import JournalError, Run, listing_bytes, parse_line, paths_of_rows, row_line
+from .._version import __version__
+from ..utils.atomic import sync_folder
 from .pipeline import ScreenRow
 
-if sys.platform != "win32":
-    import fcntl
+_DATABASE = "journal.sqlite"
+_FORMAT = 2  # 1 was a folder of text files
+_SCHEMA = f"""
+    BEGIN;
+    PRAGMA user_version = {_FORMAT};
+    CREATE TABLE run (record TEXT NOT NULL);
+    CREATE TABLE files (number INTEGER PRIMARY KEY, path BLOB NOT NULL);
+    CREATE TABLE rows (number INTEGER PRIMARY KEY, fields TEXT NOT NULL);
+    COMMIT;
+"""
+_COUNTS = """
+    SELECT count(*), coalesce(max(number), 0), (SELECT count(*) FROM files) FROM rows
+"""
+_AT_ONCE = 1000  # paths or rows that are read from the database together
+_UNREADABLE = (sqlite3.Error, ValueError, TypeError, KeyError, RecursionError)
 
-_FORMAT = 1
-_RUN, _FILES, _ROWS = "run.json", "files.bin", "rows.jsonl"
-_LONGEST_LINE = 1 << 20  # bytes; what a power cut leaves may have no line ends at all
+_row_fields = attrgetter(*(field.name for field in fields(ScreenRow)))
+
+
+class JournalError(RuntimeError):
+    """A run cannot be started, resumed or continued; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is being run. Rows of runs that differ in any of it do not belong in one table.
+
+    Attributes:
+        fingerprint: fingerprint of the scorer.
+        score_name: name of the scorer's score.
+        threshold: threshold of the scorer.
+        inputs: the first of the inputs as the user named them, for messages.
+        inputs_sha256: hash of all inputs.
+        folder: the folder in which relative inputs start, or None if all are absolute.
+    """
+
+    fingerprint: str
+    score_name: str
+    threshold: float
+    inputs: list[str]
+    inputs_sha256: str
+    folder: str | None
 
 
 class Journal:
-    """A journal that is open, for this process alone.
+    """An open journal, locked for this process.
 
-    ``run`` is None until `start` unless the folder holds an unfinished run; then it is as that run
-    left it, up to the first row that is torn or damaged.
+    As a context manager it is closed at the end of the block, and removed if it holds no run.
 
     Args:
-        folder: created where it is missing; what is in it must be of a journal.
+        folder: place of the journal; created if it is missing.
 
     Attributes:
-        folder: the journal's place.
-        run: what is being run, or None.
-        files: the listing, see `find_files`.
-        packed: for items of the listing that stand for any number of rows, that number, by index.
-        count: rows in the journal.
-        total: rows when the run is finished.
-        dropped: whole lines that stood behind a damaged one and are to be scored again.
+        folder: place of the journal.
+        run: the unfinished run that was found in the folder, or the one that ``start`` began;
+            else None.
+        files: the listing, see ``find_files``. It stays in the database.
+        packed: the number of rows of each packed file, by its index in the listing.
+        count: number of rows in the journal.
+        total: number of rows when the run is finished.
 
     Raises:
-        JournalError: the folder cannot be written, is in use, or holds something else.
+        JournalError: the folder cannot be written or locked, is in use, is damaged, or holds
+            something other than a journal of this version.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.run: Run | None = None
-        self.count = self.dropped = 0
-        self._size = 0  # bytes of rows.jsonl that hold whole rows
-        self._lines: list[bytes] = []  # appended, not yet written
+        self.count = 0
+        self._pending: list[ScreenRow] = []
         self._synced = time.monotonic()
         with self._explained("cannot be written"):
-            self._file = _claim(folder)
+            self._database = _open(folder)
+        self._is_open = True
         try:
-            self._set_listing([], {})
-            if (folder / _RUN).exists():
-                self._recover()
-            else:  # what a start or an end that was cut short has left
-                self._unlink(*_names(folder))
-                self._file.truncate(0)
+            self._set_listing(0, {})
+            self._recover()
         except BaseException:
-            self._file.close()
+            self._database.close()
             raise
 
-    def start(self, run: Run, files: Sequence[str], packed: Mapping[int, int]) -> None:
+    def start(self, run: Run, files: Iterable[str], packed: Mapping[int, int]) -> None:
         """Begin a run.
 
         Raises:
-            ValueError: a path that no file system can hold.
+            ValueError: a path cannot be the name of a file.
             JournalError: the journal cannot be written.
         """
-        from .._version import __version__ as version  # the package itself imports this module
-
-        listing = listing_bytes(files)
-        listed = {
-            "files": len(files),
-            "sha256": hashlib.sha256(listing).hexdigest(),
-            "packed": sorted(packed.items()),
-        }
         started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        about = {"format": _FORMAT, "squid_fast": version, "started": started}
+        about = {"squid_fast": __version__, "started": started, "run": asdict(run)}
+        paths = ((_path_bytes(path),) for path in files)
         with self._explained("cannot be written"):
-            with replacing(self.folder / _FILES) as file:
-                file.write(listing)
-            write_json(about | {"run": asdict(run), "listing": listed}, self.folder / _RUN)
+            with self._database as database:
+                database.executemany("INSERT INTO files (path) VALUES (?)", paths)
+                (count,) = database.execute("SELECT count(*) FROM files").fetchone()
+                record = about | {"files": count, "packed": sorted(packed.items())}
+                text = json.dumps(record, allow_nan=False)
+                database.execute("INSERT INTO run VALUES (?)", [text])
             sync_folder(self.folder.parent)
         self.run = run
-        self._set_listing(files, packed)
+        self._set_listing(count, packed)
 
     def append(self, row: ScreenRow) -> None:
-        """Take the next row; `flush` writes it.
+        """Take the next row; ``flush`` writes it.
 
         Raises:
             RuntimeError: the row is not that of the next file.
         """
-        done = self.count + len(self._lines)
+        done = self.count + len(self._pending)
         if done == self.total:
             raise RuntimeError(f"all {done} files have their rows, and then came {row.path!r}")
         wanted = next(self._expected)
         if wanted not in (None, row.path):
             raise RuntimeError(f"there is a row for {row.path!r}, but the next file is {wanted!r}")
-        self._lines.append(row_line(row))
+        self._pending.append(row)
 
-    def flush(self, sync: bool = False) -> None:
-        """Write what was appended; it reaches the disk at once a second, or now with ``sync``.
+    def flush(self) -> None:
+        """Write the appended rows in one transaction.
 
         Raises:
-            JournalError: it cannot be written; what was written before is as it was.
+            JournalError: they cannot be written; the rows written before are kept.
         """
-        lines, self._lines = self._lines, []
-        data = b"".join(lines)
+        if not self._pending:
+            return
+        rows, self._pending = self._pending, []
+        # A killed process loses no transaction, but a power cut loses those since the last one
+        # that waited for the disk (FULL). One a second does, as waiting for a slow disk takes as
+        # long as scoring a batch on a fast device. Closing the database waits for the disk, too.
+        now = time.monotonic()
+        wait = now - self._synced >= 1
+        lines = ((json.dumps(_row_fields(row)),) for row in rows)
         with self._explained("cannot be written"):
-            try:
-                rest = memoryview(data)
-                while rest:  # a disk that is nearly full takes a part
-                    rest = rest[self._file.write(rest) or 0 :]
-            except OSError:
-                with suppress(OSError):  # else the next start drops the torn line
-                    self._file.truncate(self._size)
-                raise
-            self._size += len(data)
-            self.count += len(lines)
-            if sync or time.monotonic() - self._synced >= 1:
-                os.fsync(self._file.fileno())
-                self._synced = time.monotonic()
+            self._database.execute(f"PRAGMA synchronous = {'FULL' if wait else 'NORMAL'}")
+            with self._database as database:
+                database.executemany("INSERT INTO rows (fields) VALUES (?)", lines)
+        self.count += len(rows)
+        if wait:
+            self._synced = now
 
     def rows(self) -> Iterator[ScreenRow]:
-        """All rows, as a stream."""
-        assert self.run is not None
+        """All rows, as a stream.
+
+        Raises:
+            JournalError: the journal is damaged.
+        """
         self.flush()
-        with open(self.folder / _ROWS, "rb") as file:
-            for line in file:
-                path, raw, z, anomaly, flag, error = parse_line(line)
-                yield ScreenRow(path, raw, z, anomaly, flag, self.run.threshold, error)
+        try:
+            lines = _read(self._database, "SELECT fields FROM rows", range(1, self.count + 1))
+            for line, wanted in zip(lines, self._paths_of_rows(), strict=False):
+                row = ScreenRow(*json.loads(line))
+                if wanted not in (None, row.path):
+                    raise ValueError(f"there is a row for {row.path!r} in place of {wanted!r}")
+                yield row
+        except _UNREADABLE as error:
+            raise _damaged(self.folder, error) from error
 
     def remove(self) -> None:
         """Remove the journal, for its rows are elsewhere now."""
-        with self._explained("is no longer needed, but cannot be removed"):
-            self._unlink(*_names(self.folder))
+        self._is_open = False
+        with closing(self._database), self._explained("is no longer needed, but cannot be removed"):
             if sys.platform == "win32":
-                self._file.close()  # an open file cannot be removed there
-            self._unlink(_ROWS)
-        with suppress(OSError):  # a file manager or a network file system has left something
-            self.folder.rmdir()
-        self._file.close()
+                self._database.close()  # an open file cannot be removed there
+            for name in _names(self.folder):
+                (self.folder / name).unlink(missing_ok=True)
+            with suppress(OSError):  # a file manager or a network file system has left something
+                self.folder.rmdir()
 
     def __enter__(self) -> Journal:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._file.closed:
-            return
-        try:
-            if self.run is None:
+    def __exit__(self, *_: object) -> None:
+        with closing(self._database):
+            if self._is_open and self.run is None:
                 self.remove()
-            else:
-                self.flush(sync=True)
-        finally:
-            self._file.close()
+            elif self._is_open:
+                self.flush()
 
-    @contextmanager
-    def _explained(self, problem: str) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise self.failure(f"{str(self.folder)!r} {problem}", error) from error
-
-    def failure(self, problem: str, error: OSError) -> JournalError:
-        """What to raise when something of the run cannot be written."""
-        reason = f"{problem}: {error.strerror or error}."
+    def failure(self, problem: str, error: OSError | sqlite3.Error) -> JournalError:
+        """The error to raise when something of the run cannot be written."""
+        reason = f"{problem}: {getattr(error, 'strerror', None) or error}."
         if not self.run:
             return JournalError(f"{reason} No file has been scored yet.")
         return JournalError(
@@ -197,92 +219,167 @@ class Journal:
             "once it can be, go on with --resume."
         )
 
-    def _set_listing(self, files: Sequence[str], packed: Mapping[int, int]) -> None:
-        self.files, self.packed = files, packed
-        self.total = len(files) + sum(packed.values()) - len(packed)
-        self._expected = paths_of_rows(files, packed)
+    @contextmanager
+    def _explained(self, problem: str) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, sqlite3.Error) as error:
+            raise self.failure(f"{str(self.folder)!r} {problem}", error) from error
+
+    def _set_listing(self, count: int, packed: Mapping[int, int]) -> None:
+        self.files: Sequence[str] = _Listing(self._database, range(1, count + 1))
+        self.packed = packed
+        self.total = count + sum(packed.values()) - len(packed)
+        self._expected = itertools.islice(self._paths_of_rows(), self.count, None)
+
+    def _paths_of_rows(self) -> Iterator[str | None]:
+        """The path of each row; None for those that only a packed file knows."""
+        for index, path in enumerate(self.files):
+            if index in self.packed:
+                yield from itertools.repeat(None, self.packed[index])
+            else:
+                yield path
 
     def _recover(self) -> None:
-        self.run, listed = self._read_run()
+        """Take up the unfinished run, if there is one."""
         try:
-            listing = (self.folder / _FILES).read_bytes()
-            if hashlib.sha256(listing).hexdigest() != listed["sha256"]:
-                raise ValueError("its listing is damaged")
-            packed = {int(index): int(rows) for index, rows in listed["packed"]}
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise self._damaged(error) from error
-        self._set_listing(os.fsdecode(listing).split("\0")[:-1], packed)
-        with open(self.folder / _ROWS, "rb") as file:
-            for wanted in self._expected:
-                line = file.readline(_LONGEST_LINE)
-                try:
-                    path = parse_line(line)[0]
-                except ValueError:
-                    break
-                if wanted not in (None, path):
-                    break
-                self.count += 1
-                self._size += len(line)
-            file.seek(self._size)
-            while block := file.read(_LONGEST_LINE):
-                self.dropped += block.count(b"\n")
-        with self._explained("cannot be written"):
-            self._file.truncate(self._size)
-        self._expected = itertools.islice(paths_of_rows(self.files, packed), self.count, None)
+            record = self._database.execute("SELECT record FROM run").fetchone()
+            if record is None:
+                return
+            (state,) = self._database.execute("PRAGMA quick_check(1)").fetchone()
+            if state != "ok":
+                raise ValueError(" ".join(state.split()))
+            saved = json.loads(record[0])
+            self.count, last, files = self._database.execute(_COUNTS).fetchone()
+            if (self.count, files) != (last, saved["files"]):
+                raise ValueError("rows or files are missing in it")
+            self._set_listing(files, dict(saved["packed"]))
+            self.run = Run(**saved["run"])
+        except _UNREADABLE as error:
+            raise _damaged(self.folder, error) from error
 
-    def _read_run(self) -> tuple[Run, dict[str, Any]]:
-        try:
-            saved = json.loads((self.folder / _RUN).read_bytes())
-            if saved["format"] != _FORMAT:
-                raise ValueError(f"its format is {saved['format']!r}, not {_FORMAT}")
-            return Run(**saved["run"]), saved["listing"]
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise self._damaged(error) from error
 
-    def _damaged(self, error: Exception) -> JournalError:
-        return JournalError(
-            f"the unfinished run in {str(self.folder)!r} cannot be read: {error}. Delete the "
-            "folder to start again from the beginning."
+class _Listing(Sequence[str]):
+    """Paths that are read from the database as they are needed."""
+
+    def __init__(self, database: sqlite3.Connection, numbers: range) -> None:
+        self._database, self._numbers = database, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> _Listing: ...
+
+    def __getitem__(self, index: int | slice) -> str | _Listing:
+        if isinstance(index, slice):
+            assert index.step in (None, 1)
+            return _Listing(self._database, self._numbers[index])
+        number = self._numbers[index]
+        return next(iter(_Listing(self._database, range(number, number + 1))))
+
+    def __iter__(self) -> Iterator[str]:
+        return map(os.fsdecode, _read(self._database, "SELECT path FROM files", self._numbers))
+
+
+def _read(database: sqlite3.Connection, query: str, numbers: range) -> Iterator[Any]:
+    """The one column that a query gives for the records with these numbers.
+
+    It is read in pieces, since a query that stays open keeps the database from being closed and
+    its write-ahead log from being emptied.
+    """
+    query += " WHERE number BETWEEN ? AND ? ORDER BY number"
+    for first in numbers[::_AT_ONCE]:
+        last = min(first + _AT_ONCE, numbers.stop) - 1
+        for (value,) in database.execute(query, [first, last]).fetchall():
+            yield value
+
+
+def _open(folder: Path) -> sqlite3.Connection:
+    """Open the database for this process alone, in a folder that may be new."""
+    path = folder / _DATABASE
+    while True:
+        folder.mkdir(exist_ok=True)
+        with suppress(FileNotFoundError), ExitStack() as stack:
+            _check_contents(folder)
+            path.touch()
+            file = path.stat()
+            database = stack.enter_context(closing(sqlite3.connect(path, timeout=0)))
+            try:
+                _lock(database, folder)
+            finally:
+                if not os.path.samestat(file, path.stat()):
+                    raise FileNotFoundError
+            stack.pop_all()
+            return database
+        # Another run has ended meanwhile and has removed the folder.
+
+
+def _check_contents(folder: Path) -> None:
+    known = _names(folder)
+    foreign = sorted(n for n in os.listdir(folder) if n not in known and n[0] != ".")
+    if "run.json" in foreign:
+        raise JournalError(
+            f"{str(folder)!r} holds an unfinished run of an earlier version of squid_fast: finish "
+            "it with that version, or start anew with another --out. Nothing in it was changed."
+        )
+    if foreign:
+        raise JournalError(
+            f"{str(folder)!r} holds {foreign[0]!r}, which is of no unfinished run. Unfinished "
+            "results are kept in a folder of this name: move it, or name another table."
         )
 
-    def _unlink(self, *names: str) -> None:
-        for name in names:
-            (self.folder / name).unlink(missing_ok=True)
+
+def _lock(database: sqlite3.Connection, folder: Path) -> None:
+    """Lock the database until it is closed, and give it its tables if it is new."""
+    try:
+        # With an exclusive lock, a write-ahead log needs no shared memory, which a network drive
+        # does not have.
+        database.execute("PRAGMA locking_mode = EXCLUSIVE")
+        is_new = database.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,)
+        (version,) = database.execute("PRAGMA user_version").fetchone()
+        if not is_new and version != _FORMAT:
+            raise ValueError(f"its format is {version}, not {_FORMAT}")
+        (mode,) = database.execute("PRAGMA journal_mode = WAL").fetchone()
+        if mode != "wal":
+            raise sqlite3.OperationalError(f"SQLite takes the journal mode {mode!r}, not 'wal'")
+        if is_new:
+            database.executescript(_SCHEMA)
+    except sqlite3.OperationalError as error:
+        busy = f"another process is writing {str(folder)!r}; wait for it to end, or name another "
+        if "database is locked" in str(error):
+            raise JournalError(
+                f"{busy}table. If there is none, the file system has no locks, as some network "
+                "drives: name a table on a local disk."
+            ) from error
+        raise JournalError(
+            f"{str(folder)!r} cannot be locked and written: {error}. Unfinished results need room "
+            "on a file system with locks, which some network drives do not have: name a table on "
+            "a local disk."
+        ) from error
+    except _UNREADABLE as error:
+        raise _damaged(folder, error) from error
 
 
 def _names(folder: Path) -> list[str]:
-    """What a journal's folder may hold besides the rows; the last is the table being written."""
-    return [_RUN, _FILES, f"{_RUN}.new", f"{_FILES}.new", folder.stem]
+    """What a journal's folder may hold; the last is the table being written."""
+    return [*(_DATABASE + suffix for suffix in ("", "-wal", "-shm", "-journal")), folder.stem]
 
 
-def _claim(folder: Path) -> FileIO:
-    """Open the rows for appending, for this process alone, in a folder that may be new."""
-    known = {_ROWS, *_names(folder)}
-    while True:
-        folder.mkdir(exist_ok=True)
-        try:
-            foreign = sorted(n for n in os.listdir(folder) if n not in known and n[0] != ".")
-            if foreign:
-                raise JournalError(
-                    f"{str(folder)!r} holds {foreign[0]!r}, which is of no unfinished run. "
-                    "Unfinished results are kept in a folder of this name: move it, or name "
-                    "another table."
-                )
-            file = FileIO(folder / _ROWS, "a")
-        except FileNotFoundError:
-            continue  # another run has ended and removed the folder
-        if sys.platform != "win32":
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.close()
-                raise JournalError(
-                    f"another process is writing {str(folder)!r}; wait for it to end, or name "
-                    "another table."
-                ) from None
-            except OSError:
-                pass  # a network file system without locks
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(folder / _ROWS)):
-                return file
-        file.close()
+def _damaged(folder: Path, error: Exception) -> JournalError:
+    return JournalError(
+        f"the unfinished run in {str(folder)!r} cannot be read: {error}. Delete the folder to "
+        "start again from the beginning."
+    )
+
+
+def _path_bytes(path: str) -> bytes:
+    try:
+        encoded = os.fsencode(path)
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{path!r} cannot be the name of a file") from error
+    if b"\0" in encoded:
+        raise ValueError(f"{path!r} cannot be the name of a file: it holds a NUL")
+    return encoded

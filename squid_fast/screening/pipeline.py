@@ -1,4 +1,4 @@
-"""Files in, scored rows out, in the order given, with bounded memory."""
+"""The screening pipeline: files in, rows of scores out, in order and with bounded memory."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from ..utils.text import one_line
 from .reading.files import PathInput, find_files
-from .reading.pool import TIMEOUT, Decoded, check_reading, read_ahead
-from .reading.shards import count_rows, is_shard, read_shard
+from .reading.pool import TIMEOUT, check_reading
+from .reading.source import Source
+from .reading.worker import Decoded
 
 _log = logging.getLogger("squid_fast")
 
@@ -34,7 +36,7 @@ class ScoresLike(Protocol):
 
 
 class ScorerLike(Protocol):
-    """What screening needs of a scorer; `squid_fast.Scorer` has it."""
+    """What screening needs of a scorer; ``squid_fast.Scorer`` has all of it."""
 
     @property
     def image_size(self) -> int: ...
@@ -46,11 +48,11 @@ class ScorerLike(Protocol):
     def false_positive_rate(self) -> float: ...
     @property
     def fingerprint(self) -> str:
-        """Differs where model, calibration, score or precision do."""
+        """A text that differs if the model, calibration, score or precision differs."""
         ...
 
     def prefetch(self, images: torch.Tensor) -> torch.Tensor:
-        """Start the way of uint8 images [B, 1, S, S] to the device; what ``score`` takes."""
+        """Start copying uint8 images [B, 1, S, S] to the device; returns what ``score`` takes."""
         ...
 
     def score(self, images: torch.Tensor, reconstruction: bool = False) -> ScoresLike:
@@ -60,19 +62,25 @@ class ScorerLike(Protocol):
 
 @dataclass(frozen=True)
 class ScreenRow:
-    """The result for one file: either scores or an error, never neither.
+    """The result for one image: either its scores or an error.
 
     Attributes:
         path: the file as it was named or found. Bytes of a name that are not UTF-8 are kept as
             surrogates, so that the file can be opened by this name.
-        raw_score: the scorer's own figure, in the unit of its ``score_name``.
-        z_score: standard deviations away from the mean of normal training images; the greater,
-            the less normal. Rank by this one.
-        anomaly_score: ``sigmoid(z_score)``, in [0, 1], 1 = anomalous. It saturates in float32
-            and is not a probability of disease.
+        raw_score: the score in its own unit, see ``Scorer.score_name``.
+        z_score: standard deviations from the mean of normal training images; a greater value is
+            less normal. Rank images by this one.
+        anomaly_score: ``sigmoid(z_score)``, in [0, 1], 1 = anomalous. It saturates in float32 and
+            is not a probability of disease.
         flag: whether ``z_score > threshold``.
         threshold: the scorer's threshold, on the scale of ``z_score``.
         error: why there is no score, in one sentence; then the scores and the flag are None.
+        error_kind: the error without what is particular to the file, by which a report groups
+            errors. It is not a column of tables, and None where it is not known.
+
+    >>> row = ScreenRow("scan.png", 0.31, 2.5, 0.924, True, threshold=1.64, error=None)
+    >>> row.flag
+    True
     """
 
     path: str
@@ -82,6 +90,7 @@ class ScreenRow:
     flag: bool | None
     threshold: float
     error: str | None
+    error_kind: str | None = None
 
 
 def screen(
@@ -94,28 +103,42 @@ def screen(
     timeout: float = TIMEOUT,
     skip: int = 0,
 ) -> Generator[ScreenRow, None, None]:
-    """Score every image in ``inputs``; one row per file, in the order of `find_files`.
+    """Score every image in ``inputs``; yields one row for each, in the order of ``find_files``.
 
-    A file that cannot be read becomes a row with an error, and so does one that crashes its
-    decoder, keeps it busy for longer than ``timeout`` or would take more than 4 GiB. Files are
-    decoded ahead by processes, two batches of them, so memory does not grow with their number.
-    Batches are filled across folders. A shard, which `squid-fast pack` writes, stands for its rows.
-    Where the device has no memory for a batch, batches are halved from there on.
+    A file that cannot be read becomes a row with an error. So does a file that crashes its decoder,
+    keeps it busy for longer than ``timeout`` or would take more than 4 GiB of memory. Processes
+    decode files two batches ahead, so memory does not grow with the number of files. Batches are
+    filled across folders. Packed images, which ``pack`` writes, give a row each. If the device has
+    too little memory for a batch, batches are halved from then on.
 
     Args:
-        scorer: see `ScorerLike`.
-        inputs: files, folders and globs, see `find_files`.
-        batch_size: images scored at once.
-        workers: processes that decode; by default one per available core, 16 at most. 0 decodes
-            in this process, where nothing protects it from what a file does to its decoder.
+        scorer: a ``squid_fast.Scorer``, or any object with the methods of ``ScorerLike``.
+        inputs: files, folders and globs, see ``find_files``.
+        batch_size: number of images scored at once.
+        workers: number of processes that decode, by default one for each core and at most 16. With
+            0, files are decoded in this process, which a damaged file can then crash or block.
         on_progress: called as ``on_progress(rows_done, rows_in_total)`` after every batch.
         timeout: seconds after which a file is given up.
-        skip: rows that have been done before; they are left out, but count as done.
+        skip: number of rows at the start that were done before; they are left out, but count as
+            done.
 
     Raises:
         ValueError: ``batch_size``, ``workers``, ``timeout`` or ``skip`` is out of range.
         RuntimeError: no processes can be started.
-        Exception: whatever the scorer raises; the rows of earlier batches have been yielded.
+        Exception: whatever the scorer raises, after the rows of earlier batches.
+
+    >>> from types import SimpleNamespace
+    >>> def mean_grey(images):
+    ...     z = images.float().mean(dim=(1, 2, 3)) / 100
+    ...     return SimpleNamespace(raw=z, z_score=z, anomaly_score=z.sigmoid())
+    >>> scorer = SimpleNamespace(
+    ...     image_size=32, threshold=1.64, prefetch=lambda images: images, score=mean_grey
+    ... )
+    >>> np.save("scan.npy", np.full((40, 30), 200, dtype=np.uint8))
+    >>> for row in screen(scorer, ["scan.npy", "missing.png"], workers=0):
+    ...     print(row.path, row.z_score, row.flag, row.error)
+    scan.npy 2.0 True None
+    missing.png None None missing.png does not exist; give the path of an image file
     """
     files = find_files(inputs)
     return screen_listing(
@@ -133,32 +156,32 @@ def screen_listing(
     timeout: float = TIMEOUT,
     skip: int = 0,
 ) -> Generator[ScreenRow, None, None]:
-    """`screen` for files that `find_files` has found."""
+    """Score files that ``find_files`` has found, as ``screen`` does."""
     for name, value, least in (("batch_size", batch_size, 1), ("skip", skip, 0)):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, not {value}")
     workers = check_reading(workers, timeout)
-    return _screen_listing(scorer, files, batch_size, workers, on_progress, timeout, skip)
+    return _screen_source(scorer, Source(files), batch_size, workers, on_progress, timeout, skip)
 
 
 def score_batch(scorer: ScorerLike, items: Sequence[Decoded]) -> list[ScreenRow]:
-    """The rows of decoded images, which are scored at once, and of the errors between them."""
+    """Score decoded images at once; returns their rows and those of errors, in order."""
     return _rows(scorer, items, _prefetch(scorer, items), _Portions(len(items)))
 
 
 @dataclass
 class _Portions:
-    """How many images are scored at once; less for good where memory runs out."""
+    """The number of images scored at once, which becomes smaller when memory runs out."""
 
     most: int
 
 
-_Batch = tuple[Sequence[Decoded], torch.Tensor | None]  # its images, where it has any
+_Batch = tuple[Sequence[Decoded], torch.Tensor | None]  # with its images, if it has any
 
 
-def _screen_listing(
+def _screen_source(
     scorer: ScorerLike,
-    files: Sequence[str],
+    source: Source,
     batch_size: int,
     workers: int,
     on_progress: Callable[[int, int], None] | None,
@@ -166,57 +189,33 @@ def _screen_listing(
     skip: int,
 ) -> Generator[ScreenRow, None, None]:
     look_ahead = max(2 * batch_size, 4 * workers)
-    total = sum(_count(path) for path in files)
-    done = skip
+    total, done = len(source), skip
     portions = _Portions(batch_size)
-    with closing(_read(files, skip, scorer.image_size, workers, look_ahead, timeout)) as decoded:
+    images = source.read(scorer.image_size, workers, look_ahead, timeout, first=skip)
+    with closing(images) as decoded:
         batches: Iterator[_Batch] = (
             (items, _prefetch(scorer, items)) for items in _batches(decoded, batch_size)
         )
         end: _Batch = ((), None)
-        # In pairs, so that each batch is on its way while the one before is scored.
-        for (items, images), _ in itertools.pairwise(itertools.chain(batches, [end])):
-            rows = _rows(scorer, items, images, portions)
+        # In pairs, so that each batch is copied to the device while the one before is scored.
+        for (items, batch), _ in itertools.pairwise(itertools.chain(batches, [end])):
+            rows = _rows(scorer, items, batch, portions)
             done += len(rows)
             if on_progress is not None:
                 on_progress(done, total)
             yield from rows
 
 
-def _read(
-    files: Sequence[str], skip: int, size: int, workers: int, look_ahead: int, timeout: float
-) -> Generator[Decoded, None, None]:
-    """What a listing stands for, but for the first ``skip`` rows of it."""
-    first = 0
-    while first < len(files) and skip >= (count := _count(files[first])):
-        skip -= count
-        first += 1
-    rest = files[first:]
-    unpacked = (path for path in rest if not is_shard(path))
-    with closing(read_ahead(unpacked, size, workers, look_ahead, timeout)) as images:
-        for path in rest:
-            if is_shard(path):
-                yield from itertools.islice(read_shard(path, size), skip, None)
-                skip = 0
-            else:
-                yield next(images)
-
-
-def _count(path: str) -> int:
-    return count_rows(path) if is_shard(path) else 1
-
-
 def _batches(decoded: Iterable[Decoded], batch_size: int) -> Iterator[list[Decoded]]:
-    """Group files so that each group holds ``batch_size`` images, errors travelling along.
+    """Group results so that each group holds ``batch_size`` images, with the errors between them.
 
-    Errors in front of the first image do not wait for it, and a long run of errors ends a group
-    early.
+    Errors before the first image do not wait for it, and a long run of errors ends a group early.
     """
     batch: list[Decoded] = []
     images = 0
     for item in decoded:
         batch.append(item)
-        images += not isinstance(item[1], str)
+        images += item.image is not None
         if images in (0, batch_size) or len(batch) >= 4 * batch_size:
             yield batch
             batch, images = [], 0
@@ -225,8 +224,8 @@ def _batches(decoded: Iterable[Decoded], batch_size: int) -> Iterator[list[Decod
 
 
 def _prefetch(scorer: ScorerLike, items: Sequence[Decoded]) -> torch.Tensor | None:
-    """The images among the items, uint8 [B, 1, S, S], on their way to the device."""
-    images = [image for _, image in items if not isinstance(image, str)]
+    """Start copying the images among the items, uint8 [B, 1, S, S], to the device."""
+    images = [item.image for item in items if item.image is not None]
     if not images:
         return None
     batch = torch.from_numpy(np.stack(images)).unsqueeze(1)
@@ -235,7 +234,7 @@ def _prefetch(scorer: ScorerLike, items: Sequence[Decoded]) -> torch.Tensor | No
     except Exception as error:
         if not _is_out_of_memory(error):
             raise
-        return batch  # its portions may find room when it is their turn
+        return batch  # there may be memory for portions of it when they are scored
 
 
 def _rows(
@@ -247,18 +246,18 @@ def _rows(
     threshold = float(scorer.threshold)
     scored = iter([] if images is None else _score(scorer, images, portions))
     rows = []
-    for path, image in items:
-        if isinstance(image, str):
-            rows.append(ScreenRow(path, None, None, None, None, threshold, image))
+    for item in items:
+        if item.image is None:
+            rows.append(_failed_row(item.path, threshold, item.error, item.error_kind))
         else:
-            rows.append(_scored_row(path, *next(scored), threshold))
+            rows.append(_scored_row(item.path, *next(scored), threshold))
     return rows
 
 
 def _score(
     scorer: ScorerLike, images: torch.Tensor, portions: _Portions
 ) -> list[tuple[float, float, float]]:
-    """Raw score, z-score and anomaly score of each image; at once if there is memory for it."""
+    """Raw score, z-score and anomaly score of each image, computed in portions if need be."""
     scored: list[tuple[float, float, float]] = []
     while len(scored) < len(images):
         portion = images[len(scored) : len(scored) + portions.most]
@@ -272,7 +271,7 @@ def _score(
                 "%d images at once take more memory than there is, %d from now on (%s)",
                 len(portion),
                 portions.most,
-                " ".join(str(error).split())[:200],
+                one_line(str(error))[:200],
             )
             continue
         columns = (scores.raw, scores.z_score, scores.anomaly_score)
@@ -286,7 +285,7 @@ def _score(
 def _is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    text = str(error).lower()  # a CPU without memory has no type of its own
+    text = str(error).lower()  # on a CPU there is no type for it
     return isinstance(error, RuntimeError) and any(
         reason in text for reason in ("not enough memory", "can't allocate memory", "out of memory")
     )
@@ -295,5 +294,9 @@ def _is_out_of_memory(error: Exception) -> bool:
 def _scored_row(path: str, raw: float, z: float, anomaly: float, threshold: float) -> ScreenRow:
     if all(map(math.isfinite, (raw, z, anomaly))):
         return ScreenRow(path, raw, z, anomaly, z > threshold, threshold, None)
-    error = f"the score is not a finite number (raw {raw}, z {z}, anomaly {anomaly})"
-    return ScreenRow(path, None, None, None, None, threshold, error)
+    kind = "the score is not a finite number"
+    return _failed_row(path, threshold, f"{kind} (raw {raw}, z {z}, anomaly {anomaly})", kind)
+
+
+def _failed_row(path: str, threshold: float, error: str | None, kind: str | None) -> ScreenRow:
+    return ScreenRow(path, None, None, None, None, threshold, error, kind)

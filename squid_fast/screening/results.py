@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import csv
-import dataclasses
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,12 +16,12 @@ from ..utils.text import finite_or_none, utf8_text
 from .pipeline import ScreenRow
 from .reading.files import PathInput
 
-COLUMNS = tuple(field.name for field in dataclasses.fields(ScreenRow))
-"""path, raw_score, z_score, anomaly_score, flag, threshold, error"""
+COLUMNS = ("path", "raw_score", "z_score", "anomaly_score", "flag", "threshold", "error")
+"""The columns of a result table, which are fields of ``ScreenRow``."""
 
-_ROWS_AT_ONCE = 1 << 15  # the rows of a Parquet row group, and all that is held in memory
+_ROWS_AT_ONCE = 1 << 15  # rows of a Parquet row group, which are held in memory together
 
-_Values = tuple[Any, ...]  # of one row, in the order of COLUMNS
+_Values = tuple[Any, ...]  # the values of one row, in the order of COLUMNS
 
 
 def write_table(
@@ -30,7 +29,7 @@ def write_table(
 ) -> None:
     r"""Write ``rows``, a stream of any length, as a table at ``path``, whole or not at all.
 
-    Its columns are `COLUMNS`; the suffix of ``path`` chooses the format:
+    The table has the columns ``COLUMNS``. The suffix of ``path`` chooses the format:
 
     - ``.parquet``: strings, float64 and booleans; missing values are null.
     - ``.csv``: UTF-8 with a header; missing values are empty, flags ``true`` or ``false``.
@@ -41,13 +40,26 @@ def write_table(
 
     Args:
         rows: the rows, in their order.
-        path: the table.
-        partial: where it is until it is whole, on the same file system; by default beside it.
+        path: place of the table.
+        partial: place of the table until it is whole, on the same file system; by default beside
+            ``path``.
 
     Raises:
-        ValueError: another suffix.
+        ValueError: ``path`` has another suffix.
         ImportError: Parquet without pyarrow.
         OSError: the table cannot be written.
+
+    Example:
+        >>> from squid_fast.screening import ScreenRow, write_table
+        >>> rows = [
+        ...     ScreenRow("a.png", 0.25, 1.5, 0.75, True, 1.0, None),
+        ...     ScreenRow("b.png", None, None, None, None, 1.0, "b.png is not an image"),
+        ... ]
+        >>> write_table(rows, "results.jsonl")
+        >>> with open("results.jsonl") as file:
+        ...     print(file.readline())
+        {"path": "a.png", "raw_score": 0.25, "z_score": 1.5, "anomaly_score": 0.75, "flag": true,
+        "threshold": 1.0, "error": null}
     """
     write = table_writer(path)
     with replacing(Path(path), None if partial is None else Path(partial)) as file:
@@ -55,7 +67,7 @@ def write_table(
 
 
 def table_writer(path: PathInput) -> Callable[[Iterator[_Values], BinaryIO], None]:
-    """The function that writes the format which the suffix of ``path`` asks for.
+    """Find the function that writes the format with the suffix of ``path``.
 
     Raises:
         ValueError: no format has this suffix.
@@ -74,7 +86,7 @@ def table_writer(path: PathInput) -> Callable[[Iterator[_Values], BinaryIO], Non
 
 
 def arrow_batch(rows: Iterable[ScreenRow]) -> Any:
-    """Rows as a pyarrow.RecordBatch, as they are in a Parquet table; at least one."""
+    """Convert rows, at least one, to a ``pyarrow.RecordBatch`` as in a Parquet table."""
     return _record_batch(list(map(_values, rows)), _arrow_schema())
 
 
@@ -101,7 +113,7 @@ def _record_batch(rows: Sequence[_Values], schema: Any) -> Any:
 
 
 def _write_csv(rows: Iterator[_Values], file: BinaryIO) -> None:
-    # The csv module, since pyarrow's writer puts the header and every text in quotes.
+    # Not pyarrow's writer, which puts the header and every text in quotes.
     writer = csv.writer(codecs.getwriter("utf-8")(file), lineterminator="\n")
     writer.writerow(COLUMNS)
     spelled = {True: "true", False: "false", None: None}
@@ -110,7 +122,7 @@ def _write_csv(rows: Iterator[_Values], file: BinaryIO) -> None:
 
 
 def _write_json_lines(rows: Iterator[_Values], file: BinaryIO) -> None:
-    encoder = json.JSONEncoder(ensure_ascii=False)  # json.dumps would make one for each row
+    encoder = json.JSONEncoder(ensure_ascii=False)  # json.dumps would create one for each row
     for row in rows:
         values = dict(zip(COLUMNS, row, strict=True))
         values["threshold"] = finite_or_none(values["threshold"])

@@ -1,21 +1,20 @@
-"""A whole screening run: from inputs to a table, whatever comes in between."""
+"""A whole screening run, from inputs to a table, which can be stopped and resumed."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
-from .journal import Journal
-from .journal_format import JournalError, Run
+from .journal import Journal, JournalError, Run
 from .pipeline import ScorerLike, screen_listing
-from .reading.files import PathInput, find_files
+from .reading.files import PathInput, as_paths, find_files
 from .reading.pool import TIMEOUT
-from .reading.shards import count_rows, is_shard
+from .reading.source import Source
 from .report.summary import Summary
 from .results import table_writer, write_table
 
@@ -50,45 +49,70 @@ def screen_to_table(
     ``out`` stays until the new one is whole.
 
     Args:
-        scorer: see `ScorerLike`.
-        inputs: files, folders and globs, see `find_files`.
-        out: the table, see `write_table`.
-        resume: go on with an unfinished run of the same scorer and inputs, if there is one. The
+        scorer: see ``ScorerLike``.
+        inputs: files, folders and globs, see ``find_files``.
+        out: the table, see ``write_table``.
+        resume: continue an unfinished run of the same scorer and inputs, if there is one. The
             files are those that were found when it was started.
-        batch_size, workers, timeout: see `screen`; a resumed run may have others.
+        batch_size, workers, timeout: see ``screen``; a resumed run may have others.
         on_progress: called as ``on_progress(rows_done, rows_in_total)`` after every batch.
-        should_stop: asked after every batch.
-        say: takes remarks, in sentences.
+        should_stop: called after every batch; the run stops when it returns true.
+        say: called with messages for the user, each one or more sentences.
 
     Returns:
-        The figures of all rows, or None where ``should_stop`` ended the run.
+        The figures of all rows, or None if ``should_stop`` ended the run.
 
     Raises:
         ValueError: ``out`` has an unknown suffix, or ``batch_size``, ``workers`` or ``timeout``
             is out of range.
-        OSError: ``out`` is a folder, or in none that can be written to.
-        ImportError: Parquet without pyarrow.
-        JournalError: an unfinished run is there and ``resume`` is not set, or it is of another
-            scorer or other inputs, or in use; or the disk is full. What to do is in the message.
+        OSError: ``out`` is a folder, or its folder is missing or cannot be written to.
+        ImportError: ``out`` is Parquet and pyarrow is not installed.
+        JournalError: there is an unfinished run and ``resume`` is not set, or it has another
+            scorer or other inputs, or is in use; or the disk is full. The message says what to
+            do.
         Exception: whatever the scorer raises; the rows before can be resumed.
+
+    Example:
+        >>> import numpy as np
+        >>> from types import SimpleNamespace
+        >>> class Brightness:
+        ...     image_size, score_name, threshold, fingerprint = 4, "brightness", 0.5, "1"
+        ...     def prefetch(self, images):
+        ...         return images / 255
+        ...     def score(self, images):
+        ...         mean = images.mean((1, 2, 3))
+        ...         return SimpleNamespace(raw=mean, z_score=mean, anomaly_score=mean)
+        >>> np.save("dark.npy", np.zeros((4, 4), np.uint8))
+        >>> np.save("light.npy", np.full((4, 4), 255, np.uint8))
+        >>> inputs = ["dark.npy", "missing.npy", "light.npy"]
+        >>> summary = screen_to_table(Brightness(), inputs, "results.csv", workers=0)
+        >>> summary.count, summary.flagged, summary.errors
+        (3, 1, 1)
+        >>> print(Path("results.csv").read_text())
+        path,raw_score,z_score,anomaly_score,flag,threshold,error
+        dark.npy,0.0,0.0,0.0,false,0.5,
+        missing.npy,,,,,0.5,missing.npy does not exist...
+        light.npy,1.0,1.0,1.0,true,0.5,
+        <BLANKLINE>
     """
     out = Path(out)
-    check_output(out, resume)
+    check_output(out, resume=True)  # an unfinished run is refused below
     screen_listing(scorer, (), batch_size, workers, timeout=timeout)  # refuses what is out of range
-    given = [inputs] if isinstance(inputs, str | os.PathLike) else inputs
-    named = [os.fspath(item) for item in given]
+    named = as_paths(inputs)
     run = _describe(scorer, named)
     with Journal(_journal_folder(out)) as journal:
         if journal.run:
             if not resume:
                 raise _unfinished(out)
             _check_same(journal, run)
-            _say_what_is_there(journal, say)
+            say(
+                f"going on behind {journal.count:,} of {journal.total:,} rows; files that came "
+                "after the run was started are not in it"
+            )
         else:
             if resume:
                 say(f"there is no unfinished run of {str(out)!r}: starting at the beginning")
-            files = find_files(named)
-            journal.start(run, files, _packed_rows(files))
+            _start(journal, run, named)
         finished = _score(scorer, journal, batch_size, workers, timeout, on_progress, should_stop)
         if not finished:
             say(
@@ -106,25 +130,47 @@ def screen_to_table(
 
 
 def check_output(out: PathInput, resume: bool = False) -> None:
-    """Refuse what could not become the table of a run, before there is any work.
+    """Refuse what could not become the table of a run, before any work is done.
+
+    Args:
+        out: the table, see ``write_table``.
+        resume: whether an unfinished run of this table is to be continued.
 
     Raises:
-        ValueError, OSError, ImportError, JournalError: as `screen_to_table` does.
+        ValueError, OSError, ImportError, JournalError: as ``screen_to_table`` does.
+
+    Example:
+        >>> check_output("results.csv")
+        >>> check_output("results.xlsx")
+        Traceback (most recent call last):
+        ValueError: results are written as .parquet, .csv, .jsonl; 'results.xlsx' has the ...
     """
     out = Path(out)
     table_writer(out)
     if out.is_dir():
         raise IsADirectoryError(f"{str(out)!r} is a folder; name the table that is to be in it")
     check_folder(out)
-    if not resume and (_journal_folder(out) / "run.json").exists():
-        raise _unfinished(out)
+    if not resume and _journal_folder(out).exists():
+        with Journal(_journal_folder(out)) as journal:
+            if journal.run:
+                raise _unfinished(out)
 
 
 def check_folder(out: PathInput) -> None:
-    """Refuse a file in a folder that is missing or cannot be written to.
+    """Refuse a file whose folder is missing or cannot be written to.
+
+    Args:
+        out: the file that is to be written.
 
     Raises:
-        OSError: it is so.
+        FileNotFoundError: the folder is missing.
+        PermissionError: the folder cannot be written to.
+
+    Example:
+        >>> check_folder("report.html")
+        >>> check_folder("reports/ward-3.html")
+        Traceback (most recent call last):
+        FileNotFoundError: 'reports/ward-3.html' cannot be written: there is no ...
     """
     folder = Path(out).parent
     if not folder.is_dir():
@@ -147,7 +193,7 @@ def _score(
     on_progress: Callable[[int, int], None],
     should_stop: Callable[[], bool],
 ) -> bool:
-    """Score what has no row yet; whether all of it."""
+    """Score the files that have no row yet; False if ``should_stop`` ended this."""
     done = journal.count
     batch_end = 0
 
@@ -167,13 +213,19 @@ def _score(
                 on_progress(journal.count, journal.total)
                 if should_stop() and journal.count < journal.total:
                     return False
-    journal.flush(sync=True)
+    journal.flush()
     if journal.count != journal.total:
         raise JournalError(
             f"there are {journal.count:,} rows for {journal.total:,} images: a packed file became "
             f"shorter while it was read. Delete {str(journal.folder)!r} and start again."
         )
     return True
+
+
+def _start(journal: Journal, run: Run, named: list[str]) -> None:
+    """List the files and begin the run; the list is not kept in memory."""
+    source = Source(find_files(named))
+    journal.start(run, source.paths, source.packed)
 
 
 def _describe(scorer: ScorerLike, named: list[str]) -> Run:
@@ -188,13 +240,8 @@ def _describe(scorer: ScorerLike, named: list[str]) -> Run:
     )
 
 
-def _packed_rows(files: Sequence[str]) -> dict[int, int]:
-    """For the packed files of a listing, by index, how many rows they give."""
-    return {index: count_rows(path) for index, path in enumerate(files) if is_shard(path)}
-
-
 def _check_same(journal: Journal, now: Run) -> None:
-    """Refuse to mix rows of two runs in one table."""
+    """Refuse to mix rows of two runs in one table; the message names what differs."""
     was = asdict(journal.run) if journal.run else {}
     changed = {key for key, value in asdict(now).items() if was[key] != value}
     if "inputs_sha256" in changed:
@@ -207,25 +254,13 @@ def _check_same(journal: Journal, now: Run) -> None:
         for key, name in _CALLED.items()
         if key in changed
     ]
-    if journal.packed != _packed_rows(journal.files):
+    if journal.packed != Source(journal.files).packed:
         parts.append("packed files among the inputs hold other numbers of images than they did")
     if parts:
         raise JournalError(
             f"{str(journal.folder)!r} is of another run: {'; '.join(parts)}. Resume it as it was "
             "started, or delete that folder to start again from the beginning."
         )
-
-
-def _say_what_is_there(journal: Journal, say: Callable[[str], None]) -> None:
-    if journal.dropped:
-        say(
-            f"{journal.dropped:,} rows behind a damaged line in {str(journal.folder)!r} are scored "
-            "again"
-        )
-    say(
-        f"going on behind {journal.count:,} of {journal.total:,} rows; files that came after the "
-        "run was started are not in it"
-    )
 
 
 def _unfinished(out: Path) -> JournalError:

@@ -2,8 +2,8 @@
 
 from ..utils.moved import moved_names
 from .checkpoint import CheckpointError
-from .loop import Progress, TrainingResult, learning_rate, train
-from .run import load_splits, train_bundle
+from .loop import Progress, learning_rate
+from .run import TrainingResult, load_splits, train, train_bundle
 from .state import NonFiniteLossError
 from .step import Trainer, make_optimizers
 

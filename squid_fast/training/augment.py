@@ -1,4 +1,4 @@
-"""Random shift and scale, made on the device for a whole batch at once."""
+"""Random shift and scale of a whole batch, computed on its device."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 def augment(images: Tensor, shift: float, scale: float) -> Tensor:
     """Shift each image by up to ``shift`` of its side and scale it by 1 - scale to 1 + scale.
 
-    Published augmentation of the chest X-rays. What comes in from outside is black.
+    This is the published augmentation of the chest X-rays. Pixels from outside the image are black.
 
     Args:
         images: [B, C, H, W].
-        shift, scale: fractions; with both 0 the images are returned as they are.
+        shift, scale: fractions in [0, 1); with both 0 the images are returned unchanged.
     """
     if shift == 0 and scale == 0:
         return images

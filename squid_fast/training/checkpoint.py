@@ -1,4 +1,4 @@
-"""Checkpoints: everything a run needs to go on, written so that a crash leaves the old one."""
+"""Checkpoints: what a run needs to be resumed; a crash while saving keeps the old one."""
 
 from __future__ import annotations
 
@@ -7,25 +7,41 @@ from typing import Any
 
 import torch
 
+from ..presets import current_names
 from ..utils.atomic import replacing
+
+CHECKPOINT = "checkpoint.pt"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be read or belongs to another run."""
+    """A checkpoint cannot be read, or belongs to another run."""
+
+
+def prepare_folder(out: Path, resume: bool) -> None:
+    """Create the folder of a run.
+
+    Raises:
+        CheckpointError: it already holds a run, which is not to be resumed.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    if not resume and (out / CHECKPOINT).exists():
+        raise CheckpointError(
+            f"{out} already holds a run; add --resume to go on with it, or choose another folder."
+        )
 
 
 def save_checkpoint(state: dict[str, Any], path: Path) -> None:
-    """Write ``state`` to ``path``; readers see the old file or the whole new one, never half."""
+    """Write ``state`` to ``path``, which holds the old file until the new one is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         torch.save(state, file)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU; tensors and plain values only, no code is run.
+    """Read a checkpoint onto the CPU; only tensors and plain values are read, no code is run.
 
     Raises:
-        CheckpointError: there is none, or it is no checkpoint of ours.
+        CheckpointError: there is no such file, or it is not a checkpoint of squid-fast.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -36,3 +52,20 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or "step" not in state or "generator" not in state:
         raise CheckpointError(f"{path} is not a checkpoint written by squid-fast train.")
     return state
+
+
+def upgrade(state: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Bring a checkpoint that an earlier version wrote into the present format.
+
+    Args:
+        state: the checkpoint as it was read.
+        settings: settings of the run that is resumed, for what a baseline's did not record.
+    """
+    saved = dict(state["settings"])
+    if "method" in saved:  # baselines had a format of their own
+        saved["model"] = settings["model"] | {"method": saved.pop("method")}
+        saved["images_sha256"], saved["images"] = saved["images"], settings["images"]
+        state = state | {"optimizers": [state["optimizer"]], "best": None}
+    saved["recipe"] = current_names(saved["recipe"])
+    absent = {"sums": {}, "validation": {}, "minutes": 0.0, "to_validate": False, "threads": None}
+    return absent | state | {"settings": saved}

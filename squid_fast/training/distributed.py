@@ -1,4 +1,4 @@
-"""Training on several processes, as torchrun starts them: who is who, and what they share.
+"""Training on several processes that torchrun started.
 
 Every process takes its share of each batch, in the order of ranks, so that a run is the same run
 on any number of processes: gradients are means over all of them, batch norm is synchronised, and
@@ -29,8 +29,9 @@ class Processes:
     """This process among those of the run.
 
     Attributes:
-        rank, count: over all machines.
-        local_count: processes on this machine.
+        rank: number of this process, from 0.
+        count: number of processes on all machines.
+        local_count: number of processes on this machine.
     """
 
     rank: int = 0
@@ -38,8 +39,8 @@ class Processes:
     local_count: int = 1
 
     @classmethod
-    def found(cls) -> Processes:
-        """As torchrun says it in the environment; a process by itself elsewhere."""
+    def from_environment(cls) -> Processes:
+        """The processes that torchrun describes in the environment; without it, this one alone."""
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             return cls()
         rank, count, local = (
@@ -52,11 +53,11 @@ class Processes:
         return self.rank == 0
 
     def share(self, batch: Tensor) -> Tensor:
-        """This rank's part of a whole batch [B, ...]: B / count, in the order of ranks."""
+        """This rank's part [B / count, ...] of a whole batch [B, ...], in the order of ranks."""
         return batch.chunk(self.count)[self.rank] if self.count > 1 else batch
 
     def check_batch(self, size: int) -> None:
-        """Raise unless a batch of that size can be shared out."""
+        """Raise ``ValueError`` unless a batch of that size can be shared out evenly."""
         if size % self.count:
             below, above = size // self.count * self.count, -(-size // self.count) * self.count
             fitting = " or ".join(str(n) for n in (below, above) if n)
@@ -66,21 +67,21 @@ class Processes:
             )
 
     def fabric_arguments(self, device: torch.device) -> dict[str, Any]:
-        """How Lightning Fabric is to be made for these processes."""
+        """Arguments of Lightning's ``Fabric`` for these processes."""
         if self.count == 1:
             return {"devices": [device.index or 0] if device.type == "cuda" else 1}
         strategy = require("lightning_fabric.strategies", "train").DDPStrategy(
             timeout=_TIMEOUT,
-            broadcast_buffers=False,  # they are the same by themselves, and the queues are large
+            broadcast_buffers=False,  # they are equal on all ranks anyway, and the queues are large
             gradient_as_bucket_view=True,
         )
         nodes = self.count // self.local_count
         return {"devices": self.local_count, "num_nodes": nodes, "strategy": strategy}
 
     def agree(self, flag: bool, device: torch.device, step: int, last: bool) -> bool:
-        """Whether any process raised the flag.
+        """Whether the flag is true in any process.
 
-        On GPUs asked of the others at every 16th step and where ``last`` of an epoch.
+        On GPUs the processes only compare it at every 16th step and after the ``last`` of an epoch.
         """
         if self.count == 1:
             return flag
@@ -91,17 +92,22 @@ class Processes:
         return bool(flags)
 
     def total(self, values: Tensor) -> Tensor:
-        """Sum over all processes."""
+        """The sum of ``values`` over all processes."""
         if self.count > 1:
             values = values.clone()
             dist.all_reduce(values)
         return values
 
+    def close(self) -> None:
+        """Leave the group of processes, at the end of the run."""
+        if self.count > 1:
+            dist.destroy_process_group()
+
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm over the batches of all processes, for CPUs, which PyTorch's own does not take.
+    """Batch norm over the batches of all processes, for CPUs, which PyTorch's does not support.
 
-    All processes have to hold batches of the same size.
+    All processes must have batches of the same size.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -126,7 +132,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 
 
 def synchronise_batch_norm(module: nn.Module, device: torch.device) -> None:
-    """Exchange the batch norms of a module; the names in its state dict stay."""
+    """Replace the batch norms of a module by synchronised ones; its state dict keeps its names."""
     for name, child in module.named_children():
         if not isinstance(child, nn.BatchNorm2d):
             synchronise_batch_norm(child, device)

@@ -1,21 +1,25 @@
-"""The averaged discriminator: what validation asks and a run keeps, in place of the last step's.
+"""A moving average of the discriminator, which is validated and kept in place of the last step's.
 
-Adversarial training circles round what it converges to, so the published score's AUROC swings by a
-tenth and more from one epoch to the next. A moving average of the discriminator's weights sits in
-the middle of that circle (as Yazici et al., ICLR 2019, do for generators), and judges what all the
-discriminators of the last epochs would. The generator is not averaged: the average of its weights
-paints smoother than it does, which the discriminator never saw. Training itself does not change.
+Adversarial training moves in circles around the point it converges to, so the published score's
+AUROC swings by a tenth and more from one epoch to the next. A moving average of the discriminator's
+weights lies in the middle of that circle (Yazici et al., ICLR 2019, use one for generators) and
+scores as all the discriminators of the last epochs would together. The generator is not averaged:
+reconstructions of averaged weights are smoother than its own, and the discriminator never saw such.
+Training itself does not change.
 """
 
 from __future__ import annotations
 
 import copy
+from typing import Generic
 
 import torch
 from torch import Tensor, nn
 
+from ..utils.devices import Module
 
-class Average:
+
+class EMA(Generic[Module]):
     """Moving average of a module's parameters and of its running statistics.
 
     A plain mean at first, in which weights from before training soon count for little; from the
@@ -24,26 +28,26 @@ class Average:
     the first weights; this one works in a CUDA graph.
 
     Args:
-        module: in training.
+        module: the module in training.
         decay: largest share of the average that ``update`` keeps, in (0, 1).
 
     Attributes:
         module: the average, in evaluation mode.
-        count: of updates so far; int64 [], on the module's device.
+        count: number of updates so far; int64 [], on the module's device.
     """
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
+    def __init__(self, module: Module, decay: float) -> None:
         if not 0 < decay < 1:
-            raise ValueError(f"averaging is {decay}; it must lie in (0, 1), or be 0 for none.")
+            raise ValueError(f"ema_decay is {decay}; it must lie in (0, 1), or be 0 for none.")
         self.module = copy.deepcopy(module).eval().requires_grad_(False)
         self.count = torch.zeros((), dtype=torch.int64, device=next(module.parameters()).device)
         self._live, self._smallest = module, 1 - decay
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the average towards the module as it is now."""
+        """Move the average towards the module's present weights."""
         self.count += 1
-        share = (1 / self.count).clamp_min(self._smallest)  # of the module as it is now
+        share = (1 / self.count).clamp_min(self._smallest)  # of the present weights
         average = _floats(self.module)
         change = torch._foreach_sub(_floats(self._live), average)
         torch._foreach_mul_(change, share)

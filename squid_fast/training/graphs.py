@@ -1,4 +1,4 @@
-"""Training steps as CUDA graphs: the thousand kernels of a step as one launch.
+"""Training steps as CUDA graphs, which launch the thousand kernels of a step at once.
 
 A step of the published batch takes a GPU less time than its launches take the host. Steps of the
 same kind (with or without the generator's turn) run the same kernels, so each kind is captured once
@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..inference.graphs import capture
+
 Losses = dict[str, Tensor]
 Step = Callable[[Tensor, int], Losses]
 Captured = tuple[Callable[[], None], Losses]  # a replay, and the losses that it writes
@@ -23,7 +25,7 @@ WARM_UP = 3  # steps of each kind before its capture, in which kernels are chose
 
 @dataclass
 class _Kind:
-    """Steps of one kind: how many ran, and their graph once there is one."""
+    """Steps of one kind: how many ran, and their graph once it is captured."""
 
     count: int = 0
     captured: Captured | None = None
@@ -31,37 +33,37 @@ class _Kind:
 
 
 class StepGraphs:
-    """Runs a training step, after some steps of its kind by replaying a CUDA graph.
+    """Runs training steps; after the first few of a kind by replaying a CUDA graph.
 
-    The first steps of a kind are ordinary steps, on a stream of their own as capturing asks for.
+    The first steps of a kind are ordinary steps, on a stream of their own as capturing requires.
     Nothing in a step may read a tensor on the host. The tensors that it trains must stay where they
     are, and the optimisers must be capturable, with learning rates in tensors.
 
     Args:
-        step: of the chosen images [B], int64 on the device, and the step's number; returns losses.
-        kind: of the step with that number.
-        capture: makes a graph of a call without arguments.
+        step: takes indices of images [B], int64 on the device, and the number of the step, and
+            returns losses.
+        kind: returns the kind of the step with a number.
+        capture: captures a graph of a call without arguments.
     """
 
     def __init__(
         self,
         step: Step,
         kind: Callable[[int], Hashable],
-        capture: Callable[[Callable[[], Losses]], Captured] | None = None,
+        capture: Callable[[Callable[[], Losses], torch.device], Captured] = capture,
     ) -> None:
-        self._step, self._kind = step, kind
-        self._capture = capture or _capture
+        self._step, self._kind, self._capture = step, kind, capture
         self._kinds: dict[Hashable, _Kind] = {}
 
     def __call__(self, chosen: Tensor, number: int) -> Losses:
-        """The losses of the step; the next step of its kind writes over them."""
+        """Run a step; the next step of its kind overwrites the losses that it returns."""
         kind = self._kinds.setdefault(self._kind(number), _Kind())
         kind.count += 1
         if kind.count <= WARM_UP:
             return self._aside(chosen, number)
         if kind.captured is None:
             kind.chosen = given = chosen.clone()
-            kind.captured = self._capture(lambda: self._step(given, number))
+            kind.captured = self._capture(lambda: self._step(given, number), given.device)
         replay, losses = kind.captured
         assert kind.chosen is not None
         kind.chosen.copy_(chosen)
@@ -71,16 +73,10 @@ class StepGraphs:
     def _aside(self, chosen: Tensor, number: int) -> Losses:
         if not chosen.is_cuda:
             return self._step(chosen, number)
-        current, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+        current = torch.cuda.current_stream(chosen.device)
+        aside = torch.cuda.Stream(chosen.device)
         aside.wait_stream(current)
         with torch.cuda.stream(aside):
             losses = self._step(chosen, number)
         current.wait_stream(aside)
         return losses
-
-
-def _capture(call: Callable[[], Losses]) -> Captured:
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        losses = call()
-    return graph.replay, losses

@@ -1,4 +1,4 @@
-"""Where a run's figures go: a CSV file, or TensorBoard."""
+"""Logs of a run's figures: a CSV file, or TensorBoard."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ LogKind = Literal["csv", "tensorboard"]
 
 
 class Logger(Protocol):
-    """Takes figures by name, at a step."""
+    """Writes figures by name, at a step."""
 
     def log(self, step: int, values: dict[str, float]) -> None: ...
     def close(self) -> None: ...
 
 
 class NoLogger:
-    """Keeps nothing."""
+    """Writes nothing."""
 
     def log(self, step: int, values: dict[str, float]) -> None: ...
     def close(self) -> None: ...
 
 
 class CsvLogger:
-    """Appends one row of ``step, name, value`` per figure, so that new names need no new file.
+    """Appends one row of ``step, name, value`` per figure to ``metrics.csv``.
 
-    Rows after ``step`` are left over from a run that died after its last checkpoint; they go.
+    Rows after ``step``, which a run that crashed wrote after its last checkpoint, are removed.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
@@ -49,7 +49,7 @@ class CsvLogger:
 
 
 class TensorBoardLogger:
-    """Writes event files under ``tensorboard/``."""
+    """Writes event files into the folder ``tensorboard``."""
 
     def __init__(self, folder: Path, step: int) -> None:
         require("tensorboard", "train")
@@ -67,7 +67,7 @@ class TensorBoardLogger:
 
 
 def make_logger(kind: LogKind, folder: Path, step: int) -> Logger:
-    """The logger of that kind, writing under ``folder`` what comes after ``step``."""
+    """A logger of that kind that writes into ``folder`` what comes after ``step``."""
     if kind not in ("csv", "tensorboard"):
         raise ValueError(f"the log is {kind!r}; it must be 'csv' or 'tensorboard'.")
     return CsvLogger(folder, step) if kind == "csv" else TensorBoardLogger(folder, step)

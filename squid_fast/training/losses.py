@@ -17,7 +17,7 @@ def _bce(logits: Tensor, target: float) -> Tensor:
 def generator_losses(
     images: Tensor, outputs: dict[str, Tensor | None], recon_logits: Tensor, recipe: Recipe
 ) -> dict[str, Tensor]:
-    """Weighted terms [] of the generator's loss; their sum is the loss."""
+    """The weighted terms [] of the generator's loss, whose sum is the loss."""
     recon, teacher = outputs["recon"], outputs["teacher_recon"]
     assert recon is not None
     terms = {
@@ -31,5 +31,5 @@ def generator_losses(
 
 
 def discriminator_loss(real_logits: Tensor, recon_logits: Tensor, recipe: Recipe) -> Tensor:
-    """Loss [] of the discriminator on real images and detached reconstructions."""
+    """The loss [] of the discriminator on real images and detached reconstructions."""
     return recipe.d_w * (_bce(real_logits, 1.0) + _bce(recon_logits, 0.0))

@@ -1,28 +1,72 @@
-"""A whole training run: data in, a calibrated bundle out."""
+"""Whole training runs of SQUID: images in, a trained pair or a calibrated bundle out."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 
 from ..data import ImageSet, Record, load_images, select
+from ..data.records import NORMAL
 from ..inference import calibrate
 from ..inference.bundle import Bundle, save_bundle
 from ..inference.scores import PAPER_SCORE
-from ..modules import SQUID
+from ..modules import SQUID, Discriminator
 from ..presets import Preset, Recipe
-from ..utils.devices import Precision, choose_device
+from ..utils.devices import Precision, choose_device, choose_precision, to_layout
 from ..utils.machine import describe
 from ..utils.threads import threads
+from .checkpoint import prepare_folder
 from .distributed import Processes
 from .logs import LogKind
-from .loop import Observe, Progress, TrainingResult, train
+from .loop import Progress, fit
+from .squid import SquidLearner
+from .state import Run, Settings
 
-NORMAL = 0
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # in typing from Python 3.11 on
+
+Observe = Callable[[SQUID, int], dict[str, float]]
+
+
+@dataclass
+class TrainingResult:
+    """The trained pair, on the CPU in evaluation mode, and how the run went.
+
+    With ``recipe.ema_decay`` the discriminator is the averaged one. A finished run whose recipe
+    keeps the best pair gives that one, on rank 0; other ranks and stopped runs give the last.
+
+    Attributes:
+        model, discriminator: the trained pair.
+        step: number of steps that are done.
+        finished: whether the run came to its end; False where it was stopped before.
+        epoch: epoch of the pair, counted from 1.
+        minutes: duration of the run, including what ran before it was resumed.
+        threads: number of threads that PyTorch computed with.
+        validation: AUROCs of the pair by name.
+
+    Example:
+        >>> from squid_fast import PRESETS, SQUID, Discriminator
+        >>> result = TrainingResult(
+        ...     SQUID(**PRESETS["small"].model), Discriminator(size=2), step=90, finished=True,
+        ...     epoch=3, minutes=1.5, threads=2, validation={"auroc_patch_error": 0.9},
+        ... )
+        >>> f"{result.step} steps, {60 * result.minutes / result.step:.0f} s each"
+        '90 steps, 1 s each'
+    """
+
+    model: SQUID
+    discriminator: Discriminator
+    step: int
+    finished: bool
+    epoch: int
+    minutes: float
+    threads: int
+    validation: dict[str, float] = field(default_factory=dict)
 
 
 def load_splits(
@@ -32,8 +76,24 @@ def load_splits(
 
     Images of unknown label are taken as normal for training: the method needs no labels.
 
+    Args:
+        records: image files with split and label.
+        size: side in pixels that the images are read at.
+        on_progress: called with the numbers of images read so far and in all.
+
     Raises:
         ValueError: no training images.
+
+    Example:
+        >>> from squid_fast.data import Record
+        >>> from PIL import Image
+        >>> splits = {"a.png": ("train", 0), "b.png": ("train", 1), "c.png": ("val", 1)}
+        >>> for name in splits:
+        ...     Image.new("L", (64, 64)).save(name)
+        >>> records = [Record(Path(name), label, split) for name, (split, label) in splits.items()]
+        >>> train_set, validation_set = load_splits(records, size=48)
+        >>> train_set.paths, validation_set.paths
+        (['a.png'], ['c.png'])
     """
     training = [
         record
@@ -52,16 +112,14 @@ def load_splits(
     return train_set, images.subset(numbers[len(training) :]) if validation else None
 
 
-def train_bundle(
-    preset: Preset,
+def train(
+    model: SQUID,
     train_set: ImageSet,
     out: Path,
+    recipe: Recipe,
     *,
-    recipe: Recipe | None = None,
     validation_set: ImageSet | None = None,
     seconds: float | None = None,
-    score: str = PAPER_SCORE,
-    false_positive_rate: float = 0.05,
     seed: int = 0,
     device: str | None = None,
     precision: Precision = "auto",
@@ -73,14 +131,144 @@ def train_bundle(
     report: Callable[[Progress], None] = lambda progress: None,
     should_stop: Callable[[], bool] = lambda: False,
     observe: Observe = lambda model, epoch: {},
-    about: Mapping[str, Any] | None = None,
 ) -> TrainingResult:
-    """Train a preset and, once it is finished, calibrate it and write the bundle into ``out``.
+    """Train ``model`` and a new discriminator on normal images (paper section 3.5).
+
+    Under torchrun all processes train together, see ``squid_fast.training.distributed``; each has
+    to call this with the same arguments. Images and augmentation are those of one process, masks
+    are drawn anew on every rank.
+
+    Args:
+        model: a new model; training starts from its weights unless it resumes.
+        train_set: normal images of the model's size.
+        out: run folder; gets ``checkpoint.pt`` and the log.
+        recipe: weights, rates, epochs.
+        validation_set: labelled images; with both classes their AUROC is computed every
+            ``recipe.validate_every`` epochs.
+        seconds: end the run after this time instead of after ``recipe.epochs``. The learning rate
+            then falls with the time as it would with the epochs, and ``should_stop`` ends the run
+            as if its time were up.
+        seed: seed of the discriminator's weights and of everything drawn in training.
+        device, precision: see ``squid_fast.utils.devices``.
+        thread_count: number of PyTorch's threads, on a CPU. Unless given, a resumed run goes on
+            with its own number, and another tries PyTorch's number, its half and so on and takes
+            the one with which steps are fastest; with ``seconds``, it tries again every minute.
+            Runs with the same seed and the same number of threads have the same bits.
+        resume: go on from ``out/checkpoint.pt``, on any number of processes.
+        sync_batch_norm: normalise over the batches of all processes.
+        graphs: replay the step as a CUDA graph, on one GPU; elsewhere of no effect.
+        log: "csv" or "tensorboard".
+        report: called after every step; calling ``losses()`` waits for the device.
+        should_stop: called after every step; when it returns true, the run saves and returns.
+        observe: called with the model and the epoch, counted from 0, after every validation; the
+            figures it returns go into the log. It must leave the model as it is.
+
+    Raises:
+        ValueError: the images do not fit the model or are fewer than a batch, a batch cannot be
+            shared out over the processes, or the hardware does not compute in bf16.
+        CheckpointError: nothing to resume, or from a run with other settings.
+        NonFiniteLossError: a loss became NaN or infinite.
+
+    Example:
+        >>> from squid_fast import PRESETS, SQUID
+        >>> pixels = torch.randint(256, (4, 1, 48, 48), dtype=torch.uint8)
+        >>> images = ImageSet(pixels, labels=torch.zeros(4).long(), paths=["a", "b", "c", "d"])
+        >>> model, recipe = SQUID(**PRESETS["small"].model), Recipe(epochs=1, batch_size=2)
+        >>> result = train(model, images, Path("run"), recipe, device="cpu", precision="float32")
+        >>> result.step, result.finished
+        (2, True)
+        >>> sorted(path.name for path in Path("run").iterdir())
+        ['checkpoint.pt', 'metrics.csv']
+    """
+    processes = Processes.from_environment()
+    processes.check_batch(recipe.batch_size)
+    if train_set.images.shape[-1] != model.image_size:
+        raise ValueError(
+            f"the images are {train_set.images.shape[-1]} pixels wide; the model takes "
+            f"{model.image_size}."
+        )
+    where = choose_device(device)
+    chosen = choose_precision(precision, where)
+    settings = Settings(model.config, recipe, seed, chosen, len(train_set), train_set.fingerprint)
+    prepare_folder(out, resume)
+    learner = SquidLearner(model, settings, where, processes, sync_batch_norm, graphs)
+    with closing(Run(learner, settings, out, log, resume)) as run:
+        finished = fit(
+            run,
+            train_set,
+            validation_set,
+            seconds=seconds,
+            thread_count=thread_count,
+            report=report,
+            should_stop=should_stop,
+            observe=lambda epoch: observe(model, epoch),
+        )
+    for module in learner.trained.values():
+        to_layout(module.eval().cpu(), torch.contiguous_format)
+    assert run.threads is not None
+    return TrainingResult(
+        model,
+        learner.trained_discriminator,
+        run.step,
+        finished,
+        run.epoch,
+        run.minutes,
+        run.threads,
+        dict(run.validation),
+    )
+
+
+class TrainOptions(TypedDict, total=False):
+    """What ``train_bundle`` passes on to ``train``, which describes it."""
+
+    seconds: float | None
+    thread_count: int | None
+    resume: bool
+    sync_batch_norm: bool
+    graphs: bool
+    log: LogKind
+    report: Callable[[Progress], None]
+    should_stop: Callable[[], bool]
+    observe: Observe
+
+
+def train_bundle(
+    preset: Preset,
+    train_set: ImageSet,
+    out: Path,
+    *,
+    recipe: Recipe | None = None,
+    validation_set: ImageSet | None = None,
+    score: str = PAPER_SCORE,
+    false_positive_rate: float = 0.05,
+    seed: int = 0,
+    device: str | None = None,
+    precision: Precision = "auto",
+    about: Mapping[str, Any] | None = None,
+    **options: Unpack[TrainOptions],
+) -> TrainingResult:
+    """Train a preset and, once training is over, calibrate it and write the bundle to ``out``.
 
     Under torchrun the process of rank 0 calibrates and writes.
 
-    See ``squid_fast.training.train`` for the arguments it shares; ``score`` is the one that the
-    bundle screens by, ``about`` what else the bundle is to say of itself.
+    Args:
+        preset: the model, and the recipe unless one is given.
+        score: the score that the bundle screens by.
+        false_positive_rate: share of normal images above the threshold of that score.
+        about: further facts that the bundle states about its training.
+        options: further keyword arguments of ``squid_fast.training.train``, which describes these
+            and the other arguments.
+
+    Example:
+        >>> from squid_fast import PRESETS
+        >>> pixels = torch.randint(256, (4, 1, 48, 48), dtype=torch.uint8)
+        >>> images = ImageSet(pixels, labels=torch.zeros(4).long(), paths=["a", "b", "c", "d"])
+        >>> result = train_bundle(
+        ...     PRESETS["small"], images, Path("bundle"), recipe=Recipe(epochs=1, batch_size=2),
+        ...     false_positive_rate=0.25, device="cpu", precision="float32",
+        ... )
+        >>> (Path("bundle") / "model.safetensors").exists()
+        True
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -92,25 +280,15 @@ def train_bundle(
         out,
         recipe,
         validation_set=validation_set,
-        seconds=seconds,
         seed=seed,
         device=device,
         precision=precision,
-        thread_count=thread_count,
-        resume=resume,
-        sync_batch_norm=sync_batch_norm,
-        graphs=graphs,
-        log=log,
-        report=report,
-        should_stop=should_stop,
-        observe=observe,
+        **options,
     )
-    processes = Processes.found()
+    processes = Processes.from_environment()
     if not result.finished or not processes.is_main:
         return result
-    normal = None
-    if validation_set is not None:
-        normal = validation_set.subset(validation_set.labels == NORMAL)
+    normal = validation_set.normal if validation_set else None
     with threads(result.threads):
         calibration = calibrate(
             result.model,

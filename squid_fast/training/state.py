@@ -1,4 +1,4 @@
-"""The state of a training run: modules, optimisers, position, and how it is kept."""
+"""A training run: what is trained, its settings, folder and log, and its progress."""
 
 from __future__ import annotations
 
@@ -10,20 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
 from ..inference.scores import PAPER_SCORE
-from ..modules import SQUID, Discriminator, discriminator_size
 from ..presets import Recipe
-from ..utils.devices import Precision, choose_layout, to_layout
-from ..utils.extras import require
-from .checkpoint import CheckpointError, save_checkpoint
-from .distributed import Processes, synchronise_batch_norm
-from .ema import Average
-from .step import Trainer, load_optimizer, make_optimizers
-
-CHECKPOINT = "checkpoint.pt"
+from ..utils.devices import Precision
+from .checkpoint import CHECKPOINT, CheckpointError, load_checkpoint, save_checkpoint, upgrade
+from .graphs import Losses
+from .learner import Learner
+from .logs import LogKind, NoLogger, make_logger
 
 
 class NonFiniteLossError(RuntimeError):
@@ -32,7 +26,11 @@ class NonFiniteLossError(RuntimeError):
 
 @dataclass(frozen=True)
 class Settings:
-    """What makes a run what it is; a resumed run must agree in all of it but ``epochs``."""
+    """What decides the result of a run; a resumed run must agree in all of it but ``epochs``.
+
+    Raises:
+        ValueError: there are fewer images than a batch takes.
+    """
 
     model: dict[str, Any]
     recipe: Recipe
@@ -41,144 +39,131 @@ class Settings:
     images: int
     images_sha256: str
 
+    def __post_init__(self) -> None:
+        if self.images < self.recipe.batch_size:
+            raise ValueError(
+                f"there are {self.images} training images, fewer than a batch of "
+                f"{self.recipe.batch_size}; a smaller --batch-size would fit."
+            )
+
 
 @dataclass(frozen=True)
-class Kept:
-    """The pair of a validated epoch, on the CPU.
+class BestCheckpoint:
+    """The trained modules after the validated epoch with the best AUROC, on the CPU.
 
     Attributes:
         epoch: counted from 1.
         validation: AUROCs by name.
-        generator, discriminator: their state dicts.
+        states: state dicts by the names of ``Learner.trained``.
     """
 
     epoch: int
     validation: dict[str, float]
-    generator: dict[str, Any]
-    discriminator: dict[str, Any]
+    states: dict[str, dict[str, Any]]
 
 
 class Run:
-    """The modules on their device, their optimisers, and where in training they are."""
+    """A training run in its folder.
+
+    Args:
+        learner: what is trained.
+        settings: what decides its result.
+        out: folder of ``checkpoint.pt`` and the log.
+        log: kind of the log.
+        resume: go on from the checkpoint.
+
+    Raises:
+        CheckpointError: nothing to resume, or from a run with other settings.
+    """
 
     def __init__(
         self,
-        model: SQUID,
+        learner: Learner,
         settings: Settings,
-        device: torch.device,
-        processes: Processes | None = None,
-        sync_batch_norm: bool = True,
-        graphs: bool = True,
-        fabric: Any = None,  # Lightning's, of another run; made unless given
+        out: Path,
+        log: LogKind = "csv",
+        resume: bool = False,
     ) -> None:
-        self.processes = processes or Processes()
-        self.fabric = fabric or require("lightning_fabric", "train").Fabric(
-            accelerator=device.type,
-            precision="bf16-mixed" if settings.precision == "bf16" else "32-true",
-            **self.processes.fabric_arguments(device),
-        )
-        if self.processes.count > 1:
-            self.fabric.launch()
-            device = self.fabric.device
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings.seed)
-            discriminator = Discriminator(discriminator_size(model.image_size))
-        self.layout = choose_layout(settings.model["features_root"])
-        self.model, self.discriminator = model.train(), discriminator.train()
-        to_layout(model.to(device), self.layout)
-        to_layout(discriminator.to(device), self.layout)
-        if self.processes.count > 1 and sync_batch_norm:
-            synchronise_batch_norm(model, device)
-            synchronise_batch_norm(discriminator, device)
-        self.graphs = graphs and device.type == "cuda" and self.processes.count == 1
-        optimizers = make_optimizers(model, discriminator, settings.recipe, self.graphs)
-        generator, generator_optimizer = self.fabric.setup(model, optimizers[0])
-        judge, discriminator_optimizer = self.fabric.setup(discriminator, optimizers[1])
-        self.optimizers = generator_optimizer, discriminator_optimizer
-        decay = settings.recipe.averaging
-        self.average = Average(discriminator, decay) if decay else None
-        self.trainer = Trainer(
-            generator,
-            judge,
-            self.optimizers,
-            settings.recipe,
-            self.fabric.backward,
-            self.average,
-            self._judge_alone if self.processes.count > 1 else None,
-        )
-        self.step = 0
-        self.sums: dict[str, Tensor] = {}  # losses of this epoch so far, on the device
+        self.learner, self.settings, self.checkpoint = learner, settings, out / CHECKPOINT
+        self.is_main = learner.processes.is_main
+        self.step = self.epoch = 0
+        self.sums: Losses = {}  # of this epoch so far, on the device
         self.validation: dict[str, float] = {}
-        self.best: Kept | None = None  # where the recipe keeps it; on rank 0
+        self.best: BestCheckpoint | None = None  # if the recipe keeps it, on rank 0
         self.to_validate = False  # the epoch has ended, its validation has not
-        self.threads: int | None = None  # that the run which is resumed computed with
+        self.threads: int | None = None  # of the run that is resumed
         self._started, self._before = time.perf_counter(), 0.0
-
-    def _judge_alone(self, images: Tensor) -> Tensor:
-        with self.fabric.autocast():
-            return self.discriminator(images)
+        if resume:
+            self._load(upgrade(load_checkpoint(self.checkpoint), asdict(settings)))
+        self._logger = make_logger(log, out, self.step) if self.is_main else NoLogger()
 
     @property
     def minutes(self) -> float:
-        """By the clock, validation and what ran before a resumption included."""
+        """Duration so far, including validation and what ran before the run was resumed."""
         return self._before + (time.perf_counter() - self._started) / 60
 
-    @property
-    def judge(self) -> Discriminator:
-        """The discriminator that is validated and kept: the averaged one where there is one."""
-        if self.average is None:
-            return self.discriminator
-        assert isinstance(self.average.module, Discriminator)
-        return self.average.module
+    def log(self, values: dict[str, float]) -> None:
+        """Write figures by name to the log of rank 0, at this step."""
+        self._logger.log(self.step, values)
 
-    def keep_if_best(self, epoch: int) -> None:
-        """Remember the pair if no AUROC of the paper's score was better before."""
-        area = f"auroc_{PAPER_SCORE}"
-        if self.best is not None and self.best.validation[area] > self.validation[area]:
+    def close(self) -> None:
+        """Close the log and leave the other processes."""
+        self._logger.close()
+        self.learner.processes.close()
+
+    def validated(self, epoch: int, validation: dict[str, float]) -> None:
+        """Take in the AUROCs of an epoch, counted from 1.
+
+        If the recipe keeps the best checkpoint and no AUROC of the paper's score was better before,
+        this becomes the best.
+        """
+        self.validation = validation
+        name = f"auroc_{PAPER_SCORE}"
+        if self.settings.recipe.keep != "best":
             return
-        states = (_on_cpu(module.state_dict()) for module in (self.model, self.judge))
-        self.best = Kept(epoch, dict(self.validation), *states)
+        if self.best is not None and self.best.validation[name] > validation[name]:
+            return
+        states = {k: _on_cpu(module.state_dict()) for k, module in self.learner.trained.items()}
+        self.best = BestCheckpoint(epoch, dict(validation), states)
 
-    def save(self, settings: Settings, out: Path) -> None:
-        """Write the checkpoint, unless a loss or a weight is not finite.
+    def restore_best(self) -> None:
+        """Load the best checkpoint, if there is one, into what is trained."""
+        if self.best is not None:
+            for name, state in self.best.states.items():
+                self.learner.trained[name].load_state_dict(state)
+            self.epoch, self.validation = self.best.epoch, self.best.validation
+
+    def save(self) -> None:
+        """Write the checkpoint.
 
         Raises:
-            NonFiniteLossError: then the last good checkpoint stays.
+            NonFiniteLossError: a loss or a weight is not finite; the last good checkpoint stays.
         """
         self.means()
-        if not self.processes.is_main:
+        if not self.is_main:
             return
-        if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
+        weights = [p for module in self.learner.modules.values() for p in module.parameters()]
+        if not all(bool(p.isfinite().all()) for p in weights):
             raise NonFiniteLossError(
                 f"training stopped at step {self.step}: a weight is not finite. The last good "
                 "checkpoint is kept; a lower learning rate may help."
             )
-        save_checkpoint(self.state(settings), out / CHECKPOINT)
-
-    def close(self) -> None:
-        """Part from the other processes."""
-        if self.processes.count > 1:
-            dist.destroy_process_group()
-
-    def state(self, settings: Settings) -> dict[str, Any]:
-        return {
+        best = self.best
+        state = {
             "format": 1,
-            "settings": asdict(settings),
+            "settings": asdict(self.settings),
             "step": self.step,
-            "generator": self.model.state_dict(),
-            "discriminator": self.discriminator.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "average": None if self.average is None else self.average.module.state_dict(),
             "sums": dict(self.sums),
             "validation": dict(self.validation),
-            "best": None if self.best is None else vars(self.best),
+            "best": best and {"epoch": best.epoch, "validation": best.validation, **best.states},
             "minutes": self.minutes,
             "to_validate": self.to_validate,
-            "threads": torch.get_num_threads() if self.processes.count == 1 else None,
+            "threads": torch.get_num_threads() if self.learner.processes.count == 1 else None,
         }
+        save_checkpoint(state | self.learner.state(), self.checkpoint)
 
-    def load(self, state: dict[str, Any], settings: Settings) -> None:
-        was, now = _flat(state["settings"]), _flat(asdict(settings))
+    def _load(self, state: dict[str, Any]) -> None:
+        was, now = _flat(state["settings"]), _flat(asdict(self.settings))
         changed = [
             f"{key} was {was.get(key)!r} and is {now.get(key)!r}"
             for key in sorted(was.keys() | now.keys())
@@ -188,40 +173,35 @@ class Run:
             raise CheckpointError(
                 f"the checkpoint is of a run with other settings: {'; '.join(changed)}."
             )
-        self.model.load_state_dict(state["generator"])
-        self.discriminator.load_state_dict(state["discriminator"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            load_optimizer(optimizer, saved)
-        if self.average is not None:
-            self.average.module.load_state_dict(state["average"])
-            self.average.count.fill_(state["step"])
+        self.learner.load(state)
         self.step = state["step"]
-        self.sums = {k: v.to(self.fabric.device) for k, v in state["sums"].items()}
+        self.sums = {k: v.to(self.learner.device) for k, v in state["sums"].items()}
         self.validation = state["validation"]
-        self.best = None if state["best"] is None else Kept(**state["best"])
-        self._before = state["minutes"]
-        # Checkpoints of earlier versions lack these.
-        self.to_validate = state.get("to_validate", False)
-        if self.processes.count == 1:
-            self.threads = state.get("threads") or torch.get_num_threads()
+        if state["best"] is not None:
+            best = dict(state["best"])
+            self.best = BestCheckpoint(best.pop("epoch"), best.pop("validation"), best)
+        self.to_validate, self._before = state["to_validate"], state["minutes"]
+        if self.learner.processes.count == 1:
+            self.threads = state["threads"] or torch.get_num_threads()
 
-    def add(self, losses: dict[str, Tensor]) -> None:
+    def add(self, losses: Losses) -> None:
+        """Add the losses of a step to those of the epoch."""
         for name, value in losses.items():
             pair = torch.stack([value.float(), torch.ones_like(value, dtype=torch.float32)])
             self.sums[name] = self.sums[name] + pair if name in self.sums else pair
 
     def means(self, everywhere: bool = False) -> dict[str, float]:
-        """Mean losses of this epoch; waits for the device.
+        """Mean losses of this epoch so far; waits for the device.
 
         Args:
-            everywhere: over all processes, which all have to ask, instead of this one.
+            everywhere: average over all processes, which must all call this, not over this one.
 
         Raises:
             NonFiniteLossError: one of them is not finite.
         """
         sums = self.sums
         if everywhere:
-            sums = {name: self.processes.total(pair) for name, pair in sums.items()}
+            sums = {name: self.learner.processes.total(pair) for name, pair in sums.items()}
         means = {name: (pair[0] / pair[1]).item() for name, pair in sums.items()}
         bad = [f"{name} is {value}" for name, value in means.items() if not math.isfinite(value)]
         if bad:
@@ -233,7 +213,7 @@ class Run:
 
 
 def _on_cpu(state: dict[str, Any]) -> dict[str, Any]:
-    """A copy, with the metadata that says how far a queue is filled."""
+    """A copy of a state dict, with its metadata, which says how far a queue is filled."""
     kept = copy.copy(state)
     for name, value in state.items():
         kept[name] = value.detach().cpu().clone()

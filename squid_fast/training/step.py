@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..modules import Discriminator, MemoryQueue
 from ..presets import Recipe
-from .ema import Average
+from .ema import EMA
 from .losses import discriminator_loss, generator_losses
 
 
@@ -18,17 +18,30 @@ class Trainer:
     """Generator, discriminator and their optimisers, advanced one batch at a time.
 
     The published loop runs the whole generator twice on a batch that trains it. Here the
-    discriminator judges the detached result of the same forward that the generator learns from,
-    and a batch for the discriminator alone computes neither teacher nor gradient graph.
+    discriminator learns from the detached result of the same forward that the generator learns
+    from, and a batch for the discriminator alone computes neither teacher nor gradient graph.
 
     Args:
         generator, discriminator: modules on their device, perhaps wrapped for precision.
-        optimizers: of the generator and of the discriminator.
+        optimizers: optimisers of the generator and of the discriminator.
         recipe: weights and rates.
         backward: called with a loss in place of ``loss.backward()``.
-        average: of the discriminator, moved at every step, where one is kept.
-        judge: logits of reconstructions, for the generator to learn from; the ``discriminator``
-            unless given, which several processes cannot ask without training it.
+        ema: moving average of the discriminator, updated at every step.
+        frozen_discriminator: gives the logits of the reconstructions that the generator learns
+            from; the ``discriminator`` unless given, which cannot be called without training it
+            where several processes train.
+
+    Example:
+        >>> from squid_fast import PRESETS, SQUID, Discriminator
+        >>> model, discriminator = SQUID(**PRESETS["small"].model), Discriminator(size=2)
+        >>> recipe = Recipe(batch_size=2, n_critic=2)
+        >>> optimizers = make_optimizers(model, discriminator, recipe)
+        >>> trainer = Trainer(model, discriminator, optimizers, recipe, Tensor.backward)
+        >>> images = torch.rand(2, 1, 48, 48)
+        >>> list(trainer.step(images, 0))
+        ['discriminator', 'reconstruction', 'adversarial', 'teacher', 'distillation']
+        >>> list(trainer.step(images, 1))
+        ['discriminator']
     """
 
     def __init__(
@@ -38,13 +51,13 @@ class Trainer:
         optimizers: tuple[torch.optim.Optimizer, torch.optim.Optimizer],
         recipe: Recipe,
         backward: Callable[[Tensor], None],
-        average: Average | None = None,
-        judge: Callable[[Tensor], Tensor] | None = None,
+        ema: EMA[Discriminator] | None = None,
+        frozen_discriminator: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.generator, self.discriminator = generator, discriminator
         self.generator_optimizer, self.discriminator_optimizer = optimizers
-        self.recipe, self._backward, self._average = recipe, backward, average
-        self._judge = judge or discriminator
+        self.recipe, self._backward, self._ema = recipe, backward, ema
+        self._frozen_discriminator = frozen_discriminator or discriminator
         self._queues = [m for m in generator.modules() if isinstance(m, MemoryQueue)]
 
     def step(self, images: Tensor, index: int) -> dict[str, Tensor]:
@@ -58,13 +71,13 @@ class Trainer:
         losses = {"discriminator": self._train_discriminator(images, outputs["recon"].detach())}
         if train_generator:
             losses |= self._train_generator(images, outputs)
-        if self._average is not None:
-            self._average.update()
+        if self._ema is not None:
+            self._ema.update()
         return losses
 
     def _train_discriminator(self, images: Tensor, recon: Tensor) -> Tensor:
-        real, painted = self.discriminator(images), self.discriminator(recon)
-        loss = discriminator_loss(real, painted, self.recipe)
+        real_logits, recon_logits = self.discriminator(images), self.discriminator(recon)
+        loss = discriminator_loss(real_logits, recon_logits, self.recipe)
         self.discriminator_optimizer.zero_grad()
         self._backward(loss)
         self.discriminator_optimizer.step()
@@ -75,8 +88,8 @@ class Trainer:
     ) -> dict[str, Tensor]:
         self.discriminator.requires_grad_(False)
         assert outputs["recon"] is not None
-        judged = self._judge(outputs["recon"])
-        terms = generator_losses(images, outputs, judged, self.recipe)
+        recon_logits = self._frozen_discriminator(outputs["recon"])
+        terms = generator_losses(images, outputs, recon_logits, self.recipe)
         self.generator_optimizer.zero_grad()
         self._backward(torch.stack(list(terms.values())).sum())
         self.generator_optimizer.step()
@@ -92,7 +105,17 @@ def make_optimizers(
     """The published Adams, fused: one pass over all parameters.
 
     Args:
-        capturable: in a CUDA graph; then learning rates are tensors, see ``set_learning_rate``.
+        capturable: for steps in a CUDA graph; then learning rates are tensors, see
+            ``set_learning_rate``.
+
+    Example:
+        >>> from squid_fast import PRESETS, SQUID, Discriminator
+        >>> model, discriminator = SQUID(**PRESETS["small"].model), Discriminator(size=2)
+        >>> generator_adam, discriminator_adam = make_optimizers(
+        ...     model, discriminator, Recipe(lr=3e-3, discriminator_lr=1e-4)
+        ... )
+        >>> generator_adam.param_groups[0]["lr"], discriminator_adam.param_groups[0]["lr"]
+        (0.003, 0.0001)
     """
 
     def rate(value: float) -> float | Tensor:
@@ -121,7 +144,7 @@ def make_optimizers(
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """For all parameters; a rate in a tensor is written there, where a CUDA graph reads it."""
+    """Set the rate of all parameters, in place where it is a tensor, which CUDA graphs read."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(rate)
@@ -130,7 +153,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load a state dict, of another device perhaps: how the rate is kept stays the optimiser's."""
+    """Load a state dict, perhaps of another device; a rate in a tensor stays in that tensor."""
     kept = ("lr", "capturable")  # the second is Adam's
     own = [{key: group[key] for key in kept if key in group} for group in optimizer.param_groups]
     rate = float(state["param_groups"][0]["lr"])  # all parameters have the same

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Writing files so that they appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -12,17 +12,26 @@ from typing import Any, BinaryIO
 
 @contextmanager
 def replacing(path: Path, partial: Path | None = None) -> Iterator[BinaryIO]:
-    """Give a file to write into, which takes the place of ``path`` when the block ends.
+    """Open a file for writing that replaces ``path`` when the block ends.
 
-    Until then, and after an exception, what was at ``path`` stays. The content reaches the disk
-    before the name does, so that a power cut leaves the old file or the new one.
+    Until then, and after an exception, ``path`` stays as it was. The content reaches the disk
+    before the name does, so that a power cut leaves either the old file or the new one.
 
     Args:
-        path: the file's final place.
-        partial: where it is until then, on the same file system; by default beside ``path``.
+        path: the file to replace or create.
+        partial: the file written until then, on the same file system; by default beside ``path``.
 
     Raises:
         OSError: the file cannot be written.
+
+    Example:
+        >>> path = Path("notes.txt")
+        >>> with replacing(path) as file:
+        ...     size = file.write(b"whole")
+        ...     path.exists()
+        False
+        >>> path.read_text()
+        'whole'
     """
     partial = partial or path.with_name(path.name + ".new")
     try:
@@ -42,7 +51,7 @@ def write_json(value: Any, path: Path) -> None:
     """Write ``value`` as JSON, whole or not at all.
 
     Raises:
-        ValueError: it holds NaN or infinity, which JSON does not know.
+        ValueError: ``value`` holds NaN or infinity, which JSON does not know.
         OSError: the file cannot be written.
     """
     text = json.dumps(value, indent=2, allow_nan=False)
@@ -51,7 +60,7 @@ def write_json(value: Any, path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the names in a folder reach the disk, where folders can be opened for that."""
+    """Flush the entries of a folder to the disk, where the system can open folders for that."""
     if not hasattr(os, "O_DIRECTORY"):
         return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

@@ -1,4 +1,4 @@
-"""Which device, precision and memory layout serve best here."""
+"""Choice of device, precision and memory layout."""
 
 from __future__ import annotations
 
@@ -25,14 +25,18 @@ _UNITS_LEFT = {
     "AVX512_CORE_BF16": ("avx512_vnni", "avx512_bf16"),
     "AVX512_CORE_FP16": ("avx512_vnni", "avx512_bf16"),
 }
-"""What is left of these units where ``ONEDNN_MAX_CPU_ISA`` limits oneDNN; all for other values."""
+"""The units that oneDNN may use by the value of ``ONEDNN_MAX_CPU_ISA``; all for other values."""
 
 
 def choose_device(device: str | torch.device | None = None) -> torch.device:
-    """The device asked for; a GPU if there is one, else the CPU, when none is.
+    """The given device; without one, a GPU if PyTorch sees any, else the CPU.
 
     Raises:
-        ValueError: a GPU is asked for and PyTorch sees none.
+        ValueError: a GPU is given, but PyTorch sees none.
+
+    Example:
+        >>> choose_device("cpu")
+        device(type='cpu')
     """
     if device is None or device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -43,10 +47,12 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
 
 
 def cpu_has(units: tuple[str, ...]) -> bool:
-    """Whether the processor has one of ``BF16_UNITS`` or ``INT8_UNITS``, and oneDNN may use it.
+    """Whether the processor has one of the units and oneDNN, which convolves, may use it.
 
-    oneDNN computes the convolutions, and ``ONEDNN_MAX_CPU_ISA`` keeps it from what it names, as on
-    an older processor.
+    The environment variable ``ONEDNN_MAX_CPU_ISA`` limits oneDNN to what older processors have.
+
+    Args:
+        units: ``BF16_UNITS`` or ``INT8_UNITS``.
     """
     # Older releases of PyTorch cannot tell; there the answer is no.
     capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
@@ -56,17 +62,21 @@ def cpu_has(units: tuple[str, ...]) -> bool:
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether the hardware itself computes in bfloat16; elsewhere it is emulated, if it works."""
+    """Whether the hardware computes in bfloat16, rather than emulating it."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return cpu_has(BF16_UNITS)
 
 
 def choose_precision(precision: Precision, device: torch.device) -> Literal["bf16", "float32"]:
-    """``"auto"`` is bfloat16 where the hardware has it, else float32.
+    """The precision to compute in: "auto" is bfloat16 where the hardware has it, else float32.
 
     Raises:
-        ValueError: another name, or bfloat16 where the hardware does not compute in it.
+        ValueError: the name is unknown, or the hardware does not compute in bfloat16.
+
+    Example:
+        >>> choose_precision("float32", torch.device("cpu"))
+        'float32'
     """
     if precision not in ("auto", "bf16", "float32"):
         raise ValueError(f"precision is {precision!r}; it must be 'auto', 'bf16' or 'float32'.")
@@ -82,9 +92,9 @@ def choose_precision(precision: Precision, device: torch.device) -> Literal["bf1
 
 
 def choose_layout(features_root: int) -> torch.memory_format:
-    """Channels-last, but for narrow models.
+    """The memory layout in which a model of that width is fast: channels-last, unless it is narrow.
 
-    With 8 channels oneDNN has no vectorised channels-last convolution: measured on two AVX512
+    With 8 channels, oneDNN has no vectorised channels-last convolution: measured on two AVX512
     cores, a training step at F = 8 takes several times as long as with contiguous tensors, while
     at F = 16 channels-last saves a third.
     """
@@ -92,5 +102,5 @@ def choose_layout(features_root: int) -> torch.memory_format:
 
 
 def to_layout(module: Module, layout: torch.memory_format) -> Module:
-    """The module with its four-dimensional weights in that layout."""
+    """Move the four-dimensional weights of a module to a memory layout, and return the module."""
     return module.to(memory_format=layout)  # type: ignore[call-overload]

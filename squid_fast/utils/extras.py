@@ -10,14 +10,18 @@ def require(module: str, extra: str) -> ModuleType:
     """Import ``module``, which comes with the optional dependency group ``extra``.
 
     Raises:
-        ImportError: it is not installed; the message names the group that brings it.
+        ImportError: ``module`` is not installed; the message names the group to install.
+
+    Example:
+        >>> require("json", "train").dumps([1])
+        '[1]'
     """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or module.split(".")[0] != error.name.split(".")[0]:
-            raise  # the module is there, something that it needs itself is not
+            raise  # the module is installed, but something that it imports is not
         raise ImportError(
-            f"{module} is not installed; it comes with the '{extra}' extra: "
+            f"{module} is not installed; it comes with the extra '{extra}': "
             f'pip install "squid-fast[{extra}]"'
         ) from error

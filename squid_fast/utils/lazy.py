@@ -1,4 +1,4 @@
-"""Packages whose names are imported when they are first used (PEP 562).
+"""Packages that import their names only when these are used (PEP 562).
 
 Without this, ``import squid_fast.data.readers`` would load torch, which takes seconds: too long for
 the processes that only read files.
@@ -14,19 +14,19 @@ from collections.abc import Callable, Iterable, Mapping
 def lazy_names(
     package: str, homes: Mapping[str, Iterable[str]]
 ) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
-    """The functions ``__getattr__`` and ``__dir__`` of a package.
+    """The functions ``__getattr__`` and ``__dir__`` for a package.
 
     Args:
-        package: its ``__name__``.
-        homes: the names that each of its modules defines. The modules themselves can be reached
-            as attributes too, as after an import.
+        package: ``__name__`` of the package.
+        homes: names by the module of the package that defines them. The modules themselves become
+            attributes as well, as if they had been imported.
     """
     home = {name: f"{package}.{module}" for module, names in homes.items() for name in names}
 
     def get(name: str) -> object:
         if name in home:
             value = getattr(importlib.import_module(home[name]), name)
-            setattr(sys.modules[package], name, value)  # the next look finds it without this
+            setattr(sys.modules[package], name, value)  # found without this function the next time
             return value
         module = f"{package}.{name}"
         if not name.startswith("_"):
@@ -34,7 +34,7 @@ def lazy_names(
                 return importlib.import_module(module)
             except ModuleNotFoundError as error:
                 if error.name != module:
-                    raise  # the module is there, something that it needs is not
+                    raise  # the module exists, but something that it imports does not
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
     def names() -> list[str]:

@@ -1,4 +1,4 @@
-"""What a figure has to say about where it comes from."""
+"""Description of the machine and the versions that a measurement was made with."""
 
 from __future__ import annotations
 
@@ -14,9 +14,14 @@ from .threads import waiting
 
 
 def describe(device: torch.device) -> dict[str, str | int | None]:
-    """Device, threads and how they wait for one another, versions and date.
+    """Describe device, threads, versions and date, ready for JSON.
 
-    ``instructions`` are those that PyTorch uses on the CPU, which the environment may limit.
+    ``instructions`` is the instruction set that PyTorch uses on the CPU, which the environment may
+    limit; ``waiting`` says how threads wait for one another.
+
+    Example:
+        >>> describe(torch.device("cpu"))["torch"] == torch.__version__
+        True
     """
     return {
         "device": device_name(device),
@@ -32,7 +37,7 @@ def describe(device: torch.device) -> dict[str, str | int | None]:
 
 
 def device_name(device: torch.device) -> str:
-    """The card, or the processor."""
+    """Name of the GPU or the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:

@@ -1,7 +1,8 @@
-"""Import paths of earlier versions, which go on working and say once where their module is now."""
+"""Import paths of earlier versions, which still work with a ``DeprecationWarning``."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 import warnings
@@ -10,6 +11,9 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import spec_from_loader
 from types import ModuleType
+from typing import Any, TypeVar
+
+Class = TypeVar("Class", bound=type)
 
 _MOVED = {
     f"squid_fast.{old}": f"squid_fast.{new}"
@@ -29,9 +33,11 @@ _MOVED = {
         "inference.other_scores": "experiments.research_scores",
         "kernels.choice": "kernels.dispatch",
         "machine": "utils.machine",
+        "ops.shrinkage": "ops.lookup",
         "published": "experiments.published",
         "scores": "inference.scores",
         "screening.files": "screening.reading.files",
+        "screening.journal_format": "screening.journal",
         "screening.lists": "screening.reading.lists",
         "screening.packing": "screening.reading.packing",
         "screening.summary": "screening.report.summary",
@@ -42,7 +48,7 @@ _MOVED = {
 
 
 class _OldPaths(MetaPathFinder):
-    """Finds a module under the path that it had."""
+    """Finds modules by their former paths."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -52,7 +58,7 @@ class _OldPaths(MetaPathFinder):
 
 
 class _Alias(Loader):
-    """Gives the module that stands elsewhere now."""
+    """Loads the module that a former path stands for."""
 
     def __init__(self, new: str) -> None:
         self.new = new
@@ -75,17 +81,18 @@ def _new_path(name: str) -> str | None:
 
 
 def accept_old_paths() -> None:
-    """Make the old import paths work."""
+    """Make former import paths work."""
     if not any(isinstance(finder, _OldPaths) for finder in sys.meta_path):
         sys.meta_path.insert(0, _OldPaths())
 
 
 def moved_names(package: str, homes: Mapping[str, str]) -> Callable[[str], object]:
-    """The function ``__getattr__`` of a package whose names have moved.
+    """The function ``__getattr__`` for a package whose names have moved.
 
     Args:
-        package: its ``__name__``.
-        homes: of each name, what it is now: ``"squid_fast.data.contamination.check_apart"``.
+        package: ``__name__`` of the package.
+        homes: full present name by former name, such as
+            ``"squid_fast.data.contamination.check_apart"`` by ``"check_apart"``.
     """
 
     def get(name: str) -> object:
@@ -96,3 +103,28 @@ def moved_names(package: str, homes: Mapping[str, str]) -> Callable[[str], objec
         return getattr(importlib.import_module(module), attribute)
 
     return get
+
+
+def renamed_field(old: str, new: str) -> Callable[[Class], Class]:
+    """Decorate a dataclass whose field ``new`` is still accepted and read under its old name."""
+
+    def decorate(cls: Class) -> Class:
+        message = f"{cls.__name__}.{old} is now {new}"
+        initialise = cls.__init__  # type: ignore[misc]  # of this class alone
+
+        @functools.wraps(initialise)
+        def renaming(self: Any, *arguments: Any, **named: Any) -> None:
+            if old in named:
+                warnings.warn(message, DeprecationWarning, stacklevel=2)
+                named[new] = named.pop(old)
+            initialise(self, *arguments, **named)
+
+        def read(self: Any) -> Any:
+            warnings.warn(message, DeprecationWarning, stacklevel=2)
+            return getattr(self, new)
+
+        cls.__init__ = renaming  # type: ignore[misc]
+        setattr(cls, old, property(read))
+        return cls
+
+    return decorate

@@ -1,8 +1,8 @@
 """How many threads PyTorch computes with on a CPU, and how they wait for one another.
 
-Threads of OpenMP wait at the end of every operation for the last of them, and spin while they do.
-Where another process takes the core of one, the others spin until it has had its turn; a short step
-of training, of a thousand operations, then takes many times as long as on one thread alone.
+At the end of every operation, the threads of OpenMP wait for the last of them, and spin while they
+wait. If another process takes the core of one thread, the others spin until that thread has had its
+turn. A training step of a thousand short operations then takes many times as long as on one thread.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 SPIN = {
-    "GOMP_SPINCOUNT": "20000",  # turns: GNU's OpenMP, which PyTorch brings on Linux
-    "KMP_BLOCKTIME": "1",  # milliseconds: LLVM's and Intel's
+    "GOMP_SPINCOUNT": "20000",  # turns; for GNU's OpenMP, which PyTorch brings on Linux
+    "KMP_BLOCKTIME": "1",  # milliseconds; for LLVM's and Intel's OpenMP
 }
-"""How long a thread spins before it sleeps, by the variables that OpenMP libraries read."""
+"""Environment variables of OpenMP libraries that set how long a thread spins before it sleeps."""
 
-WORTH_TIMING = 100  # steps of a run from which on its number of threads is chosen by timing
-_SECONDS = 1.0  # that steps are timed for with each number of threads
+WORTH_TIMING = 100  # steps; a run of so many or more chooses its threads by timing
+_SECONDS = 1.0  # for which each number of threads is timed
 
 
 def limit_spinning() -> None:
     """Let waiting threads sleep soon, unless the environment already says how they wait.
 
-    Of effect only before torch is imported: OpenMP reads the environment when it is loaded.
+    Call it before torch is imported: OpenMP reads the environment when it is loaded.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         for name, value in SPIN.items():
@@ -33,7 +33,7 @@ def limit_spinning() -> None:
 
 
 def waiting() -> str:
-    """How threads wait here, as the environment says it."""
+    """The variables of the environment that say how threads wait."""
     names = ("OMP_WAIT_POLICY", *SPIN)
     said = [f"{name}={os.environ[name]}" for name in names if name in os.environ]
     return " ".join(said) or "as OpenMP does by itself"
@@ -41,8 +41,15 @@ def waiting() -> str:
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """PyTorch computes with that many threads inside the block."""
-    import torch
+    """Let PyTorch compute with that many threads inside the block.
+
+    Example:
+        >>> import torch
+        >>> with threads(1):
+        ...     torch.get_num_threads()
+        1
+    """
+    import torch  # not at the top: limit_spinning has to run before
 
     before = torch.get_num_threads()
     torch.set_num_threads(count)
@@ -53,16 +60,16 @@ def threads(count: int) -> Iterator[None]:
 
 
 def fastest_threads(step: Callable[[], object], most: int) -> int:
-    """The number of threads with which ``step`` takes the least time as the machine is now.
+    """The number of threads with which ``step`` is fastest at the moment.
 
-    ``most`` is tried first, then half of it and so on, as long as that is faster. Each is timed
-    for a second, or for one step that takes longer.
+    ``most`` is tried first, then half of it and so on, for as long as that is faster. Each number
+    is timed for a second, or for one step if that takes longer.
     """
     count = best = most
     least = float("inf")
     while count:
         with threads(count):
-            step()  # the first with this number prepares what the others find
+            step()  # the first step with a number of threads sets things up
             seconds = _seconds(step)
         if seconds >= least:
             break
@@ -72,7 +79,7 @@ def fastest_threads(step: Callable[[], object], most: int) -> int:
 
 
 def _seconds(step: Callable[[], object]) -> float:
-    """Of a step: the mean, since what counts is how many are done in an hour."""
+    """Mean time of a step; not the median, since all steps of a run count."""
     started, steps = time.perf_counter(), 0
     while not steps or time.perf_counter() - started < _SECONDS:
         step()

@@ -11,15 +11,25 @@ import sys
 import time
 import zlib
 from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 
+pytest.importorskip("typer")
+
+import typer
+
+from squid_fast import PRESETS
+from squid_fast.cli import app, options
+from squid_fast.data.layouts import LAYOUTS
+from squid_fast.experiments.baselines import METHODS
+from squid_fast.inference.scores import SCORES
 from tests.command_line import squid, squid_apart
 
-pytest.importorskip("typer")
 pytest.importorskip("lightning_fabric")
 Image = pytest.importorskip("PIL.Image")
+soak = pytest.importorskip("bench.scoring.soak")
 
 TRAIN = ("--preset", "small", "--epochs", "2", "--batch-size", "4", "--device", "cpu")
 
@@ -216,13 +226,12 @@ def test_ctrl_c_keeps_the_rows_and_resume_gives_the_whole_table(
         start_new_session=True,
     )
     journal = tmp_path / "r.jsonl.partial"
-    lines = journal / "rows.jsonl"
-    while process.poll() is None and not (lines.exists() and lines.stat().st_size):
+    while process.poll() is None and not soak.rows_done(out):
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to the readers too
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130, said
-    done = lines.read_bytes().count(b"\n")
+    done = soak.rows_done(out)
     assert 0 < done < count
     assert f"stopped: {done:,} of 1,200 rows are safe in {str(journal)!r}; go on with --r" in said
     assert "Traceback" not in said
@@ -274,9 +283,8 @@ def test_convert_turns_published_checkpoints_into_a_bundle(grids: Path, tmp_path
 
 def test_mistakes_end_in_one_sentence(grids: Path, run: Path, tmp_path: Path) -> None:
     cases = {
-        ("train", "--data", grids, "--out", tmp_path, "--preset", "large"): "preset is 'large'",
         ("train", "--data", grids, "--out", tmp_path, "--method", "knn", "--keep", "best"): (
-            "--keep best is of no effect on --method knn"
+            "--keep best has no effect on --method knn"
         ),
         ("train", "--data", tmp_path / "no", "--out", tmp_path): "no",
         ("screen", tmp_path, grids, "--out", "x.csv"): "config.json is missing",
@@ -285,6 +293,9 @@ def test_mistakes_end_in_one_sentence(grids: Path, run: Path, tmp_path: Path) ->
         ("screen", "no bundle", grids, "--out", tmp_path / "no" / "x.csv"): "there is no folder",
         ("screen", "none", grids, "--out", "x.csv", "--summary", "no/s.json"): "no folder 'no'",
         ("screen", run, grids, "--out", tmp_path / "y.csv", "--timeout", -1): "timeout",
+        ("pack", "--out", "no", "--size", 8): "nothing to read",
+        ("pack", "x", "--out", "no"): "--size is None and --bundle None; give one",
+        ("pack", "x", "--out", "no", "--size", 8, "--root", "y"): "--root is y, but",
         ("evaluate", run, "--data", grids, "--split", "exam"): "split 'exam'",
     }
     for arguments, sentence in cases.items():
@@ -292,3 +303,55 @@ def test_mistakes_end_in_one_sentence(grids: Path, run: Path, tmp_path: Path) ->
         assert done.returncode == 1, arguments
         assert sentence in done.stderr, arguments
         assert "Traceback" not in done.stderr, arguments
+    apart = squid_apart(*arguments, check=False)
+    assert (apart.returncode, apart.stderr) == (done.returncode, done.stderr)
+    assert not Path("no").exists()
+
+
+def verbs() -> dict[str, Any]:
+    return typer.main.get_command(app).commands
+
+
+def test_choices_are_those_of_the_library() -> None:
+    assert get_args(options.PresetName) == tuple(PRESETS)
+    assert get_args(options.LayoutName) == ("auto", *LAYOUTS)
+    assert get_args(options.MethodName) == ("squid", *METHODS)
+    assert get_args(options.ScoreName) == tuple(SCORES)
+    done = squid("train", "--data", "x", "--out", "y", "--preset", "large", check=False)
+    assert done.returncode == 2
+    assert "'large' is not one of 'zhanglab', 'zhanglab_cpu'" in done.stderr
+
+
+@pytest.mark.parametrize("verb", verbs())
+def test_help_describes_every_option_and_gives_an_example(verb: str) -> None:
+    text = " ".join(squid(verb, "--help").stdout.split())
+    assert f"Example: squid-fast {verb} " in text
+    for option in verbs()[verb].params:
+        if option.name != "help":
+            assert option.help.endswith("."), option.name
+            assert " ".join(option.help.split()) in text, option.name
+
+
+def test_former_names_of_options_work_with_a_line_of_deprecation(tmp_path: Path) -> None:
+    data, gone = ("--data", tmp_path / "gone"), f"{tmp_path / 'gone'} does not exist"
+    arguments = ("train", *data, "--out", tmp_path / "run")
+    for former, current in (
+        (("--averaging", 0.9), "--ema-decay"),
+        (("--averaging=0.9",), "--ema-decay"),
+        (("--no-graphs",), "--no-cuda-graphs"),
+        (("--contaminate", tmp_path, "--rate", 0.1), "--contamination-rate"),
+    ):
+        done = squid(*arguments, *former, check=False)
+        deprecation, error = done.stderr.splitlines()
+        assert deprecation.endswith(f" is deprecated; use {current}")
+        assert gone in error
+    help_of = {verb: squid(verb, "--help").stdout for verb in ("train", "bench")}
+    assert "--averaging" not in help_of["train"]
+    assert "--batch-size" in help_of["bench"]
+
+
+def test_the_decay_of_the_average_reaches_the_run(grids: Path, tmp_path: Path) -> None:
+    arguments = ("train", *TRAIN, "--data", grids, "--no-pictures", "--out", tmp_path)
+    done = squid(*arguments, "--ema-decay", 1.5, check=False)
+    assert done.returncode == 1
+    assert "is 1.5; it must lie in (0, 1)" in done.stderr

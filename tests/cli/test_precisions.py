@@ -17,7 +17,7 @@ from squid_fast import PRESETS, Scorer, load_bundle
 from squid_fast.cli import ablation as cli_ablation
 from squid_fast.data import DigitAnatomy
 from squid_fast.experiments.ablation import digit_data
-from squid_fast.experiments.baselines import train_method
+from squid_fast.experiments.baselines import train_baseline
 from squid_fast.inference import calibrate
 from squid_fast.inference.quantization import has_int8
 from squid_fast.training import train_bundle
@@ -32,7 +32,7 @@ COMPUTED_IN = {"auto": True, "float32": True, "bf16": HAS_BF16, "int8": has_int8
 TRAINING = ("auto", "float32", "bf16")
 REFUSED = {
     "bf16": "precision is 'bf16', which needs hardware that computes in bfloat16",
-    "int8": "precision is 'int8', which needs a processor that multiplies bytes",
+    "int8": "precision is 'int8', which needs a processor with int8 products",
 }
 TRAIN = (
     "--preset", "small", "--epochs", 1, "--batch-size", 4, "--device", "cpu", "--no-pictures"
@@ -110,7 +110,7 @@ def test_screen(grids: Path, run: Path, precision: str, tmp_path: Path) -> None:
 @scoring
 def test_bench(run: Path, precision: str, tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
-    quick = ("--rounds", 1, "--seconds", 0, "--batch", 2, "--device", "cpu", "--bundle", run)
+    quick = ("--rounds", 1, "--seconds", 0, "--batch-size", 2, "--device", "cpu", "--bundle", run)
     if computes(precision, "bench", *quick, "--out", out, out=out):
         found = json.loads(out.read_text())
         assert precision in ("auto", found["precision"])
@@ -134,7 +134,7 @@ def test_python_is_refused_bf16_too(run: Path, tmp_path: Path) -> None:
     with refused:
         train_bundle(small, images, tmp_path / "run", precision="bf16", device="cpu")
     with refused:
-        train_method("knn", images, tmp_path / "run", precision="bf16", device="cpu")
+        train_baseline("knn", images, tmp_path / "run", precision="bf16", device="cpu")
     assert not (tmp_path / "run").exists()
 
 

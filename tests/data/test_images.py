@@ -98,6 +98,17 @@ def test_batch_and_subset() -> None:
 
 
 @pytest.mark.parametrize(
+    ("most", "paths"), [(1, "a"), (2, "ae"), (3, "ace"), (5, "abcde"), (9, "abcde")]
+)
+def test_a_subsample_is_spread_over_the_set(most: int, paths: str) -> None:
+    assert image_set().subsample(most).paths == list(paths)
+
+
+def test_normal_images_are_those_labelled_so() -> None:
+    assert image_set().normal.paths == ["a", "c"]
+
+
+@pytest.mark.parametrize(
     ("images", "labels", "paths", "reason"),
     [
         (torch.zeros(2, 1, 4, 4), torch.zeros(2).long(), ["a", "b"], "images is torch.float32"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import struct
 import subprocess
 import sys
@@ -215,6 +216,41 @@ def test_what_is_no_image(tmp_path: Path) -> None:
     ):
         with pytest.raises(ImageReadError, match=reason):
             read_image(path)
+
+
+def test_errors_carry_their_kind_without_the_particulars(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    np.save(tmp_path / "shape.npy", np.zeros(5))
+    np.save(other / "shape.npy", np.zeros((2, 3, 4)))
+    for folder, text in ((tmp_path, b"not an image at all"), (other, b"{braces} are text")):
+        (folder / "text.png").write_bytes(text)
+        (folder / "link.png").symlink_to(folder / "gone.png")
+        (folder / "cut.bmp").write_bytes(b"BM" + text)
+    kinds = {
+        "none.png": "the file does not exist; give the path of an image file",
+        "link.png": "the file is a link to …, which does not exist",
+        "shape.npy": "the file has the shape …; [H, W], [1, H, W] and [H, W, 1] are read",
+        "cut.bmp": (
+            "the file could not be decoded as BMP, it is damaged or truncated or uses an "
+            "unsupported variant of the format (OSError: …)"
+        ),
+        "text.png": (
+            "the file is not an image in a known format, it begins with …; PNG, JPEG, TIFF, BMP, "
+            "GIF, WebP, NPY and DICOM are read, and the content decides, not the name"
+        ),
+    }
+    for name, kind in kinds.items():
+        messages = set()
+        for folder in (tmp_path, other):
+            with pytest.raises(ImageReadError, match=name) as raised:
+                read_image(folder / name)
+            assert raised.value.kind == kind
+            assert pickle.loads(pickle.dumps(raised.value)).kind == kind
+            messages.add(str(raised.value))
+        assert len(messages) == 2
+    plain = ImageReadError("3 of {4} images")
+    assert str(plain) == plain.kind == "3 of {4} images"
 
 
 def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from squid_fast.experiments.ablation import (
     as_markdown,
     changed_model,
     digit_data,
-    judged,
+    evaluate_bundle,
     run_ablation,
     summarised,
 )
@@ -80,6 +80,10 @@ def test_a_stopped_ablation_goes_on_to_the_same_table(data: AblationData, tmp_pa
     recipe = dataclasses.replace(RECIPE, lr=1.0)
     with pytest.raises(CheckpointError, match="is of other settings"):
         run_ablation(data, TINY, part, **options(variants=names, resume=True, recipe=recipe))
+    saved = json.loads((part / "ablation.json").read_text())
+    recipe = saved["settings"]["recipe"]
+    recipe["averaging"] = recipe.pop("ema_decay")  # its name in earlier versions
+    (part / "ablation.json").write_text(json.dumps(saved))
     resumed = run_ablation(data, TINY, part, **options(variants=names, seeds=2, resume=True))
     assert resumed is not None
 
@@ -88,7 +92,7 @@ def test_a_stopped_ablation_goes_on_to_the_same_table(data: AblationData, tmp_pa
 
     assert figures(resumed) == figures(whole)
     first = whole["runs"][0]
-    assert first | judged(tmp_path / "whole/full-0", data, "cpu") == first
+    assert first | evaluate_bundle(tmp_path / "whole/full-0", data, "cpu") == first
     model = load_bundle(tmp_path / "whole/one_memory-1").model
     assert model.config["inpainting"] == {"memory": "shared"}
 

@@ -14,12 +14,14 @@ from torch.nn.functional import avg_pool2d
 
 import squid_fast
 from squid_fast.data import ImageSet
+from squid_fast.experiments import baselines
 from squid_fast.experiments.baselines import (
     METHODS,
     RECIPE,
-    ComparisonScorer,
+    BaselineResult,
+    BaselineScorer,
     load_scorer,
-    train_method,
+    train_baseline,
 )
 from squid_fast.experiments.baselines.networks import AutoEncoder, MemAE, PixelInpainting
 from squid_fast.experiments.baselines.shallow import (
@@ -30,6 +32,7 @@ from squid_fast.experiments.baselines.shallow import (
 )
 from squid_fast.inference.bundle import BundleError
 from squid_fast.training import CheckpointError
+from squid_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from tests.command_line import squid
 
 SIDE = 32
@@ -53,7 +56,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("methods")
     recipe = dataclasses.replace(TINY, epochs=8, t_max=8)
     for name in METHODS:
-        done = train_method(
+        done = train_baseline(
             name, waves(64, 0), folder / name, recipe=recipe, validation_set=waves(40, 1, 20),
             device="cpu", precision="float32", false_positive_rate=0.1,
         )  # fmt: skip
@@ -61,11 +64,17 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / name for name in METHODS}
 
 
+def test_the_scorer_answers_to_its_old_name() -> None:
+    with pytest.deprecated_call():
+        from squid_fast.comparison import ComparisonScorer
+    assert ComparisonScorer is BaselineScorer
+
+
 # A square adds edges, which are the contrary of what smoothness looks for.
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "smoothness"])
 def test_every_method_finds_a_bright_square(name: str, trained: dict[str, Path]) -> None:
     scorer = load_scorer(trained[name], device="cpu")
-    assert isinstance(scorer, ComparisonScorer)
+    assert isinstance(scorer, BaselineScorer)
     test = waves(60, 2, 30)
     evaluations, z = scorer.evaluate(test)
     (figures,) = evaluations.values()
@@ -89,7 +98,7 @@ def test_every_method_finds_a_bright_square(name: str, trained: dict[str, Path])
 def test_training_again_gives_the_same_scores(trained: dict[str, Path], tmp_path: Path) -> None:
     recipe = dataclasses.replace(TINY, epochs=8, t_max=8)
     for name in ("pca", "memae"):
-        train_method(
+        train_baseline(
             name, waves(64, 0), tmp_path / name, recipe=recipe, validation_set=waves(40, 1, 20),
             device="cpu", precision="float32", false_positive_rate=0.1,
         )  # fmt: skip
@@ -164,7 +173,7 @@ def test_memae_answers_with_slots_shrunk_as_published() -> None:
     assert float(network.memory.slots.grad.abs().max()) > 0
 
 
-def test_every_pixel_is_cut_out_once_and_not_seen_when_painted() -> None:
+def test_every_pixel_is_cut_out_once_and_not_seen_when_filled() -> None:
     torch.manual_seed(0)
     network = PixelInpainting(image_size=48, width=4, levels=2).eval()
     images = torch.rand(1, 1, 48, 48)
@@ -180,25 +189,61 @@ def test_every_pixel_is_cut_out_once_and_not_seen_when_painted() -> None:
 
 def test_a_stopped_run_goes_on_to_the_same_result(tmp_path: Path) -> None:
     options = {"recipe": TINY, "device": "cpu", "precision": "float32"}
-    train_method("pixel_inpainting", waves(20, 0), tmp_path / "whole", **options)
+    train_baseline("pixel_inpainting", waves(20, 0), tmp_path / "whole", **options)
     part = tmp_path / "part"
     asked = iter(range(100))
     stop = {"should_stop": lambda: next(asked) >= 2}
-    stopped = train_method("pixel_inpainting", waves(20, 0), part, **options, **stop)
+    stopped = train_baseline("pixel_inpainting", waves(20, 0), part, **options, **stop)
     assert (stopped.finished, stopped.step) == (False, 3)
     assert not (part / "config.json").exists()
     with pytest.raises(CheckpointError, match="already holds a run; add --resume"):
-        train_method("pixel_inpainting", waves(20, 0), part, **options)
-    with pytest.raises(CheckpointError, match="a run with another seed"):
-        train_method("pixel_inpainting", waves(20, 0), part, **options, resume=True, seed=1)
-    assert train_method("pixel_inpainting", waves(20, 0), part, **options, resume=True).finished
+        train_baseline("pixel_inpainting", waves(20, 0), part, **options)
+    with pytest.raises(CheckpointError, match="other settings: seed was 0 and is 1"):
+        train_baseline("pixel_inpainting", waves(20, 0), part, **options, resume=True, seed=1)
+    assert train_baseline("pixel_inpainting", waves(20, 0), part, **options, resume=True).finished
     one, other = (load_scorer(path, device="cpu") for path in (tmp_path / "whole", part))
     assert one.fingerprint == other.fingerprint
 
 
+def test_a_checkpoint_of_the_former_format_is_resumed(tmp_path: Path) -> None:
+    options = {"recipe": TINY, "device": "cpu", "precision": "float32"}
+    images, part = waves(20, 0), tmp_path / "part"
+    train_baseline("autoencoder", images, tmp_path / "whole", **options)
+    asked = iter(range(100))
+    train_baseline("autoencoder", images, part, **options, should_stop=lambda: next(asked) >= 2)
+    new = load_checkpoint(part / "checkpoint.pt")
+    recipe = new["settings"]["recipe"]
+    recipe["averaging"] = recipe.pop("ema_decay")
+    old = {
+        "step": new["step"],
+        "settings": {
+            "method": "autoencoder", "recipe": recipe, "images": images.fingerprint, "seed": 0,
+            "precision": "float32",
+        },
+        "loss": torch.tensor(0.1),
+        "threads": 1,
+        "generator": new["generator"],
+        "optimizer": new["optimizers"][0],
+    }  # fmt: skip
+    save_checkpoint(old, part / "checkpoint.pt")
+    with pytest.raises(CheckpointError, match=r"model\.method was 'autoencoder' and is 'memae'"):
+        train_baseline("memae", images, part, **options, resume=True)
+    with pytest.raises(CheckpointError, match="images_sha256 was"):
+        train_baseline("autoencoder", waves(20, 1), part, **options, resume=True)
+    assert train_baseline("autoencoder", images, part, **options, resume=True).finished
+    one, other = (load_scorer(path, device="cpu") for path in (tmp_path / "whole", part))
+    assert one.fingerprint == other.fingerprint
+
+
+def test_former_names_are_accepted() -> None:
+    for old, new in {"train_method": train_baseline, "MethodResult": BaselineResult}.items():
+        with pytest.warns(DeprecationWarning, match=f"{old} is now"):
+            assert getattr(baselines, old) is new
+
+
 def test_what_does_not_fit_is_said(trained: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="method is 'svm'; known are squid, pca"):
-        train_method("svm", waves(8, 0), tmp_path)
+        train_baseline("svm", waves(8, 0), tmp_path)
     with pytest.raises(ValueError, match="image_size is 30; 16 must divide it"):
         AutoEncoder(image_size=30)
     with pytest.raises(BundleError, match="holds a 'pca', not SQUID"):

@@ -23,7 +23,7 @@ pytest.importorskip("typer")
 pil_image = pytest.importorskip("PIL.Image")
 
 CPU = torch.device("cpu")
-QUICK = ("--rounds", 1, "--seconds", 0, "--batch", 2, "--threads", 1, "--device", "cpu")
+QUICK = ("--rounds", 1, "--seconds", 0, "--batch-size", 2, "--threads", 1, "--device", "cpu")
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from PIL import Image
 
 from squid_fast import SQUID
 from squid_fast.data import ImageSet
-from squid_fast.experiments.diagnostics import Diary, MemoryUse, draw_memory, memory_use
+from squid_fast.experiments.diagnostics import MemoryUse, TrainingSnapshots, draw_memory, memory_use
 from tests.command_line import squid
 
 ARGUMENTS: dict[str, Any] = {
@@ -117,14 +117,14 @@ def test_a_queue_of_real_features_lies_close_to_them() -> None:
 def test_a_run_keeps_its_pictures_over_a_resumption(tmp_path: Path) -> None:
     held_out = images(12, 6)
     network = model()
-    figures = Diary(tmp_path, held_out).add(network, 1)
+    figures = TrainingSnapshots(tmp_path, held_out).add(network, 1)
     assert figures.keys() == {
         "memory/dead_share_queue", "memory/similarity_queue",
         "memory/dead_share_matrix", "memory/similarity_matrix",
     }  # fmt: skip
     use = memory_use(network, held_out)["inpaint_block.memory"]
     assert figures["memory/dead_share_queue"] == pytest.approx(use.dead_share)
-    again = Diary(tmp_path, held_out)
+    again = TrainingSnapshots(tmp_path, held_out)
     again.add(network, 9)  # of a run that died after its checkpoint of epoch 3
     again.add(network, 3)
     strips = np.load(tmp_path / "pictures/reconstructions.npz")

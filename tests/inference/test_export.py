@@ -310,7 +310,7 @@ def test_a_failed_export_leaves_the_old_file(
     pytest.importorskip("onnxscript")
     path = tmp_path / "model.onnx"
     path.write_text("of before")
-    monkeypatch.setattr(export, "to_torch_export", lambda scorer: program)
+    monkeypatch.setattr(Scorer, "to_torch_export", lambda scorer: program)
     monkeypatch.setattr(export, "_LARGEST_ONNX", 10**6)
     with pytest.raises(ValueError, match=r"weights take 0\.\d GB, but an ONNX file holds at most"):
         write_export(scorer_of(chest), path)

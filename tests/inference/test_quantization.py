@@ -12,7 +12,7 @@ from squid_fast.inference import AGREEMENT
 from squid_fast.inference import calibration as calibration_module
 from squid_fast.inference.convolution import FoldedConv
 from squid_fast.inference.network import FrozenGenerator, QuantizedStage
-from squid_fast.inference.quantization import Grid, QuantizedConv, RangeRecorder, has_int8
+from squid_fast.inference.quantization import MinMaxObserver, QuantizedConv, QuantParams, has_int8
 from squid_fast.inference.scores import PAPER_SCORE, Calibration, Quantization
 from tests.inference.test_network import CONFIGS, trained
 from tests.processor import needs_int8
@@ -32,20 +32,20 @@ def photographs(n: int, side: int, seed: int = 0) -> ImageSet:
 
 @pytest.mark.parametrize("span", [(0.0, 3.0), (-1.0, 2.0), (-2.0, 0.0), (0.5, 1.0), (0.0, 0.0)])
 def test_a_grid_holds_zero_and_its_range_to_half_a_step(span: tuple[float, float]) -> None:
-    grid = Grid.over(span)
-    assert 0 <= grid.zero <= 255
+    params = QuantParams.from_range(*span)
+    assert 0 <= params.zero_point <= 255
     zero = torch.zeros(1)
-    assert grid.decode(grid.encode(zero), torch.float32) == 0
+    assert params.dequantize(params.quantize(zero), torch.float32) == 0
     values = torch.linspace(min(span[0], 0), max(span[1], 0), 1001)
-    found = grid.decode(grid.encode(values), torch.float32)
-    # The ends may lie half a step outside, since zero is on the grid.
-    assert (found - values).abs().max() <= 1.01 * grid.scale
-    assert (found - values)[100:-100].abs().max() <= 0.501 * grid.scale + 1e-7
+    found = params.dequantize(params.quantize(values), torch.float32)
+    # The ends may lie half a step outside, since zero is on the params.
+    assert (found - values).abs().max() <= 1.01 * params.scale
+    assert (found - values)[100:-100].abs().max() <= 0.501 * params.scale + 1e-7
 
 
 def test_what_lies_outside_goes_to_the_nearest_end() -> None:
-    grid = Grid.over((-1.0, 3.0))
-    codes = grid.encode(torch.tensor([-50.0, 50.0, float("inf"), -float("inf")]))
+    params = QuantParams.from_range(-1.0, 3.0)
+    codes = params.quantize(torch.tensor([-50.0, 50.0, float("inf"), -float("inf")]))
     assert codes.dtype == torch.uint8
     assert codes.tolist() == [0, 255, 255, 0]
 
@@ -53,14 +53,14 @@ def test_what_lies_outside_goes_to_the_nearest_end() -> None:
 def test_ranges_cut_off_what_makes_the_grid_coarse() -> None:
     conv = FoldedConv(torch.ones(1, 1, 1, 1), torch.zeros(1), [1, 1], [0, 0])
     network = nn.Sequential(conv)
-    recorder = RangeRecorder(network)
+    observer = MinMaxObserver(network)
     values = torch.rand(1, 1, 256, 256)
     values[0, 0, 0, 1] = 3.0
     network(values)
-    recorder.close()
+    observer.close()
     network(values + 100)  # is not seen any more
-    assert recorder.ends["0"] == (0.0, 3.0)
-    low, high = recorder.ranges()["0"]
+    assert observer.min_max["0"] == (0.0, 3.0)
+    low, high = observer.ranges()["0"]
     assert low == 0
     assert 0.97 < high < 1.1
 
@@ -75,29 +75,31 @@ def test_a_convolution_in_bytes_is_the_convolution_of_what_they_stand_for(
     zero: int, stride: int
 ) -> None:
     torch.manual_seed(0)
-    source, target, other = Grid(0.02, zero), Grid(0.05, 0), Grid(0.03, 0)
+    source, target, other = QuantParams(0.02, zero), QuantParams(0.05, 0), QuantParams(0.03, 0)
     x = torch.randint(0, 256, (2, 16, 9, 9), dtype=torch.uint8)
     x = x.contiguous(memory_format=torch.channels_last)
     # Weights on their own grid of 127 steps, so that nothing of them is lost.
     weight = torch.randint(-127, 128, (32, 16, 3, 3)).float() / 500
     weight[:, 0, 0, 0] = 127 / 500
     conv = FoldedConv(weight, torch.randn(32), [stride, stride], [1, 1])
-    values = source.decode(x, torch.float32)
+    values = source.dequantize(x, torch.float32)
     expected = conv(values)
     in_floats = QuantizedConv(conv, source, torch.float32)(x)
     torch.testing.assert_close(in_floats, expected, rtol=1e-4, atol=1e-4)
     as_bytes = QuantizedConv(conv, source, target)(x)
     assert as_bytes.dtype == torch.uint8
-    off = target.decode(as_bytes, torch.float32) - expected.clamp_max(255 * target.scale)
+    off = target.dequantize(as_bytes, torch.float32) - expected.clamp_max(255 * target.scale)
     assert off.abs().max() <= 0.51 * target.scale
 
     residual = torch.randint(0, 256, expected.shape, dtype=torch.uint8)
     residual = residual.contiguous(memory_format=torch.channels_last)
-    added = FoldedConv.forward(conv, values, other.decode(residual, torch.float32))
+    added = FoldedConv.forward(conv, values, other.dequantize(residual, torch.float32))
     summed = QuantizedConv(conv, source, target, other)(x, residual.clone())
-    off = target.decode(summed, torch.float32) - added.clamp_max(255 * target.scale)
+    off = target.dequantize(summed, torch.float32) - added.clamp_max(255 * target.scale)
     assert off.abs().max() <= 0.51 * target.scale
-    in_floats = QuantizedConv(conv, source, torch.float32)(x, other.decode(residual, torch.float32))
+    in_floats = QuantizedConv(conv, source, torch.float32)(
+        x, other.dequantize(residual, torch.float32)
+    )
     torch.testing.assert_close(in_floats, added, rtol=1e-4, atol=1e-4)
 
 
@@ -114,11 +116,11 @@ def test_any_stages_can_be_in_bytes(name: str, stages: list[str]) -> None:
     side = model.image_size
     images = photographs(4, side).batch(slice(0, 4)).repeat(1, model.num_in_ch, 1, 1)
     exact = FrozenGenerator(model, torch.float32, torch.channels_last, True)
-    recorder = RangeRecorder(exact)
+    observer = MinMaxObserver(exact)
     with torch.inference_mode():
         expected = exact(images)
-        recorder.close()
-        chosen = Quantization(stages, recorder.ranges(), {})
+        observer.close()
+        chosen = Quantization(stages, observer.ranges(), {})
         found = FrozenGenerator(model, torch.float32, torch.channels_last, True, chosen)
         error = (found(images) - expected).square().mean().sqrt() / expected.std()
     in_bytes = [n for n, module in found.named_modules() if isinstance(module, QuantizedStage)]
@@ -202,6 +204,6 @@ def test_a_calibration_with_ranges_comes_back_from_json() -> None:
 
 def test_bytes_without_ranges_are_refused(scored) -> None:
     model, judge, _ = scored
-    wanted = "holds no ranges" if has_int8() else "needs a processor that multiplies bytes"
+    wanted = "holds no ranges" if has_int8() else "needs a processor with int8 products"
     with pytest.raises(ValueError, match=wanted):
         Scorer(model, judge, precision="int8", device="cpu")

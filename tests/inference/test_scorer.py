@@ -224,7 +224,8 @@ def test_an_uncalibrated_scorer_says_so(
         scorer.score(torch.rand(1, 1, SIDE, SIDE))
     with pytest.raises(ValueError, match="score is 'magic'; it must be one of"):
         squid_fast.Scorer(*pair, score="magic")
-    with pytest.raises(ValueError, match="precision is 'int4'"):
+    choices = "it must be 'auto', 'int8', 'bf16' or 'float32'"
+    with pytest.raises(ValueError, match=f"precision is 'int4'; {choices}"):
         squid_fast.Scorer(*pair, precision="int4")
 
 

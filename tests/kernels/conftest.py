@@ -6,18 +6,19 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from squid_fast import kernels, vectorised
+from squid_fast import kernels
+from squid_fast.ops import attention, lookup, shortcut
 
 # Triton is published for Linux only.
 collect_ignore_glob = [] if find_spec("triton") else ["test_*.py"]
 
-OPERATIONS = (
-    "gumbel_shrinkage",
-    "hard_shrinkage",
-    "memory_lookup",
-    "masked_shortcut",
-    "neighbourhood_attention",
-)
+IMPLEMENTATIONS = [
+    (module, name)
+    for module in (attention, lookup, shortcut)
+    for name in vars(module)
+    if name.endswith("_cpu")
+]
+assert len(IMPLEMENTATIONS) == 10  # forward and backward of the five operations
 
 
 @pytest.fixture
@@ -33,9 +34,8 @@ def _only_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def refuse(*_: object) -> None:
         raise AssertionError("PyTorch was called where a kernel should serve")
 
-    for name in OPERATIONS:
-        monkeypatch.setattr(vectorised, name, refuse)
-        monkeypatch.setattr(vectorised, f"{name}_backward", refuse)
+    for module, name in IMPLEMENTATIONS:
+        monkeypatch.setattr(module, name, refuse)
     with kernels.use("interpret"):
         yield
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from squid_fast import ops, reference
 from tests.kernels.devices import DTYPES, drawn
-from tests.ops.test_ops import normal, separated, with_gradients
+from tests.ops.samples import normal, separated, with_gradients
 from tests.tolerances import assert_close
 
 

@@ -14,7 +14,7 @@ from triton.runtime.errors import InterpreterError
 from squid_fast import ops
 from tests.kernels import interpreter
 from tests.kernels.devices import ON_GPU
-from tests.ops.test_ops import attention_inputs, normal, with_gradients
+from tests.ops.samples import attention_inputs, normal, with_gradients
 
 pytestmark = pytest.mark.skipif(ON_GPU, reason="kernels are compiled")
 

@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from squid_fast import ops
-
-# The function itself: its name in the module is out of bounds here.
-from squid_fast.vectorised import philox_uniform
+from squid_fast.ops.philox import philox_uniform
+from squid_fast.ops.shortcut import shortcut_mask
 from tests.kernels.devices import DTYPES, drawn
-from tests.ops.test_ops import normal, with_gradients
+from tests.ops.samples import normal, with_gradients
 from tests.tolerances import TOLERANCES, assert_close
 
 SHAPES = [
@@ -58,12 +57,6 @@ def expanded(x: Tensor) -> Tensor:
 
 
 LAYOUTS = [contiguous, channels_last, turned, strided, expanded]
-
-
-def shortcut_mask(seed: Tensor, shape: tuple[int, ...], keep: float) -> Tensor:
-    """The draw [B, 1, H, W] that PyTorch would make."""
-    B, _, H, W = shape
-    return (philox_uniform(seed, B * H * W) < keep).view(B, 1, H, W)
 
 
 def blend(mask: Tensor, *maps: Tensor) -> Tensor:

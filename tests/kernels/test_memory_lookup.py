@@ -15,7 +15,7 @@ from squid_fast import ops, reference
 from squid_fast.kernels import card, matrix_product, memory_lookup, memory_search
 from squid_fast.kernels.card import card_of
 from tests.kernels.devices import DTYPES, ON_GPU, drawn
-from tests.ops.test_ops import normal, with_gradients
+from tests.ops.samples import normal, with_gradients
 from tests.tolerances import TOLERANCES, assert_close
 
 MODES: dict[str, dict[str, Any]] = {"gumbel": {"top_k": 3}, "hard": {"threshold": 0.3}, "raw": {}}

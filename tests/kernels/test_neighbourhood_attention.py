@@ -14,7 +14,7 @@ from torch import Tensor
 from squid_fast import ops, reference
 from squid_fast.kernels import card
 from tests.kernels.devices import DTYPES, drawn
-from tests.ops.test_ops import attention_inputs, compare, normal, with_gradients
+from tests.ops.samples import attention_inputs, compare, normal, with_gradients
 from tests.tolerances import assert_close
 
 NAMES = ("query", "key", "value", "pad_key", "pad_value")

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from squid_fast import PRESETS, SQUID, kernels, ops
-from squid_fast.kernels import dispatch as choice
-from tests.ops.test_ops import compile_cases, normal, operator_samples, with_gradients
+from squid_fast.kernels import dispatch
+from tests.ops.samples import compile_cases, normal, operator_samples, with_gradients
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -51,25 +51,25 @@ def test_the_cpu_is_served_by_pytorch_unless_told_otherwise(monkeypatch) -> None
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # which the tests of a GPU do without
     x = torch.zeros(2, 3)
     with kernels.use("on"):
-        assert not choice.serves_gumbel_shrinkage(x, 2)
+        assert not dispatch.serves_gumbel_shrinkage(x, 2)
     with kernels.use("interpret"):
-        assert choice.serves_gumbel_shrinkage(x, 2)
+        assert dispatch.serves_gumbel_shrinkage(x, 2)
         with kernels.use("off"):
-            assert not choice.serves_gumbel_shrinkage(x, 2)
-        assert choice.serves_gumbel_shrinkage(x, 2)
+            assert not dispatch.serves_gumbel_shrinkage(x, 2)
+        assert dispatch.serves_gumbel_shrinkage(x, 2)
 
 
 @pytest.mark.parametrize(
     ("served", "serves"),
     [
-        (True, lambda: choice.serves_gumbel_shrinkage(torch.zeros(2, 99), 64)),
-        (False, lambda: choice.serves_gumbel_shrinkage(torch.zeros(2, 99), 65)),
-        (False, lambda: choice.serves_gumbel_shrinkage(torch.zeros(0, 99), 5)),
-        (False, lambda: choice.serves_gumbel_shrinkage(torch.zeros(2, 99).double(), 5)),
-        (True, lambda: choice.serves_memory_lookup(torch.zeros(2, 1, 3), 100_000, "gumbel", 64)),
-        (False, lambda: choice.serves_memory_lookup(torch.zeros(2, 1, 3), 100_000, "gumbel", 65)),
-        (True, lambda: choice.serves_memory_lookup(torch.zeros(2, 1, 3), 512, "hard", 0)),
-        (False, lambda: choice.serves_memory_lookup(torch.zeros(2, 1, 3), 513, "raw", 0)),
+        (True, lambda: dispatch.serves_gumbel_shrinkage(torch.zeros(2, 99), 64)),
+        (False, lambda: dispatch.serves_gumbel_shrinkage(torch.zeros(2, 99), 65)),
+        (False, lambda: dispatch.serves_gumbel_shrinkage(torch.zeros(0, 99), 5)),
+        (False, lambda: dispatch.serves_gumbel_shrinkage(torch.zeros(2, 99).double(), 5)),
+        (True, lambda: dispatch.serves_memory_lookup(torch.zeros(2, 1, 3), 100_000, "gumbel", 64)),
+        (False, lambda: dispatch.serves_memory_lookup(torch.zeros(2, 1, 3), 100_000, "gumbel", 65)),
+        (True, lambda: dispatch.serves_memory_lookup(torch.zeros(2, 1, 3), 512, "hard", 0)),
+        (False, lambda: dispatch.serves_memory_lookup(torch.zeros(2, 1, 3), 513, "raw", 0)),
     ],
 )
 def test_the_rules(served: bool, serves, monkeypatch) -> None:

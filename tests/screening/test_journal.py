@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import errno
 import itertools
-import json
+import math
 import os
+import shutil
+import sqlite3
 import subprocess
 import sys
 import tracemalloc
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from squid_fast.screening import JournalError, ScreenRow, journal, results, write_table
-from squid_fast.screening.journal import Journal
-from squid_fast.screening.journal_format import Run
+from squid_fast.screening.journal import Journal, Run
 from tests.screening.limits import file_size_limit
 from tests.screening.test_results import FORMATS, read_table
 
@@ -26,7 +29,8 @@ FILES = ["a.png", STRANGE, "c d.png", "", "e.png"]
 
 def row(path: str, number: int) -> ScreenRow:
     if number % 3 == 1:
-        return ScreenRow(path, None, None, None, None, 1.64, f"{path} is\u2028no image")
+        error, kind = f"{path} is\u2028no image", "… is\u2028no image"
+        return ScreenRow(path, None, None, None, None, 1.64, error, kind)
     return ScreenRow(path, number / 7, number - 1 / 3, 0.1, number > 1, 1.64, None)
 
 
@@ -46,11 +50,28 @@ def begin(folder: Path, done: int) -> None:
             started.append(item)
 
 
+def flush_each(started: Journal, rows: list[ScreenRow]) -> None:
+    for item in rows:
+        started.flush()
+        started.append(item)
+
+
+def change(folder: Path, *statements: str) -> None:
+    """Change the database as somebody else could."""
+    with closing(sqlite3.connect(folder / "journal.sqlite", isolation_level=None)) as database:
+        for statement in statements:
+            database.execute(statement)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 def test_rows_come_back_as_they_were(folder: Path) -> None:
     begin(folder, 3)
     with Journal(folder) as found:
-        assert (found.run, found.files) == (RUN, FILES)
-        assert (found.count, found.total, found.dropped) == (3, 5, 0)
+        assert (found.run, list(found.files)) == (RUN, FILES)
+        assert (found.count, found.total) == (3, 5)
         assert list(found.rows()) == ROWS[:3]
         for item in ROWS[3:]:
             found.append(item)
@@ -60,108 +81,139 @@ def test_rows_come_back_as_they_were(folder: Path) -> None:
     assert not folder.exists()
 
 
-def test_a_batch_is_one_write_of_one_line_a_row(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_values_that_sqlite_does_not_know_come_back(folder: Path) -> None:
+    odd = ScreenRow("a.png", math.nan, -math.inf, 1e-310, True, 1.64, None)
+    with Journal(folder) as started:
+        started.start(RUN, FILES[:2], {})
+        started.append(odd)
+        started.append(ScreenRow(STRANGE, None, None, None, None, math.inf, f"no {STRANGE}\0"))
+        first, second = started.rows()
+    assert math.isnan(first.raw_score)
+    assert (first.z_score, first.anomaly_score, first.flag) == (-math.inf, 1e-310, True)
+    assert (second.path, second.error) == (STRANGE, f"no {STRANGE}\0")
+    assert (second.flag, second.threshold) == (None, math.inf)
+
+
+def test_the_listing_is_read_like_a_list(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal, "_AT_ONCE", 3)
+    files = [f"{i}.png" for i in range(10)]
+    with Journal(folder) as started:
+        started.start(RUN, iter(files), {})
+        found = started.files
+        assert len(found) == 10
+        assert list(found) == list(found) == files
+        assert [found[i] for i in range(-10, 10)] == files + files
+        for part in (slice(4, None), slice(0, 6), slice(3, 9), slice(10, None), slice(-2, None)):
+            assert list(found[part]) == files[part]
+        assert found[2:][1:][0] == "3.png"
+        with pytest.raises(IndexError):
+            found[10]
+
+
+def test_a_batch_is_one_transaction(folder: Path) -> None:
     with Journal(folder) as started:
         started.start(RUN, FILES, {})
+        said: list[str] = []
+        started._database.set_trace_callback(said.append)
         for item in ROWS[:3]:
             started.append(item)
-        assert (folder / "rows.jsonl").read_bytes() == b""
-        writes: list[int] = []
-        write = started._file.write
-        fake = type("File", (), {"write": lambda _, data: writes.append(len(data)) or write(data)})
-        with monkeypatch.context() as patch:
-            patch.setattr(started, "_file", fake())
-            started.flush()
-    content = (folder / "rows.jsonl").read_bytes()
-    assert writes == [len(content)]
-    assert content.startswith(b'["a.png", 0.0, -0.3333333333333333, 0.1, false, null]\n')
-    assert content.count(b"\n") == 3
-    assert content.isascii()
+        assert not any(line.startswith("INSERT") for line in said)
+        started.flush()
+        assert [said.count(word) for word in ("BEGIN ", "COMMIT")] == [1, 1]
+        assert sum(line.startswith("INSERT INTO rows") for line in said) == 3
+        started._database.set_trace_callback(None)
 
 
 def test_rows_reach_the_disk_once_a_second_and_at_the_end(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    now, synced = 100.0, []
+    now, waited = 100.0, []
     monkeypatch.setattr(journal.time, "monotonic", lambda: now)
     with Journal(folder) as started:
+        assert started._database.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
         started.start(RUN, FILES, {})
-        monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(started.count))
         for item in ROWS:
             started.append(item)
             started.flush()
+            (mode,) = started._database.execute("PRAGMA synchronous").fetchone()
+            waited.append(mode == 2)
             now += 0.4
-        assert synced == [4]  # the fourth is 1.2 s after the start
-    assert synced == [4, 5]
+        assert waited == [False, False, False, True, False]  # the fourth is 1.2 s after the start
+        assert (folder / "journal.sqlite-wal").stat().st_size > 0
+    assert os.listdir(folder) == ["journal.sqlite"]  # into which SQLite has put, synced, the log
 
 
-TAILS = {
-    "torn": (b'["e.png", 0.1, 0.2', 0),
-    "torn before the line's end": (b'["e.png", 0.5, 0.5, 0.5, true, null]', 0),
-    "zeros": (bytes(5000), 0),
-    "zeros and lines": (bytes(50) + b'\n["e.png", 0.5, 0.5, 0.5, true, null]\n', 2),
-    "not JSON": (b"what?\n", 1),
-    "not ASCII": ("röntgen\n".encode(), 1),
-    "a value is missing": (b'["", 0.5, 0.5, 0.5, true]\n', 1),
-    "a score that is text": (b'["", "0.5", 0.5, 0.5, true, null]\n', 1),
-    "scores and an error": (b'["", 0.5, 0.5, 0.5, true, "no"]\n', 1),
-    "neither": (b'["", null, null, null, null, null]\n', 1),
-    "another file's row": (b'["f.png", 0.5, 0.5, 0.5, true, null]\n', 1),
-    "the row before": (b'["c d.png", 0.5, 0.5, 0.5, true, null]\n', 1),
-    "an object": (b'{"path": ""}\n', 1),
-    "a number": (b"5\n", 1),
-    "deep": (b"[" * 200_000 + b"\n", 1),
-    "empty lines": (b"\n\n\n", 3),
-}
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a process leaves that is killed after five batches of one row."""
+    folder = tmp_path_factory.mktemp("killed") / "r.csv.partial"
+    with Journal(folder) as started:
+        started.start(RUN, FILES, {})
+        for item in ROWS:
+            started.append(item)
+            started.flush()
+        shutil.copytree(folder, folder.with_name("left.partial"))
+    return folder.with_name("left.partial")
 
 
-@pytest.mark.parametrize("name", TAILS)
-def test_what_is_damaged_is_cut_off_and_scored_again(folder: Path, name: str) -> None:
-    tail, dropped = TAILS[name]
-    begin(folder, 3)
-    lines = folder / "rows.jsonl"
-    whole = lines.read_bytes()
-    lines.write_bytes(whole + tail)
+def resume(folder: Path) -> int:
+    """Go on with what is left of a run; returns the number of rows that were there."""
     with Journal(folder) as found:
-        assert (found.count, found.dropped) == (3, dropped)
-        assert lines.read_bytes() == whole
-        for item in ROWS[3:]:
+        if found.run is None:
+            found.start(RUN, FILES, {})
+        assert (found.run, list(found.files)) == (RUN, FILES)
+        done = found.count
+        assert list(found.rows()) == ROWS[:done]
+        for item in ROWS[done:]:
             found.append(item)
         assert list(found.rows()) == ROWS
+    return done
 
 
-@pytest.mark.parametrize("cut", range(0, 270, 13))
-def test_a_kill_at_any_byte_loses_only_the_line_it_tore(folder: Path, cut: int) -> None:
-    begin(folder, 5)
-    lines = folder / "rows.jsonl"
-    whole = lines.read_bytes()
-    lines.write_bytes(whole[:cut])
-    with Journal(folder) as found:
-        assert found.count == whole[:cut].count(b"\n")
-        for item in ROWS[found.count :]:
-            found.append(item)
-    assert lines.read_bytes() == whole
+def test_a_kill_at_any_byte_loses_only_the_batch_it_tore(killed: Path, folder: Path) -> None:
+    size = (killed / "journal.sqlite-wal").stat().st_size
+    done = []
+    for cut in [*range(0, size, 1499), size]:
+        shutil.copytree(killed, folder)
+        os.truncate(folder / "journal.sqlite-wal", cut)
+        done.append(resume(folder))
+        shutil.rmtree(folder)
+    assert done == sorted(done)
+    assert set(done) == {0, 1, 2, 3, 4, 5}
 
 
-def test_damage_in_the_middle_drops_what_follows_and_counts_it(folder: Path) -> None:
-    begin(folder, 5)
-    lines = folder / "rows.jsonl"
-    content = bytearray(lines.read_bytes())
-    content[content.index(b"\n") + 5] = 0
-    lines.write_bytes(content)
-    with Journal(folder) as found:
-        assert (found.count, found.dropped) == (1, 4)
-        assert list(found.rows()) == ROWS[:1]
+def test_a_torn_end_of_the_log_is_left_out(killed: Path, folder: Path) -> None:
+    log = (killed / "journal.sqlite-wal").read_bytes()
+    for tail in (bytes(5000), b"what?" * 3000, log[32:8000]):
+        shutil.copytree(killed, folder)
+        (folder / "journal.sqlite-wal").write_bytes(log + tail)
+        assert resume(folder) == 5
+        shutil.rmtree(folder)
+    damaged = bytearray(log)
+    damaged[-4096 - 24 - 100] ^= 1  # in the last but one page
+    shutil.copytree(killed, folder)
+    (folder / "journal.sqlite-wal").write_bytes(damaged)
+    assert resume(folder) < 5
 
 
-def test_rows_behind_the_last_file_are_dropped(folder: Path) -> None:
-    begin(folder, 5)
-    with open(folder / "rows.jsonl", "ab") as file:
-        file.write(b'["e.png", 0.5, 0.5, 0.5, true, null]\n')
-    with Journal(folder) as found:
-        assert (found.count, found.dropped) == (5, 1)
+def test_a_log_without_its_database_is_no_run(killed: Path, folder: Path) -> None:
+    """The end of a run removes the database first."""
+    shutil.copytree(killed, folder)
+    (folder / "journal.sqlite").unlink()
+    assert resume(folder) == 0
+
+
+def test_a_kill_while_files_are_listed_leaves_no_run(folder: Path) -> None:
+    left = folder.with_name("left.partial")
+
+    def files() -> Iterator[str]:
+        yield from (f"{'long' * 50}/{i}.png" for i in range(20_000))  # more than SQLite holds back
+        shutil.copytree(folder, left)
+
+    with Journal(folder) as started:
+        started.start(RUN, files(), {})
+    assert (left / "journal.sqlite-wal").stat().st_size > 1e6
+    assert resume(left) == 0
 
 
 @FORMATS
@@ -196,6 +248,22 @@ def test_rows_are_recovered_and_written_as_a_stream(
     assert len(read_table(folder.parent / f"r{suffix}")) == count
 
 
+def test_a_listing_is_never_in_memory_as_a_whole(folder: Path) -> None:
+    count = 50_000
+    tracemalloc.start()
+    try:
+        with Journal(folder) as started:
+            started.start(RUN, (f"ward/{i:06d}.png" for i in range(count)), {})
+            started.append(row("ward/000000.png", 0))
+        with Journal(folder) as found:
+            assert sum(path.endswith("7.png") for path in found.files[1:]) == count / 10
+            found.append(row("ward/000001.png", 1))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 5e5  # a tenth of what the paths would take
+
+
 def test_rows_of_packed_files_are_checked_by_their_number(folder: Path) -> None:
     files = ["a.png", "p.arrow", "none.arrow", "b.png"]
     rows = [row(path, 0) for path in ("a.png", "x", "y", "z", "b.png")]
@@ -210,10 +278,9 @@ def test_rows_of_packed_files_are_checked_by_their_number(folder: Path) -> None:
             found.append(item)
     with Journal(folder) as found:
         assert list(found.rows()) == rows
-    lines = folder / "rows.jsonl"
-    lines.write_bytes(lines.read_bytes().replace(b'["b.png"', b'["z"'))
-    with Journal(folder) as found:
-        assert (found.count, found.dropped) == (4, 1)
+    change(folder, "UPDATE rows SET fields = replace(fields, 'b.png', 'z') WHERE number = 5")
+    with Journal(folder) as found, pytest.raises(JournalError, match=r"'z' in place of 'b\.png'"):
+        list(found.rows())
 
 
 def test_rows_out_of_order_are_not_taken(folder: Path) -> None:
@@ -223,7 +290,7 @@ def test_rows_out_of_order_are_not_taken(folder: Path) -> None:
             RuntimeError, match=r"row for 'c d\.png', but the next file is 'a\.png'"
         ):
             started.append(ROWS[2])
-    folder.joinpath("run.json").unlink()
+    shutil.rmtree(folder)
     begin(folder, 5)
     with Journal(folder) as found, pytest.raises(RuntimeError, match="all 5 files have their rows"):
         found.append(ROWS[4])
@@ -245,53 +312,86 @@ def test_only_one_process_writes(folder: Path) -> None:
         assert found.count == 2
 
 
+@pytest.mark.parametrize("another", [False, True])
 def test_a_folder_that_another_run_removes_meanwhile_is_made_anew(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch, another: bool
 ) -> None:
     begin(folder, 2)
-    flock = journal.fcntl.flock
+    connect = sqlite3.connect
     calls = []
 
-    def late(file: object, operation: int) -> None:
+    def late(path: Path, **options: Any) -> sqlite3.Connection:
         """The other run ends between our opening the file and our lock on it."""
-        if not calls:
-            for name in os.listdir(folder):
-                (folder / name).unlink()
-            folder.rmdir()
-        calls.append(operation)
-        flock(file, operation)
+        database = connect(path, **options)
+        calls.append(path)
+        if len(calls) == 1:
+            shutil.rmtree(folder)
+            if another:
+                begin(folder, 4)
+        return database
 
-    monkeypatch.setattr(journal.fcntl, "flock", late)
+    monkeypatch.setattr(journal.sqlite3, "connect", late)
     with Journal(folder) as found:
-        assert found.run is None
-        found.start(RUN, FILES, {})
-        found.append(ROWS[0])
-    assert len(calls) == 2
-    with Journal(folder) as found:
-        assert found.count == 1
+        assert found.count == (4 if another else 0)
+        if not another:
+            found.start(RUN, FILES, {})
+            for item in ROWS[:4]:
+                found.append(item)
+    assert len(calls) == (3 if another else 2)
+    monkeypatch.undo()
+    assert resume(folder) == 4
 
 
-def test_a_file_system_without_locks_is_written_without(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+class NoLocks(sqlite3.Connection):
+    """What SQLite says of some network file systems."""
+
+    problem = ""
+
+    def execute(self, statement: str, *arguments: Any) -> sqlite3.Cursor:
+        if statement == "PRAGMA journal_mode = WAL":
+            if self.problem == "delete":  # it stays in the mode that it has
+                return super().execute("SELECT 'delete'")
+            raise sqlite3.OperationalError(self.problem)
+        return super().execute(statement, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("problem", "sentence"),
+    [
+        ("database is locked", "another process is writing .* If there is none, the file system"),
+        ("locking protocol", "cannot be locked and written: locking protocol"),
+        ("disk I/O error", "cannot be locked and written: disk I/O error"),
+        ("database or disk is full", "cannot be locked and written: database or disk is full"),
+        ("delete", "SQLite takes the journal mode 'delete', not 'wal'"),
+    ],
+)
+def test_a_file_system_without_locks_is_refused_at_the_start(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, problem: str, sentence: str
 ) -> None:
-    def refuse(file: object, operation: int) -> None:
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr(journal.fcntl, "flock", refuse)
     begin(folder, 2)
+    before = contents(folder)
+    connect = sqlite3.connect
+    monkeypatch.setattr(NoLocks, "problem", problem)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            journal.sqlite3, "connect", lambda path, **_: connect(path, timeout=0, factory=NoLocks)
+        )
+        with pytest.raises(JournalError, match=f"{sentence}.*: name a table on a local disk"):
+            Journal(folder)
+    assert contents(folder) == before
     with Journal(folder) as found:
         assert found.count == 2
 
 
-def test_a_folder_without_run_json_is_no_run(folder: Path) -> None:
-    begin(folder, 3)
-    (folder / "run.json").unlink()  # the first that the end of a run removes
+def test_a_database_without_a_run_is_no_run(folder: Path) -> None:
+    folder.mkdir()
     (folder / "r.csv").write_text("half a table")
     with Journal(folder) as found:
         assert (found.run, found.count, found.total) == (None, 0, 0)
-        assert sorted(os.listdir(folder)) == ["rows.jsonl"]
-        assert (folder / "rows.jsonl").read_bytes() == b""
     assert not folder.exists()
+    folder.mkdir()
+    (folder / "journal.sqlite").touch()
+    assert resume(folder) == 0
 
 
 def test_somebody_elses_folder_is_left_alone(folder: Path) -> None:
@@ -311,35 +411,70 @@ def test_hidden_files_neither_disturb_nor_are_removed(folder: Path) -> None:
     assert os.listdir(folder) == [".DS_Store"]
 
 
+def test_a_run_of_an_earlier_version_is_left_alone(folder: Path) -> None:
+    folder.mkdir()
+    for name in ("files.bin", "rows.jsonl", "run.json"):
+        (folder / name).write_text(name)
+    before = contents(folder)
+    with pytest.raises(JournalError, match=r"earlier version .* with another --out\. Nothing"):
+        Journal(folder)
+    assert contents(folder) == before
+
+
+def rewrite(way: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        database = folder / "journal.sqlite"
+        database.write_bytes(way(database.read_bytes()))
+
+    return apply
+
+
+def statement(text: str) -> Callable[[Path], None]:
+    return lambda folder: change(folder, text)
+
+
 DAMAGED = {
-    "empty run": ("run.json", lambda content: b"", "Expecting value"),
-    "run without listing": ("run.json", lambda content: b'{"format": 1}', "'run'"),
-    "run that is a list": ("run.json", lambda content: b"[]", "list indices"),
-    "future": (
-        "run.json",
-        lambda content: json.dumps(json.loads(content) | {"format": 2}).encode(),
-        "its format is 2, not 1",
+    "no database": (rewrite(lambda content: b"what?" * 1000), "file is not a database"),
+    "cut short": (rewrite(lambda content: content[:-5000]), "malformed"),
+    "pages of zeros": (rewrite(lambda content: content[:4096] + bytes(16384)), "malformed"),
+    "a page of zeros": (rewrite(lambda content: content[:-4096] + bytes(4096)), "error|Tree|Page"),
+    "future": (statement("PRAGMA user_version = 3"), "its format is 3, not 2"),
+    "foreign": (statement("PRAGMA user_version = 0"), "its format is 0, not 2"),
+    "no tables": (statement("DROP TABLE run"), "no such table: run"),
+    "a row less": (statement("DELETE FROM rows WHERE number = 2"), "rows or files are missing"),
+    "a file less": (statement("DELETE FROM files WHERE number = 2"), "rows or files are missing"),
+    "empty run": (statement("UPDATE run SET record = ''"), "Expecting value"),
+    "run without listing": (statement("UPDATE run SET record = '{}'"), "'files'"),
+    "run that is a list": (statement("UPDATE run SET record = '[]'"), "list indices"),
+    "run of more": (
+        statement("UPDATE run SET record = replace(record, 'score_name', 'score')"),
+        "unexpected keyword argument 'score'",
     ),
-    "listing": ("files.bin", lambda content: content[:-2], "its listing is damaged"),
 }
 
 
 @pytest.mark.parametrize("case", DAMAGED)
 def test_a_run_that_cannot_be_read_is_refused_and_kept(folder: Path, case: str) -> None:
-    name, change, reason = DAMAGED[case]
+    damage, reason = DAMAGED[case]
     begin(folder, 3)
-    (folder / name).write_bytes(change((folder / name).read_bytes()))
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    with pytest.raises(JournalError, match=rf"cannot be read: .*{reason}.*Delete the folder"):
+    damage(folder)
+    before = contents(folder)
+    with pytest.raises(JournalError, match=rf"cannot be read: .*({reason}).*Delete the folder"):
         Journal(folder)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert contents(folder) == before
 
 
-def test_a_missing_listing_is_refused(folder: Path) -> None:
-    begin(folder, 3)
-    (folder / "files.bin").unlink()
-    with pytest.raises(JournalError, match="No such file or directory"):
-        Journal(folder)
+@pytest.mark.parametrize(
+    "fields", ["", "{}", "5", '["", 0.5]', '["f.png", 1, 1, 1, true, 1, null]', "[" * 5000]
+)
+def test_a_row_that_is_damaged_is_found_before_it_is_in_a_table(folder: Path, fields: str) -> None:
+    begin(folder, 5)
+    change(folder, f"UPDATE rows SET fields = '{fields}' WHERE number = 4")
+    with Journal(folder) as found:
+        rows = found.rows()
+        assert [next(rows) for _ in range(3)] == ROWS[:3]
+        with pytest.raises(JournalError, match=r"cannot be read: .*Delete the folder"):
+            next(rows)
 
 
 def test_names_that_no_file_can_have_are_refused_before_any_work(folder: Path) -> None:
@@ -349,64 +484,62 @@ def test_names_that_no_file_can_have_are_refused_before_any_work(folder: Path) -
         assert not folder.exists()
 
 
-def test_full_disk_keeps_the_rows_before_and_no_torn_line(folder: Path) -> None:
-    files = [f"{i}.png" for i in range(100)]
+@pytest.mark.parametrize("room", [0, 100, 9000, 20_000])
+def test_full_disk_keeps_the_rows_before(folder: Path, room: int) -> None:
+    files = [f"{i}.png" for i in range(1000)]
+    rows = [row(path, number) for number, path in enumerate(files)]
     with Journal(folder) as started:
         started.start(RUN, files, {})
-        for number, path in enumerate(files[:20]):
+        for number, item in enumerate(rows[:20]):
             if number == 10:
                 started.flush()
-            started.append(row(path, number))
-        size = os.path.getsize(folder / "rows.jsonl")
-        with file_size_limit(size + 100), pytest.raises(JournalError) as raised:
-            started.flush()
+            started.append(item)
+        size = os.path.getsize(folder / "journal.sqlite-wal")
+        with file_size_limit(size + room), pytest.raises(JournalError) as raised:
+            flush_each(started, rows[20:])
+        done = started.count
+    assert 10 <= done < 100
+    assert (done > 10) == (room > 5000)
     assert str(raised.value) == (
-        f"{str(folder)!r} cannot be written: File too large. 10 of 100 rows are safe in "
+        f"{str(folder)!r} cannot be written: disk I/O error. {done} of 1,000 rows are safe in "
         f"{str(folder)!r}; once it can be, go on with --resume."
     )
-    assert (folder / "rows.jsonl").read_bytes().count(b"\n") == 10
-    assert (folder / "rows.jsonl").read_bytes().endswith(b"\n")
     with Journal(folder) as found:
-        assert (found.count, found.dropped) == (10, 0)
-        for number in range(10, 100):
-            found.append(row(files[number], number))
-        assert list(found.rows()) == [row(path, number) for number, path in enumerate(files)]
+        assert found.count == done
+        for item in rows[done:]:
+            found.append(item)
+        assert list(found.rows()) == rows
 
 
-def test_full_disk_that_cannot_even_be_truncated(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Half a line stays, and the next start drops it."""
-    begin(folder, 2)
-    found = Journal(folder)
-    with open(folder / "rows.jsonl", "ab", buffering=0) as real:
-
-        class Full:
-            def write(self, data: memoryview) -> int:
-                if len(data) < 40:
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                return real.write(data[: len(data) // 2])
-
-            def truncate(self, size: int) -> None:
-                raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-        found.append(ROWS[2])
-        with monkeypatch.context() as patch:
-            patch.setattr(found, "_file", Full())
-            with pytest.raises(JournalError, match=r"No space left on device\. 2 of 5 rows are"):
-                found.flush()
-    found._file.close()
-    assert not (folder / "rows.jsonl").read_bytes().endswith(b"\n")
-    with Journal(folder) as again:
-        assert list(again.rows()) == ROWS[:2]
+def test_full_disk_when_the_journal_is_closed(folder: Path) -> None:
+    """The log stays, for the database has no room for it."""
+    files = [f"{i}.png" for i in range(1000)]
+    rows = [row(path, number) for number, path in enumerate(files)]
+    with ExitStack() as limit, Journal(folder) as started:
+        started.start(RUN, files, {})
+        for item in rows[:500]:
+            started.append(item)
+        started.flush()
+        size = os.path.getsize(folder / "journal.sqlite")
+        limit.enter_context(file_size_limit(size))
+    assert (folder / "journal.sqlite-wal").exists()
+    with Journal(folder) as found:
+        assert found.count == 500
+        assert list(found.rows()) == rows[:500]
 
 
 def test_full_disk_before_the_first_row_leaves_nothing(folder: Path) -> None:
-    for limit in (20, 100):  # the listing does not fit, run.json does not
+    for limit in (20, 30_000):  # nothing can be written, the listing does not fit
         with (
-            pytest.raises(JournalError, match=r"File too large\. No file has been scored yet\."),
+            pytest.raises(JournalError, match=r"disk I/O error\. No file has been scored yet\."),
             Journal(folder) as started,
             file_size_limit(limit),
         ):
-            started.start(RUN, FILES, {})
+            started.start(RUN, FILES * 1000, {})
         assert not folder.exists()
+
+
+def test_full_disk_at_the_start(folder: Path) -> None:
+    with file_size_limit(100), pytest.raises(JournalError, match=r"disk I/O error.* need room"):
+        Journal(folder)
+    assert resume(folder) == 0

@@ -18,8 +18,9 @@ import torch
 
 from squid_fast.screening import find_files, pipeline, screen
 from squid_fast.screening.pipeline import score_batch, screen_listing
+from squid_fast.screening.reading import source
 from squid_fast.screening.reading.packing import pack
-from squid_fast.screening.reading.pool import Decoded
+from squid_fast.screening.reading.worker import Decoded
 
 SIZE = 8
 
@@ -239,6 +240,8 @@ def test_every_broken_file_gets_a_row_with_its_reason(tmp_path: Path, workers: i
         assert row.error
         assert "\n" not in row.error
         assert len(row.error) > 15
+        assert row.error_kind
+        assert os.path.basename(row.path) not in row.error_kind
         assert (row.raw_score, row.z_score, row.anomaly_score, row.flag) == (None,) * 4
         assert row.threshold == 5.0
     errors = {os.path.basename(row.path): row.error or "" for row in rows[1::2]}
@@ -292,9 +295,9 @@ def test_two_batches_are_read_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
         paths: Iterable[str], size: int, workers: int, look_ahead: int, timeout: float
     ) -> Iterator[Decoded]:
         seen.append((size, workers, look_ahead, timeout))
-        yield from ((path, "bad") for path in paths)
+        yield from (Decoded(path, None, "bad") for path in paths)
 
-    monkeypatch.setattr(pipeline, "read_ahead", read)
+    monkeypatch.setattr(source, "read_ahead", read)
     for batch_size, workers in ((8, 2), (1, 4)):
         rows = list(screen(MeanScorer(), ["a", "b"], batch_size, workers, timeout=7))
         assert [row.error for row in rows] == ["bad", "bad"]
@@ -328,7 +331,8 @@ def test_nothing_is_read_before_the_first_row_is_asked_for(tmp_path: Path) -> No
 def test_long_run_of_errors_ends_a_batch() -> None:
     paths = [f"missing-{i}.png" for i in range(100)]
     image = np.zeros((1, 1), dtype=np.uint8)
-    batches = list(pipeline._batches([("0", image), *((p, "bad") for p in paths)], 4))
+    failed = [Decoded(path, None, "bad") for path in paths]
+    batches = list(pipeline._batches([Decoded("0", image), *failed], 4))
     assert [len(batch) for batch in batches] == [16, *[1] * 85]
 
 
@@ -348,7 +352,7 @@ def test_progress_counts_rows(levels: list[str]) -> None:
 
 
 def test_rows_go_on_behind_those_that_are_skipped(levels: list[str], tmp_path: Path) -> None:
-    """Also within a shard, which stands for its rows."""
+    """Also within a packed file, which stands for its rows."""
     pack(levels[5:12], tmp_path / "packed", SIZE, workers=1, rows_per_shard=4)
     first, second = sorted(str(path) for path in (tmp_path / "packed").glob("*.arrow"))
     files = [levels[0], first, "missing.png", levels[1], second, levels[2]]
@@ -362,7 +366,7 @@ def test_rows_go_on_behind_those_that_are_skipped(levels: list[str], tmp_path: P
         screen(MeanScorer(), [], skip=-1)
 
 
-def test_shards_alone_start_no_process(
+def test_packed_images_alone_start_no_process(
     levels: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pack(levels, tmp_path / "packed", SIZE, workers=1)
@@ -446,11 +450,16 @@ def test_what_no_smaller_batch_mends_is_raised(levels: list[str], error: Excepti
 
 def test_score_batch_keeps_errors_in_their_places() -> None:
     image = np.full((SIZE, SIZE), 60, dtype=np.uint8)
-    rows = score_batch(MeanScorer(), [("a", "bad"), ("b", image), ("c", "worse")])
-    assert [(row.path, row.raw_score, row.flag, row.error) for row in rows] == [
-        ("a", None, None, "bad"),
-        ("b", 60, True, None),
-        ("c", None, None, "worse"),
+    items = [
+        Decoded("a", None, "bad: 1", "bad: …"),
+        Decoded("b", image),
+        Decoded("c", None, "worse"),
+    ]
+    rows = score_batch(MeanScorer(), items)
+    assert [(row.path, row.raw_score, row.flag, row.error, row.error_kind) for row in rows] == [
+        ("a", None, None, "bad: 1", "bad: …"),
+        ("b", 60, True, None, None),
+        ("c", None, None, "worse", None),
     ]
     assert score_batch(MeanScorer(), []) == []
 

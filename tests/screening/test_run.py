@@ -15,7 +15,16 @@ import numpy as np
 import pytest
 import torch
 
-from squid_fast.screening import JournalError, check_output, pack, run, screen, screen_to_table
+from squid_fast.screening import (
+    COLUMNS,
+    JournalError,
+    check_output,
+    pack,
+    run,
+    screen,
+    screen_to_table,
+)
+from squid_fast.screening.journal import Journal
 from tests.screening.limits import file_size_limit
 from tests.screening.test_results import FORMATS, read_table
 
@@ -71,6 +80,13 @@ def found(table: Path) -> list[tuple[Any, ...]]:
     rows = read_table(table)
     assert all((row["error"] is None) == (row["z_score"] is not None) for row in rows)
     return [(row["path"], row["z_score"], row["flag"]) for row in rows]
+
+
+def rows_in(folder: Path) -> int:
+    """How many rows an unfinished run has."""
+    with Journal(folder) as journal:
+        assert journal.run is not None
+        return journal.count
 
 
 def stop_after(batches: int) -> Callable[[], bool]:
@@ -131,7 +147,7 @@ def test_stop_and_resume_give_the_table_of_an_uninterrupted_run(
     folder = tmp_path / f"r{suffix}.partial"
     assert said == [f"stopped: 9 of 30 rows are safe in {str(folder)!r}; go on with --resume"]
     assert out.read_bytes() == b"the last run"
-    assert (folder / "rows.jsonl").read_bytes().count(b"\n") == 9
+    assert rows_in(folder) == 9
 
     again = MeanScorer()
     summary = screen_to_table(
@@ -186,7 +202,7 @@ def test_a_run_that_was_killed_before_its_folder_was_removed_is_finished_again(
         with pytest.raises(KeyboardInterrupt):
             screen_to_table(MeanScorer(), images, out, workers=0)
     assert found(out) == expected(images)
-    assert (tmp_path / "r.csv.partial" / "run.json").exists()
+    assert rows_in(tmp_path / "r.csv.partial") == 30
     scorer = MeanScorer()
     summary = screen_to_table(scorer, images, out, resume=True, workers=0)
     assert scorer.images == 0
@@ -201,7 +217,8 @@ def test_another_run_is_not_mixed_in(
 ) -> None:
     out = tmp_path / "r.csv"
     stopped(images, out)
-    rows = (tmp_path / "r.csv.partial" / "rows.jsonl").read_bytes()
+    journal = tmp_path / "r.csv.partial" / "journal.sqlite"
+    content = journal.read_bytes()
     others = {
         "model, its calibration or the precision is not the same": {"fingerprint": "mean-2"},
         "score was 'mean' and is 'median'": {"score_name": "median", "fingerprint": "median-1"},
@@ -216,7 +233,7 @@ def test_another_run_is_not_mixed_in(
     for inputs in ([images, images / "00.npy"], str(tmp_path)):
         with pytest.raises(JournalError, match=r"the inputs was .* or delete that folder"):
             screen_to_table(MeanScorer(), inputs, out, resume=True, workers=0)
-    assert (tmp_path / "r.csv.partial" / "rows.jsonl").read_bytes() == rows
+    assert journal.read_bytes() == content
 
 
 def test_relative_inputs_belong_to_their_folder(
@@ -241,9 +258,10 @@ def test_one_input_more_among_many_is_another_run(tmp_path: Path) -> None:
     names = [str(tmp_path / f"{i}.npy") for i in range(100)]
     out = tmp_path / "r.csv"
     screen_to_table(MeanScorer(), names, out, batch_size=4, workers=0, should_stop=stop_after(1))
-    saved = json.loads((tmp_path / "r.csv.partial" / "run.json").read_text())
-    assert saved["run"]["inputs"] == names[:20]
-    assert saved["listing"]["files"] == 100
+    with Journal(tmp_path / "r.csv.partial") as journal:
+        assert journal.run is not None
+        assert journal.run.inputs == names[:20]
+        assert list(journal.files) == names
     with pytest.raises(JournalError, match="is of another run: the inputs"):
         screen_to_table(MeanScorer(), names[:99], out, resume=True, workers=0)
 
@@ -287,18 +305,36 @@ def test_packed_files_are_resumed_in_their_middle(images: Path, tmp_path: Path) 
     assert found(out) == [expected(images)[3], *expected(images)]
 
 
-def test_damaged_rows_are_scored_again_and_said(images: Path, tmp_path: Path) -> None:
+def test_a_damaged_journal_is_refused_and_kept(images: Path, tmp_path: Path) -> None:
     out = tmp_path / "r.csv"
     stopped(images, out, 3)
-    lines = tmp_path / "r.csv.partial" / "rows.jsonl"
-    content = lines.read_bytes().splitlines(keepends=True)
-    content[5] = b"\0" * len(content[5])
-    lines.write_bytes(b"".join(content))
-    said: list[str] = []
-    screen_to_table(MeanScorer(), images, out, resume=True, workers=0, say=said.append)
-    assert said[0] == f"7 rows behind a damaged line in {str(lines.parent)!r} are scored again"
-    assert said[1].startswith("going on behind 5 of 30 rows")
-    assert found(out) == expected(images)
+    journal = tmp_path / "r.csv.partial" / "journal.sqlite"
+    content = journal.read_bytes()
+    damaged = content[:4096] + bytes(len(content) - 4096)
+    journal.write_bytes(damaged)
+    for resume in (True, False):
+        with pytest.raises(JournalError, match=r"cannot be read: .* Delete the folder to start"):
+            screen_to_table(MeanScorer(), images, out, resume=resume, workers=0)
+    with pytest.raises(JournalError, match=r"cannot be read: .* Delete the folder to start"):
+        check_output(out)
+    assert journal.read_bytes() == damaged
+    assert not out.exists()
+
+
+def test_a_run_of_an_earlier_version_is_refused_and_kept(images: Path, tmp_path: Path) -> None:
+    """Its journal was a folder of text files."""
+    out, folder = tmp_path / "r.csv", tmp_path / "r.csv.partial"
+    folder.mkdir()
+    files = {"run.json": b"{}", "files.bin": b"a.png\0", "rows.jsonl": b'["a.png"'}
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    sentence = "of an earlier version of squid_fast: finish it with that version, or start anew"
+    for resume in (True, False):
+        with pytest.raises(JournalError, match=sentence):
+            screen_to_table(MeanScorer(), images, out, resume=resume, workers=0)
+    with pytest.raises(JournalError, match=sentence):
+        check_output(out)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
 
 
 def test_a_scorer_that_fails_loses_nothing_before(images: Path, tmp_path: Path) -> None:
@@ -311,8 +347,7 @@ def test_a_scorer_that_fails_loses_nothing_before(images: Path, tmp_path: Path) 
     out = tmp_path / "r.csv"
     with pytest.raises(RuntimeError, match="device-side assert"):
         screen_to_table(FailsLater(), images, out, batch_size=7, workers=0)
-    lines = (tmp_path / "r.csv.partial" / "rows.jsonl").read_bytes().splitlines()
-    assert len(lines) >= 15
+    assert rows_in(tmp_path / "r.csv.partial") >= 15
     scorer = MeanScorer()
     screen_to_table(scorer, images, out, resume=True, batch_size=7, workers=0)
     assert scorer.images <= 27 - 14
@@ -324,14 +359,13 @@ def test_a_scorer_that_fails_loses_nothing_before(images: Path, tmp_path: Path) 
 
 def test_full_disk_in_the_middle(images: Path, tmp_path: Path) -> None:
     out = tmp_path / "r.parquet"
-    listing = sum(len(path) + 1 for path, *_ in expected(images))
-    with file_size_limit(listing + 300), pytest.raises(JournalError) as raised:
+    with file_size_limit(60_000), pytest.raises(JournalError) as raised:
         screen_to_table(MeanScorer(), images, out, batch_size=4, workers=0)
     folder = tmp_path / "r.parquet.partial"
-    count = (folder / "rows.jsonl").read_bytes().count(b"\n")
+    count = rows_in(folder)
     assert 4 <= count < 30
     assert str(raised.value) == (
-        f"{str(folder)!r} cannot be written: File too large. {count} of 30 rows are safe in "
+        f"{str(folder)!r} cannot be written: disk I/O error. {count} of 30 rows are safe in "
         f"{str(folder)!r}; once it can be, go on with --resume."
     )
     screen_to_table(MeanScorer(), images, out, resume=True, workers=0)
@@ -426,4 +460,5 @@ def test_the_rows_are_those_of_screen(images: Path, tmp_path: Path) -> None:
     out = tmp_path / "r.jsonl"
     screen_to_table(MeanScorer(), images, out, batch_size=4, workers=0)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert rows == [vars(row) for row in screen(MeanScorer(), images, batch_size=4, workers=0)]
+    expected = list(screen(MeanScorer(), images, batch_size=4, workers=0))
+    assert rows == [{name: getattr(row, name) for name in COLUMNS} for row in expected]

@@ -23,8 +23,9 @@ from squid_fast import SQUID, MemoryQueue
 from squid_fast.data import ImageSet
 from squid_fast.modules import Discriminator
 from squid_fast.presets import Recipe
-from squid_fast.training import Trainer, loop, state, train
+from squid_fast.training import Trainer, squid, train
 from squid_fast.training.distributed import Processes, SyncBatchNorm2d
+from squid_fast.training.learner import step_seed
 
 pytest.importorskip("lightning_fabric")
 
@@ -64,7 +65,7 @@ def in_float64() -> Iterator[None]:
     the order of a sum decides its sign, and so whether its ReLU passes a gradient: from there on
     correct runs go apart a thousandfold. In float64 none does, and runs differ by 2e-12.
     """
-    step, make_optimizers = Trainer.step, state.make_optimizers
+    step, make_optimizers = Trainer.step, squid.make_optimizers
 
     def wide_step(trainer: Trainer, pixels: Tensor, index: int) -> dict[str, Tensor]:
         with patch.object(Tensor, "float", Tensor.double):  # with which losses are widened
@@ -75,17 +76,17 @@ def in_float64() -> Iterator[None]:
 
     with (
         patch.object(Trainer, "step", wide_step),
-        patch.object(state, "make_optimizers", wide_optimizers),
-        patch.object(loop, "validate", lambda *_: {"auroc": 0.5}),
+        patch.object(squid, "make_optimizers", wide_optimizers),
+        patch.object(squid, "validate", lambda *_: {"auroc": 0.5}),
     ):
         yield
 
 
 def train_in(folder: Path, stop: int = 99, resume: bool = False) -> str:
     """Train until the last rank asks to stop, after so many steps in here; how it ended."""
-    processes, asked = Processes.found(), iter(range(1, 100))
+    processes, asked = Processes.from_environment(), iter(range(1, 100))
     recipe = Recipe(
-        batch_size=8, epochs=5, t_max=5, lr=1e-3, n_critic=1, averaging=0.9, validate_every=5
+        batch_size=8, epochs=5, t_max=5, lr=1e-3, n_critic=1, ema_decay=0.9, validate_every=5
     )
     with in_float64():
         result = train(
@@ -226,9 +227,7 @@ def do_sums() -> None:
 
 
 def test_masks_differ_between_ranks_and_augmentation_does_not() -> None:
-    from squid_fast.training.loop import _step_seed
-
-    seeds = {_step_seed(3 - rank - 1, 17) for rank in range(8)} | {_step_seed(3, 17)}
+    seeds = {step_seed(3 - rank - 1, 17) for rank in range(8)} | {step_seed(3, 17)}
     assert len(seeds) == 9
     batch = torch.arange(12)
     shares = [Processes(rank, 3, 3).share(batch) for rank in range(3)]

@@ -27,7 +27,9 @@ def test_every_kind_is_captured_once_and_replayed_on_the_images_of_its_step() ->
         seen.append(("step", number % 2, chosen.tolist()))
         return {"loss": chosen.sum()}
 
-    def capture(call: Callable[[], Losses]) -> tuple[Callable[[], None], Losses]:
+    def capture(
+        call: Callable[[], Losses], device: torch.device
+    ) -> tuple[Callable[[], None], Losses]:
         losses = call()
         kind = seen.pop()[1]  # capturing runs nothing
 
@@ -60,15 +62,15 @@ def test_a_rate_in_a_tensor_is_written_where_it_is() -> None:
 
 
 def test_a_state_of_another_device_leaves_the_rates_where_they_are() -> None:
-    model, judge = SQUID(**preset("small").model), Discriminator(2)
-    optimizer, _ = make_optimizers(model, judge, Recipe(lr=0.5))
+    model, discriminator = SQUID(**preset("small").model), Discriminator(2)
+    optimizer, _ = make_optimizers(model, discriminator, Recipe(lr=0.5))
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     optimizer.step()
     state = copy.deepcopy(optimizer.state_dict())
     # As a run on a GPU leaves it.
     state["param_groups"][0] |= {"capturable": True, "lr": torch.tensor(0.125)}
-    fresh, _ = make_optimizers(model, judge, Recipe(lr=0.5))
+    fresh, _ = make_optimizers(model, discriminator, Recipe(lr=0.5))
     load_optimizer(fresh, state)
     assert fresh.param_groups[0]["lr"] == 0.125
     assert fresh.param_groups[0]["capturable"] is False
@@ -79,7 +81,7 @@ def test_a_state_of_another_device_leaves_the_rates_where_they_are() -> None:
 def test_a_run_of_graphs_is_a_run_of_steps(tmp_path: Path) -> None:
     pixels = torch.randint(0, 256, (64, 1, 48, 48), generator=torch.manual_seed(1))
     images = ImageSet(pixels.to(torch.uint8), torch.zeros(64).long(), [""] * 64)
-    recipe = Recipe(batch_size=8, epochs=3, t_max=3, n_critic=2, validate_every=3, averaging=0.9)
+    recipe = Recipe(batch_size=8, epochs=3, t_max=3, n_critic=2, validate_every=3, ema_decay=0.9)
     losses = []
     for graphs in (True, False):
         torch.manual_seed(0)

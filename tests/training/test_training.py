@@ -23,11 +23,12 @@ from squid_fast.training import (
     learning_rate,
     loop,
     make_optimizers,
+    squid,
     train,
 )
 from squid_fast.training.augment import augment
 from squid_fast.training.checkpoint import load_checkpoint, save_checkpoint
-from squid_fast.training.ema import Average
+from squid_fast.training.ema import EMA
 from squid_fast.training.losses import discriminator_loss, generator_losses
 from squid_fast.training.state import Run
 from tests.processor import needs_bf16
@@ -156,26 +157,26 @@ def test_a_step_moves_what_the_published_loop_moves() -> None:
 
 def test_the_average_is_a_mean_at_first_and_an_exponential_one_later() -> None:
     torch.manual_seed(1)
-    judge, model = squid_fast.Discriminator(2).train(), tiny_model().train()
-    average = Average(judge, 0.75)
-    optimizers = make_optimizers(model, judge, RECIPE)
-    trainer = Trainer(model, judge, optimizers, RECIPE, Tensor.backward, average)
+    discriminator, model = squid_fast.Discriminator(2).train(), tiny_model().train()
+    ema = EMA(discriminator, 0.75)
+    optimizers = make_optimizers(model, discriminator, RECIPE)
+    trainer = Trainer(model, discriminator, optimizers, RECIPE, Tensor.backward, ema)
     images = image_set(4).batch(slice(0, 4))
-    expected = dict.fromkeys(judge.state_dict(), torch.zeros((), dtype=torch.float64))
+    expected = dict.fromkeys(discriminator.state_dict(), torch.zeros((), dtype=torch.float64))
     for index, share in enumerate((1, 1 / 2, 1 / 3, 1 / 4, 1 / 4, 1 / 4)):
         trainer.step(images, index)
-        for name, value in judge.state_dict().items():
+        for name, value in discriminator.state_dict().items():
             expected[name] = (1 - share) * expected[name] + share * value.double()
-    for name, value in average.module.state_dict().items():
+    for name, value in ema.module.state_dict().items():
         if value.is_floating_point():
             torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-7)
-    assert not average.module.training
-    assert judge.training
+    assert not ema.module.training
+    assert discriminator.training
 
 
-def test_averaging_outside_its_range_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"averaging is 1\.0; it must lie in \(0, 1\)"):
-        Average(squid_fast.Discriminator(2), 1.0)
+def test_a_decay_outside_its_range_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"ema_decay is 1\.0; it must lie in \(0, 1\)"):
+        EMA(squid_fast.Discriminator(2), 1.0)
 
 
 def test_only_every_n_critic_th_batch_trains_the_generator() -> None:
@@ -191,11 +192,11 @@ def test_only_every_n_critic_th_batch_trains_the_generator() -> None:
     }
     before = {name: p.clone() for name, p in model.named_parameters()}
     slots = model.inpaint_block.memory.slots.clone()
-    judge = trainer.discriminator.regressor.weight.clone()
+    discriminator = trainer.discriminator.regressor.weight.clone()
     assert trainer.step(images, 1).keys() == {"discriminator"}
     assert_same_state(before, dict(model.named_parameters()))
     assert torch.equal(slots, model.inpaint_block.memory.slots)
-    assert not torch.equal(judge, trainer.discriminator.regressor.weight)
+    assert not torch.equal(discriminator, trainer.discriminator.regressor.weight)
 
 
 def test_the_cosine_schedule() -> None:
@@ -269,7 +270,7 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_with_an_average_ends_as_the_uninterrupted_one(tmp_path: Path) -> None:
-    recipe = dataclasses.replace(RECIPE, averaging=0.9)
+    recipe = dataclasses.replace(RECIPE, ema_decay=0.9)
     images, validation = image_set(14), image_set(12, anomalous=6)
     data = {"recipe": recipe, "validation_set": validation}
     whole = train(tiny_model(), images, tmp_path / "whole", **data)
@@ -291,7 +292,7 @@ def test_a_resumed_run_with_an_average_ends_as_the_uninterrupted_one(tmp_path: P
 def test_the_best_validated_pair_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     areas = iter([0.6, 0.8, 0.7, 0.6, 0.8, 0.7])
     name = "auroc_discriminator_instance"
-    monkeypatch.setattr(loop, "validate", lambda *_: {name: next(areas)})
+    monkeypatch.setattr(squid, "validate", lambda *_: {name: next(areas)})
     recipe = dataclasses.replace(RECIPE, validate_every=1, keep="best")
     images, data = image_set(8), {"validation_set": image_set(4, anomalous=2)}
     best = train(tiny_model(), images, tmp_path / "best", recipe, **data)
@@ -324,7 +325,7 @@ def test_without_validation_the_last_pair_is_kept(tmp_path: Path) -> None:
 def test_averaging_leaves_training_itself_alone(tmp_path: Path) -> None:
     images = image_set(8)
     plain = train(tiny_model(), images, tmp_path / "plain", RECIPE)
-    recipe = dataclasses.replace(RECIPE, averaging=0.9)
+    recipe = dataclasses.replace(RECIPE, ema_decay=0.9)
     averaged = train(tiny_model(), images, tmp_path / "averaged", recipe)
     live = load_checkpoint(tmp_path / "averaged/checkpoint.pt")["discriminator"]
     assert_same_state(plain.model.state_dict(), averaged.model.state_dict())
@@ -398,6 +399,38 @@ def test_images_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     small = ImageSet(torch.zeros(8, 1, 40, 40, dtype=torch.uint8), torch.zeros(8).long(), [""] * 8)
     with pytest.raises(ValueError, match="40 pixels wide; the model takes 48"):
         train(tiny_model(), small, tmp_path, RECIPE)
+
+
+# --- names and formats of earlier versions --------------------------------------------------------
+
+
+def test_a_recipe_takes_the_former_name_of_the_decay() -> None:
+    with pytest.warns(DeprecationWarning, match="Recipe.averaging is now ema_decay"):
+        old = Recipe(batch_size=4, averaging=0.9)
+    assert old == Recipe(batch_size=4, ema_decay=0.9)
+    with pytest.warns(DeprecationWarning, match="Recipe.averaging is now ema_decay"):
+        assert old.averaging == 0.9
+    with pytest.warns(DeprecationWarning, match="Recipe.averaging is now ema_decay"):
+        assert dataclasses.replace(old, averaging=0.5) == Recipe(batch_size=4, ema_decay=0.5)
+    assert dataclasses.replace(old, lr=1.0).ema_decay == 0.9
+
+
+def test_a_checkpoint_of_an_earlier_version_is_resumed(tmp_path: Path) -> None:
+    images, recipe = image_set(8), dataclasses.replace(RECIPE, ema_decay=0.9)
+    whole = train(tiny_model(), images, tmp_path / "whole", recipe)
+    part = tmp_path / "part"
+    train(tiny_model(), images, part, recipe, should_stop=after_steps(3))
+    state = load_checkpoint(part / "checkpoint.pt")
+    saved = state["settings"]["recipe"]
+    saved["averaging"] = saved.pop("ema_decay")
+    for name in ("to_validate", "threads"):  # which the first versions did not save
+        del state[name]
+    save_checkpoint(state, part / "checkpoint.pt")
+    with pytest.raises(CheckpointError, match=r"recipe\.ema_decay was 0\.9 and is 0\.0"):
+        train(tiny_model(), images, part, RECIPE, resume=True)
+    resumed = train(tiny_model(), images, part, recipe, resume=True)
+    assert_same_state(whole.model.state_dict(), resumed.model.state_dict())
+    assert_same_state(whole.discriminator.state_dict(), resumed.discriminator.state_dict())
 
 
 # --- checkpoints ----------------------------------------------------------------------------------
@@ -489,19 +522,19 @@ def test_a_stop_is_the_end_of_a_run_by_the_clock(
 def test_a_run_whose_validation_fails_is_saved_before_and_goes_on_with_it(
     fails: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = dataclasses.replace(RECIPE, averaging=0.9, keep="best", validate_every=1)
+    recipe = dataclasses.replace(RECIPE, ema_decay=0.9, keep="best", validate_every=1)
     data = {"recipe": recipe, "validation_set": image_set(12, anomalous=6)}
     images, part = image_set(14), tmp_path / "part"
     whole = train(tiny_model(), images, tmp_path / "whole", **data)
 
-    asked, works = iter(range(1, 100)), loop.validate
+    asked, works = iter(range(1, 100)), squid.validate
 
     def validate(*arguments: object) -> dict[str, float]:
         if next(asked) == fails:
             raise RuntimeError("could not create a primitive")
         return works(*arguments)
 
-    monkeypatch.setattr(loop, "validate", validate)
+    monkeypatch.setattr(squid, "validate", validate)
     with pytest.raises(RuntimeError, match="primitive"):
         train(tiny_model(), images, part, **data)
     saved = load_checkpoint(part / "checkpoint.pt")

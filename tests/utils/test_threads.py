@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from squid_fast.experiments.baselines import train_method
-from squid_fast.experiments.baselines import training as comparison_training
+from squid_fast.experiments.baselines import train_baseline
 from squid_fast.training import loop, train
 from squid_fast.training.checkpoint import load_checkpoint
 from squid_fast.utils import threads as module
@@ -124,9 +123,8 @@ def fastest(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         assert most == 2
         return found.pop(0)
 
-    for place in (loop, comparison_training):
-        monkeypatch.setattr(place, "fastest_threads", choose)
-        monkeypatch.setattr(place, "WORTH_TIMING", 6)
+    monkeypatch.setattr(loop, "fastest_threads", choose)
+    monkeypatch.setattr(loop, "WORTH_TIMING", 6)
     return found
 
 
@@ -184,8 +182,8 @@ def test_what_squid_is_compared_with_keeps_its_number_too(
     images, options = image_set(24), {"recipe": RECIPE, "device": "cpu"}
     fastest.append(1)
     stop = after_steps(2)
-    first = train_method("autoencoder", images, tmp_path, should_stop=stop, **options)
+    first = train_baseline("autoencoder", images, tmp_path, should_stop=stop, **options)
     assert (first.finished, fastest) == (False, [])
-    assert train_method("autoencoder", images, tmp_path, resume=True, **options).finished
+    assert train_baseline("autoencoder", images, tmp_path, resume=True, **options).finished
     about = json.loads((tmp_path / "config.json").read_text())["about"]
     assert about["machine"]["threads"] == 1

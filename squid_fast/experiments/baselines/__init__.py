@@ -1,6 +1,23 @@
-"""What SQUID is compared with, behind the same verbs: shallow methods and other networks."""
+"""The baselines that SQUID is compared with: shallow methods and other networks, scored alike."""
 
-from .scorer import METHODS, ComparisonScorer, load_scorer
-from .training import RECIPE, MethodResult, train_method
+from ...utils.moved import moved_names
+from .scorer import METHODS, BaselineScorer, load_scorer
+from .training import RECIPE, BaselineResult, train_baseline
 
-__all__ = ["METHODS", "RECIPE", "ComparisonScorer", "MethodResult", "load_scorer", "train_method"]
+__all__ = [
+    "METHODS",
+    "RECIPE",
+    "BaselineResult",
+    "BaselineScorer",
+    "load_scorer",
+    "train_baseline",
+]
+
+__getattr__ = moved_names(
+    __name__,
+    {
+        "ComparisonScorer": f"{__name__}.BaselineScorer",
+        "MethodResult": f"{__name__}.BaselineResult",
+        "train_method": f"{__name__}.train_baseline",
+    },
+)

@@ -1,7 +1,7 @@
-"""Networks that SQUID is compared with: they paint images and are judged by what they miss.
+"""Networks that SQUID is compared with; they score images by their reconstruction error.
 
-All are built of SQUID's own residual double convolutions, so that what differs is the method. Each
-maps images to their reconstruction error and to the reconstruction.
+All are built of SQUID's own residual double convolutions, so that only the method differs. Each
+maps images to their reconstruction error and their reconstruction.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from ...utils.devices import choose_layout, to_layout
 
 
 class AutoEncoder(nn.Module):
-    """A plain convolutional auto-encoder: what does not pass its bottleneck is anomalous.
+    """A plain convolutional auto-encoder; what does not pass its bottleneck is anomalous.
 
     Args:
-        image_size: S; 2**levels must divide it.
+        image_size: side S of the images in pixels; ``2**levels`` must divide it.
         width: channels of the first level; the levels below have 2, 4, 8, ... times as many.
-        levels: how often the resolution is halved.
+        levels: number of times that the resolution is halved.
         latent: channels of the bottleneck.
     """
 
@@ -59,8 +59,8 @@ class AutoEncoder(nn.Module):
         self.out_conv = OutConv(width, 1)
         to_layout(self, choose_layout(width))
 
-    def paint(self, x: Tensor) -> Tensor:
-        """[B, channels, S, S] to [B, 1, S, S]."""
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """Reconstructions [B, 1, S, S] from inputs [B, channels, S, S]."""
         x, skips = self.in_conv(x), []
         for down in self.downs:
             skips.append(x)
@@ -71,27 +71,29 @@ class AutoEncoder(nn.Module):
         return self.out_conv(x).float()
 
     def remember(self, latent: Tensor) -> Tensor:
+        """What the decoder gets for the bottleneck [B, latent, h, w]; here the same."""
         return latent
 
     def loss(self, images: Tensor) -> Tensor:
-        """[] of training images [B, 1, S, S]."""
-        return F.mse_loss(self.paint(images), images)
+        """The loss [] on training images [B, 1, S, S]."""
+        return F.mse_loss(self.reconstruct(images), images)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Scores [B] of images [B, 1, S, S], greater for the less normal, and reconstructions."""
-        recon = self.paint(images)
+        recon = self.reconstruct(images)
         return (recon - images).square().mean(dim=(1, 2, 3)), recon
 
 
 class MemAE(AutoEncoder):
-    """Memory-augmented auto-encoder (Gong et al., ICCV 2019): the bottleneck answers from memory.
+    """Memory-augmented auto-encoder (Gong et al., ICCV 2019).
 
-    Every position of the bottleneck is a sum of slots, weighted by the softmax of its similarities
-    after hard shrinkage; the entropy of the weights is kept low (their equations 3 to 9).
+    Every position of the bottleneck becomes a sum of slots, weighted by the softmax of their
+    similarities after hard shrinkage; the entropy of the weights is kept low (their equations 3 to
+    9).
 
     Args:
-        num_slots: M.
-        threshold: of the shrinkage, in units of 1 / M; Gong et al. advise 1 to 3.
+        num_slots: number M of slots.
+        threshold: threshold of the shrinkage, in units of 1 / M; Gong et al. advise 1 to 3.
     """
 
     ENTROPY = 0.0002  # published weight
@@ -103,7 +105,7 @@ class MemAE(AutoEncoder):
         self.memory = MemoryMatrix(num_slots, self.config["latent"], self.threshold, None)
 
     def weights(self, latent: Tensor) -> Tensor:
-        """[B * h * w, M], of the bottleneck [B, latent, h, w]."""
+        """Weights [B * h * w, M] of the slots for the bottleneck [B, latent, h, w]."""
         query = latent.permute(0, 2, 3, 1).flatten(0, 2).float()
         similarity = F.linear(query, self.memory.slots[0])
         return ops.hard_shrinkage(torch.softmax(similarity, dim=1), self.threshold)
@@ -120,10 +122,10 @@ class MemAE(AutoEncoder):
 
 
 class PixelInpainting(AutoEncoder):
-    """A U-Net paints squares that are cut out of the image: in-painting of pixels, not features.
+    """A U-Net that fills squares cut out of the image: it in-paints pixels, not features.
 
-    In training a quarter of the squares is missing, at random. In evaluation four masks cut every
-    square out exactly once, and the score is the error of what was painted there.
+    In training a random quarter of the squares is missing. In evaluation four masks cut every
+    square out exactly once, and the score is the error in the squares that were filled.
     """
 
     op = "concat"
@@ -131,8 +133,8 @@ class PixelInpainting(AutoEncoder):
     SQUARES = 8  # a side
 
     def fill(self, images: Tensor, holes: Tensor) -> Tensor:
-        """What is painted for images [B, 1, S, S] with holes [B or 1, 1, S, S], 1 in the holes."""
-        return self.paint(torch.cat([images * (1 - holes), holes.expand_as(images)], dim=1))
+        """Reconstructions of images [B, 1, S, S] with holes [B or 1, 1, S, S] of 1."""
+        return self.reconstruct(torch.cat([images * (1 - holes), holes.expand_as(images)], dim=1))
 
     def loss(self, images: Tensor) -> Tensor:
         drawn = torch.rand(len(images), 1, self.SQUARES, self.SQUARES, device=images.device) < 0.25
@@ -145,7 +147,7 @@ class PixelInpainting(AutoEncoder):
         return (recon - images).square().mean(dim=(1, 2, 3)), recon
 
     def masks(self, images: Tensor) -> list[Tensor]:
-        """Four masks [1, 1, S, S] that hold every pixel once."""
+        """Four masks [1, 1, S, S], of which exactly one covers each pixel."""
         index = torch.arange(self.SQUARES, device=images.device) % 2
         place = 2 * index[:, None] + index
         return [self._as_pixels((place == number)[None, None]) for number in range(4)]

@@ -1,25 +1,20 @@
-"""A trained method of comparison on disk, and at work: the same verbs as for SQUID."""
+"""A trained baseline on disk and at work: the same scorer and commands as for SQUID."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ...data import ImageSet
-from ...inference import Scorer, Scores
 from ...inference.bundle import FORMAT, BundleError, read_json, save_weights
-from ...inference.scores import ScoreCalibration
-from ...metrics import Evaluation, evaluate, threshold_at_false_positive_rate
+from ...inference.scorer import BaseScorer, Scorer, fingerprint
+from ...inference.scores import Calibration, ScoreCalibration
 from ...utils.atomic import write_json
 from ...utils.devices import ScoringPrecision, choose_device
 from .networks import AutoEncoder, MemAE, PixelInpainting
@@ -36,12 +31,9 @@ METHODS: dict[str, tuple[type[PixelMethod] | type[AutoEncoder], str]] = {
 }
 """What SQUID is compared with: name to class and meaning of its score."""
 
-_BATCH = 32
-Method = PixelMethod | AutoEncoder
 
-
-class ComparisonScorer:
-    """Scores images with a method of ``METHODS``, in float32 or better.
+class BaselineScorer(BaseScorer):
+    """Scores images with a trained method of ``METHODS``, in float32 or float64.
 
     Args:
         name: of the method.
@@ -49,92 +41,37 @@ class ComparisonScorer:
         image_size: S.
         calibration: of its score; without one only ``raw_scores`` can be used.
         device: "cpu", "cuda", ...; a GPU if there is one unless given.
+
+    Example:
+        >>> method = PcaResidual(mean=torch.zeros(1024), components=torch.eye(2, 1024))
+        >>> known = Calibration({"distance": ScoreCalibration(1.0, 0.5, 2.0, 0.05, [])}, [], [], "")
+        >>> scorer = BaselineScorer("pca", method, 32, known, "cpu")
+        >>> scorer.score(torch.full((1, 1, 32, 32), 255, dtype=torch.uint8)).z_score
+        tensor([61.9375])
     """
 
-    precision = "float32"
+    batch_size = 32
 
     def __init__(
         self,
         name: str,
         method: nn.Module,
         image_size: int,
-        calibration: ScoreCalibration | None = None,
+        calibration: Calibration | None = None,
         device: str | torch.device | None = None,
     ) -> None:
-        self.name, self.image_size, self.calibration = name, image_size, calibration
-        self.device = choose_device(device)
-        self._method = method.eval().to(self.device)
-        self.score_name = METHODS[name][0].score_name
-
-    @property
-    def threshold(self) -> float:
-        return self._calibrated().threshold
-
-    @property
-    def false_positive_rate(self) -> float:
-        return self._calibrated().false_positive_rate
-
-    @property
-    def reference_z(self) -> list[float]:
-        return self._calibrated().reference_z
+        score, where = METHODS[name][0].score_name, choose_device(device)
+        super().__init__(score, (score,), image_size, "float32", where, calibration)
+        self.name, self.method = name, method.eval().to(where)
 
     @cached_property
     def fingerprint(self) -> str:
         """Hash of method, weights and calibration."""
-        digest = hashlib.sha256(self.name.encode())
-        for key, value in self._method.state_dict().items():
-            digest.update(key.encode())
-            digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-        digest.update(json.dumps(vars(self._calibrated()), sort_keys=True).encode())
-        return digest.hexdigest()
-
-    def prefetch(self, images: Tensor) -> Tensor:
-        return images
-
-    def score(self, images: Tensor, reconstruction: bool = False) -> Scores:
-        """Scores of images [B, 1, S, S]: float in [0, 1], or uint8, of which 255 is 1.
-
-        Raises:
-            ValueError: images of another size, or no calibration.
-        """
-        self._calibrated()
-        raw, recon = self._look(images)
-        z = self.z_score(self.score_name, raw)
-        return Scores(raw, z, torch.sigmoid(z), recon if reconstruction else None)
-
-    def raw_scores(self, images: ImageSet) -> Tensor:
-        """[n], float64, greater for the less normal."""
-        parts = [
-            self._look(images.batch(slice(start, start + _BATCH)))[0]
-            for start in range(0, len(images), _BATCH)
-        ]
-        return torch.cat(parts)
-
-    def evaluate(self, images: ImageSet) -> tuple[dict[str, Evaluation], dict[str, np.ndarray]]:
-        """Figures of the score on labelled images, and the z-scores [n]; as of ``Scorer``."""
-        z = self.z_score(self.score_name, self.raw_scores(images)).numpy()
-        own = self._calibrated()
-        found = evaluate(
-            images.labels.numpy(),
-            z,
-            score_name=self.score_name,
-            threshold=own.threshold,
-            false_positive_rate=own.false_positive_rate,
-        )
-        return {self.score_name: found}, {self.score_name: z}
-
-    def z_score(self, name: str, raw: Tensor) -> Tensor:
-        """float32 [B]: standard deviations from the mean of normal training images."""
-        own = self._calibrated()
-        return ((raw.double() - own.mean) / own.std).float()
-
-    def _calibrated(self) -> ScoreCalibration:
-        if self.calibration is None:
-            raise ValueError(f"this {self.name} has no calibration, so there are no z-scores.")
-        return self.calibration
+        state = self.method.state_dict().items()
+        return fingerprint(state, vars(self.calibration_of()), self.name)
 
     @torch.inference_mode()
-    def _look(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def measure(self, images: Tensor, names: Collection[str]) -> tuple[dict[str, Tensor], Tensor]:
         side = self.image_size
         if images.dim() != 4 or tuple(images.shape[1:]) != (1, side, side):
             raise ValueError(
@@ -142,42 +79,23 @@ class ComparisonScorer:
             )
         images = images.to(self.device)
         images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
-        if not len(images):
-            return images.new_zeros(0).cpu(), images.cpu()
-        raw, recon = self._method(images)
-        return raw.cpu(), recon.cpu()
+        raw, recon = self.method(images) if len(images) else (images.new_zeros(0), images)
+        return {self.score_name: raw.cpu()}, recon
 
 
-def calibrated(
-    scorer: ComparisonScorer, training: ImageSet, held_out: ImageSet | None, rate: float
-) -> ScoreCalibration:
-    """Mean and deviation on normal training images, threshold on held-out normal ones.
-
-    Where these are too few for the rate, the training images give the threshold too.
-    """
-    raw = scorer.raw_scores(training).double()
-    mean, std = raw.mean().item(), max(raw.std().item(), 1e-12)
-    if held_out is not None and len(held_out) * rate >= 1:
-        raw = scorer.raw_scores(held_out).double()
-    z = np.sort(((raw - mean) / std).float().numpy())
-    threshold = threshold_at_false_positive_rate(z, rate)
-    return ScoreCalibration(mean, std, threshold, rate, z.astype(float).round(4).tolist())
-
-
-def save_comparison(scorer: ComparisonScorer, folder: Path, about: Mapping[str, Any]) -> None:
+def save_baseline(scorer: BaselineScorer, folder: Path, about: Mapping[str, Any]) -> None:
     """Write the folder that ``load_scorer`` reads."""
     folder.mkdir(parents=True, exist_ok=True)
-    network = getattr(scorer._method, "config", {})
     config = {
         "format": FORMAT,
         "method": scorer.name,
-        "network": network,
+        "network": getattr(scorer.method, "config", {}),
         "image_size": scorer.image_size,
         "about": dict(about),
     }
-    save_weights(scorer._method.state_dict(), folder / "model.safetensors")
+    save_weights(scorer.method.state_dict(), folder / "model.safetensors")
     write_json(config, folder / "config.json")
-    write_json(vars(scorer._calibrated()), folder / "calibration.json")
+    write_json(vars(scorer.calibration_of()), folder / "calibration.json")
 
 
 def load_scorer(
@@ -185,12 +103,19 @@ def load_scorer(
     score: str | None = None,
     precision: ScoringPrecision = "auto",
     device: str | torch.device | None = None,
-) -> Scorer | ComparisonScorer:
-    """The scorer of a bundle folder: SQUID's, or that of a method of comparison.
+) -> Scorer | BaselineScorer:
+    """The scorer of a folder that training wrote, of SQUID or of a baseline.
 
     Raises:
         BundleError: the folder is no bundle, or damaged.
-        ValueError: a score or precision that a method of comparison does not have.
+        ValueError: a score or precision that a baseline does not have.
+
+    Example:
+        >>> from squid_fast import SQUID, Bundle, Discriminator, save_bundle
+        >>> save_bundle(Bundle(SQUID.from_preset("small"), Discriminator(2)), "model")
+        >>> scorer = load_scorer("model", device="cpu")
+        >>> type(scorer).__name__, scorer.image_size
+        ('Scorer', 48)
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file() or "method" not in read_json(folder / "config.json"):
@@ -213,4 +138,5 @@ def load_scorer(
         raise ValueError(f"score is {score!r}; a {name} has {kind.score_name!r} alone.")
     if precision not in ("auto", "float32"):
         raise ValueError(f"precision is {precision!r}; a {name} is scored in 'float32'.")
-    return ComparisonScorer(name, method, side, known, device)
+    calibration = Calibration({kind.score_name: known}, [], [], "")
+    return BaselineScorer(name, method, side, calibration, device)

@@ -1,7 +1,7 @@
-"""Shallow methods on small pixels: what has to be beaten before depth is worth its cost.
+"""Shallow methods on few pixels: a deep model is only worth its cost where it beats them.
 
-Fitted by scikit-learn, kept as plain tensors. Each maps images to a distance and to what it takes
-for their normal counterpart.
+They are fitted by scikit-learn and kept as plain tensors. Each maps images to a distance and to a
+normal image that stands for them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ...utils.extras import require
 
 SIDE = 32  # pixels that images are shrunk to
 VARIANCE = 0.95  # share that the principal components explain
-NEIGHBOURS = 5
+NEIGHBOURS = 5  # whose distances are averaged
 
 
 class PixelMethod(nn.Module):
@@ -33,7 +33,7 @@ class PixelMethod(nn.Module):
 
     @classmethod
     def fit(cls, images: ImageSet) -> PixelMethod:
-        """Fitted to normal images."""
+        """The method fitted to normal images."""
         vectors = pixels(images.batch(slice(0, len(images)))).numpy()
         return cls(**{k: torch.from_numpy(np.array(v)) for k, v in cls.estimate(vectors).items()})
 
@@ -42,13 +42,13 @@ class PixelMethod(nn.Module):
         """The state, from vectors [n, D]."""
         raise NotImplementedError
 
-    def judge(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    def compare(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Distances [B] of vectors [B, D], and their normal counterparts [B, D]."""
         raise NotImplementedError
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Scores [B] of images [B, 1, S, S], greater for the less normal, and reconstructions."""
-        distance, normal = self.judge(pixels(images))
+        distance, normal = self.compare(pixels(images))
         small = normal.float().view(-1, 1, SIDE, SIDE)
         return distance, F.interpolate(small, size=images.shape[-2:], mode="bilinear").clamp(0, 1)
 
@@ -65,7 +65,7 @@ class PcaResidual(PixelMethod):
         model.fit(vectors)
         return {"mean": model.mean_, "components": model.components_}
 
-    def judge(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    def compare(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         normal = (vectors - self.mean) @ self.components.T @ self.components + self.mean
         return (vectors - normal).norm(dim=1), normal
 
@@ -81,14 +81,14 @@ class Mahalanobis(PixelMethod):
         model = require("sklearn.covariance", "train").LedoitWolf().fit(vectors)
         return {"mean": model.location_, "precision": model.precision_}
 
-    def judge(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    def compare(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         away = vectors - self.mean
         squared = ((away @ self.precision) * away).sum(dim=1)
         return squared.clamp_min(0).sqrt(), self.mean.expand_as(vectors)
 
 
 class NearestNeighbours(PixelMethod):
-    """Mean distance to the nearest normal images; the counterpart is the nearest of them."""
+    """Mean distance to the nearest normal images; the nearest is the counterpart."""
 
     examples: Tensor  # [n, D]
 
@@ -96,7 +96,7 @@ class NearestNeighbours(PixelMethod):
     def estimate(vectors: np.ndarray) -> dict[str, np.ndarray]:
         return {"examples": vectors}
 
-    def judge(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    def compare(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         neighbors = require("sklearn.neighbors", "train").NearestNeighbors
         count = min(NEIGHBOURS, len(self.examples))
         model = neighbors(n_neighbors=count, algorithm="brute").fit(self.examples.cpu().numpy())
@@ -106,11 +106,10 @@ class NearestNeighbours(PixelMethod):
 
 
 class Smoothness(PixelMethod):
-    """How little neighbouring pixels differ: what an image's blur alone gives away.
+    """How little neighbouring pixels differ, which is what the blur of an image alone tells.
 
-    Shadows of pneumonia are smooth. The score's sign is that knowledge, so that this is no method
-    without labels, but a check of how much a data set asks for. It has no counterpart to show but
-    the image.
+    Shadows of pneumonia are smooth. The sign of the score uses that knowledge, so this is not a
+    method without labels but a check of how hard a data set is. The counterpart is the image.
     """
 
     score_name = "smoothness"
@@ -120,12 +119,12 @@ class Smoothness(PixelMethod):
     def estimate(vectors: np.ndarray) -> dict[str, np.ndarray]:
         return {"mean": roughness(torch.from_numpy(vectors)).mean(dim=0, keepdim=True).numpy()}
 
-    def judge(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    def compare(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         return self.mean - roughness(vectors), vectors
 
 
 def roughness(vectors: Tensor) -> Tensor:
-    """[n], log of the mean squared difference of neighbouring pixels, of vectors [n, D]."""
+    """Log of the mean squared difference of neighbouring pixels [n], of vectors [n, D]."""
     images = vectors.view(-1, SIDE, SIDE)
     down, across = (images.diff(dim=axis).square().mean(dim=(1, 2)) for axis in (1, 2))
     return (down + across).clamp_min(1e-12).log()

@@ -1,4 +1,4 @@
-"""Screening on many machines, through Ray Data."""
+"""Screening on many machines through Ray Data."""
 
 from .ray import gather_table, score_dataset, screen_with_ray
 

@@ -1,15 +1,14 @@
-"""What decodes on a cluster, see `screening.ray`. Its tasks have no need of torch."""
+"""Decoding on a cluster. Its tasks do not import torch."""
 
 from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ...utils.extras import require
-from ..reading.pool import read_ahead
-from ..reading.shards import count_rows, is_shard, read_shard
+from ..reading.source import Source
 
 if TYPE_CHECKING:
     from pyarrow import Table
@@ -19,24 +18,22 @@ arrow = require("pyarrow", "ray")
 _ROWS_PER_BLOCK = 512
 
 
-def cut_listing(files: Iterable[str], per_part: int) -> Iterator[Table]:
-    """Cut a listing into parts for `decode`: ``per_part`` files, fewer at an end, or one shard.
+def cut_listing(source: Source, per_part: int) -> Iterator[Table]:
+    """Cut a listing into parts for ``decode``, each of at least ``per_part`` images but the last.
+
+    A file is never cut, so that a part that ends with a packed file may have many more.
 
     Yields:
-        Tables with the columns ``index``, the place of the file's first row among all rows;
-        ``path``, bytes; ``rows``.
+        Tables with the columns ``index``, the number of the file's first image; ``path``, bytes;
+        ``rows``, the number of images in the file.
     """
-    place = 0
     part: list[dict[str, Any]] = []
-    for path in files:
-        shard = is_shard(path)
-        if part and (shard or len(part) == per_part):
-            yield arrow.Table.from_pylist(part)
-            part = []
-        rows = count_rows(path) if shard else 1
-        part.append({"index": place, "path": os.fsencode(path), "rows": rows})
-        place += rows
-        if shard:
+    number = 0
+    for index, path in enumerate(source.paths):
+        rows = source.packed.get(index, 1)
+        part.append({"index": number, "path": os.fsencode(path), "rows": rows})
+        number += rows
+        if number - part[0]["index"] >= per_part:
             yield arrow.Table.from_pylist(part)
             part = []
     if part:
@@ -44,38 +41,35 @@ def cut_listing(files: Iterable[str], per_part: int) -> Iterator[Table]:
 
 
 def decode(part: Table, size: int, timeout: float, folder: str) -> Iterator[Table]:
-    """The images of a part of the listing, in one reader process.
+    """Decode the images of a part of the listing, in one reader process.
 
     Args:
-        part: of `cut_listing`.
+        part: a table from ``cut_listing``.
         size: side of the images.
         timeout: seconds after which a file is given up.
-        folder: in which relative paths start; the current one from then on.
+        folder: the folder in which relative paths start. It becomes the current folder.
 
     Yields:
-        Tables with the columns ``index``, the row's place among all rows; ``path``, bytes;
-        ``image``, size x size bytes of a uint8 image or null; ``error``, text or null.
+        Tables with the columns ``index``, the number of the image; ``path``, bytes; ``image``, the
+        size x size bytes of a uint8 image, or null; ``error``, text or null.
 
     Raises:
-        ValueError: a shard has no longer the rows that it had when the files were listed.
+        ValueError: a packed file no longer holds as many images as when the files were listed.
     """
-    place, total = part["index"][0].as_py(), sum(part["rows"].to_pylist())
+    first, total = part["index"][0].as_py(), sum(part["rows"].to_pylist())
     paths = list(map(os.fsdecode, part["path"].to_pylist()))
     if not all(map(os.path.isabs, paths)):
         os.chdir(folder)
-    if is_shard(paths[0]):
-        images = read_shard(paths[0], size)
-    else:
-        images = read_ahead(paths, size, workers=1, timeout=timeout)
-    rows = zip(range(place, place + total), images, strict=True)
-    while block := list(itertools.islice(rows, _ROWS_PER_BLOCK)):
-        texts = [item if isinstance(item, str) else None for _, (_, item) in block]
-        pixels = [None if isinstance(item, str) else item.tobytes() for _, (_, item) in block]
+    images = Source(paths).read(size, workers=1, timeout=timeout)
+    numbered = zip(range(first, first + total), images, strict=True)
+    while block := list(itertools.islice(numbered, _ROWS_PER_BLOCK)):
+        items = [item for _, item in block]
+        pixels = [None if item.image is None else item.image.tobytes() for item in items]
         yield arrow.table(
             {
-                "index": arrow.array([index for index, _ in block], arrow.int64()),
-                "path": arrow.array([os.fsencode(path) for _, (path, _) in block]),
+                "index": arrow.array([number for number, _ in block], arrow.int64()),
+                "path": arrow.array([os.fsencode(item.path) for item in items]),
                 "image": arrow.array(pixels, arrow.binary()),
-                "error": arrow.array(texts, arrow.string()),
+                "error": arrow.array([item.error for item in items], arrow.string()),
             }
         )

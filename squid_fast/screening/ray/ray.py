@@ -1,17 +1,17 @@
-"""The rows of `screen` from many machines, through Ray Data.
+"""Screening on many machines through Ray Data.
 
-    from squid_fast.screening.ray.ray import gather_table, screen_with_ray
+    from squid_fast.screening.ray import gather_table, screen_with_ray
 
     screen_with_ray("bundle/", ["/archive/**/*.dcm"], "/archive/scores/")
     gather_table("/archive/scores/", "scores.parquet")
 
-Tasks decode images, actors score them, tasks write Parquet files, all at the same time; Ray Data
-holds back whichever is ahead of the others. Every machine needs squid_fast, and has to find the
-images, the bundle and the folder of the results at the same paths: on storage that all share. A
-machine, task or actor that is lost is replaced, and what it was working on is done again. A file
-that cannot be read, hangs its reader or kills it is a row with an error, as in `screen`.
+Tasks decode images, actors score them and tasks write Parquet files, all at the same time; Ray Data
+slows down whichever gets ahead of the others. Every machine needs squid_fast, and must find the
+images, the bundle and the folder of the results at the same paths, on shared storage. A machine,
+task or actor that is lost is replaced, and its work is done again. A file that cannot be read,
+hangs its reader or kills it becomes a row with an error, as in ``screen``.
 
-Who has started no cluster gets one of this machine alone; ``ray.init`` chooses another.
+Without a running cluster, one is started on this machine alone; ``ray.init`` chooses another.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from ...utils.devices import ScoringPrecision
 from ...utils.extras import require
 from ..pipeline import ScreenRow
 from ..reading.files import PathInput, find_files
+from ..reading.source import Source
 from ..results import write_table
 from .images import cut_listing, decode
 from .scorers import ScorerPool
@@ -43,10 +44,10 @@ require("ray.data", "ray")
 
 _FILES = require("pyarrow.fs", "ray").LocalFileSystem()
 
-_SUMMARY = "_summary.json"  # Arrow takes no file for a table whose name begins so
-_FILES_PER_TASK = 4096  # a task starts a reader process, in the time of some hundred small files
+_SUMMARY = "_summary.json"  # Arrow ignores files whose name begins with an underscore
+_FILES_PER_TASK = 4096  # starting its reader process takes as long as some hundred small files
 _ROWS_PER_FILE = 1 << 18  # of the results
-_MEMORY = 1 << 29  # bytes that reading an image of MAX_PIXELS takes
+_MEMORY = 1 << 29  # bytes for reading an image of MAX_PIXELS
 
 
 def screen_with_ray(
@@ -64,29 +65,30 @@ def screen_with_ray(
 ) -> dict[str, Any]:
     """Score every image in ``inputs`` into Parquet files in ``out_folder``.
 
-    The rows are those of `screen`, in any order: the column ``index`` is a row's place in that
-    order, from 0. Paths are text, as in all tables. ``_summary.json`` beside them holds what is
-    returned. Until all rows are there, the folder is called ``out_folder`` + ``.partial``.
+    The rows are those of ``screen`` in any order: the column ``index`` is a row's place in that
+    order, from 0. Paths are text, as in all tables. ``_summary.json`` beside the files holds what
+    is returned. Until all rows are there, the folder is called ``out_folder`` + ``.partial``.
 
     Args:
         bundle: folder of a trained model.
-        inputs: files, folders and globs, see `find_files`; they are listed on this machine.
-        out_folder: is made; it may be there if it is empty.
-        batch_size: images scored at once.
-        scorers: actors that score; by default as many as the cluster has room for now, an eighth
-            of its CPUs being left for decoding. Name a number where the cluster is to grow.
-        cpus_per_scorer: CPUs of each, and its threads.
-        gpus_per_scorer: GPUs of each; by default one if the cluster has any, else none.
-        precision: see `squid_fast.Scorer`; "auto" is decided once, for all scorers.
-        score: the bundle's configured score unless another is named.
+        inputs: files, folders and globs, see ``find_files``; they are listed on this machine.
+        out_folder: folder for the results. It is made, and may exist if it is empty.
+        batch_size: number of images scored at once.
+        scorers: number of actors that score. By default there are as many as the cluster has room
+            for now, with an eighth of its CPUs left for decoding; give a number if the cluster is
+            to grow.
+        cpus_per_scorer: number of CPUs, and of threads, of each scorer.
+        gpus_per_scorer: number of GPUs of each scorer, by default one if the cluster has any.
+        precision: see ``squid_fast.Scorer``; "auto" is decided once for all scorers.
+        score: name of the score, by default the bundle's own.
         timeout: seconds after which a file is given up.
 
     Returns:
-        Numbers of rows: ``count``, ``scored``, ``flagged``, ``errors``; and the scorer's
+        The numbers of rows ``count``, ``scored``, ``flagged`` and ``errors``, and the scorer's
         ``threshold`` and ``score_name``.
 
     Raises:
-        FileExistsError: ``out_folder`` is not empty, or a run has not finished it.
+        FileExistsError: ``out_folder`` is not empty, or holds an unfinished run.
         ValueError: an argument is out of range, or the cluster has no room for a scorer.
         BundleError: ``bundle`` cannot be loaded on the machine of a scorer.
         RuntimeError: rows are missing.
@@ -101,30 +103,31 @@ def screen_with_ray(
     pool = ScorerPool.fit(
         bundle, batch_size, scorers, cpus_per_scorer, gpus_per_scorer, precision, score
     )
-    files = find_files(inputs)
+    source = Source(find_files(inputs))
     # Small runs are cut smaller, so that all CPUs have work.
-    even = len(files) // (4 * pool.scorers)
-    listing = list(cut_listing(files, min(_FILES_PER_TASK, max(batch_size, even))))
+    even = len(source.paths) // (4 * pool.scorers)
+    listing = list(cut_listing(source, min(_FILES_PER_TASK, max(batch_size, even))))
     partial.mkdir(parents=True, exist_ok=True)
     if listing:
         decoded = ray.data.from_arrow(listing).map_batches(
             decode,
             batch_format="pyarrow",
             fn_args=(pool.image_size, timeout, os.getcwd()),
-            # The memory is also what keeps Ray Data from decoding inside the scorers.
+            # Asking for memory also keeps Ray Data from decoding inside the scorers.
             num_cpus=1,
             memory=_MEMORY,
         )
         pool.score(decoded).write_parquet(
             str(partial),
-            filesystem=_FILES,  # without it, some characters in a path have other meanings
+            filesystem=_FILES,  # without it, some characters in a path have a special meaning
             min_rows_per_file=_ROWS_PER_FILE,
             compression="zstd",
         )
     summary = _count(partial) | {"threshold": pool.threshold, "score_name": pool.score_name}
-    wanted = sum(compute.sum(part["rows"]).as_py() for part in listing)
-    if summary["count"] != wanted:
-        raise RuntimeError(f"{str(partial)!r} holds {summary['count']} rows for {wanted} images")
+    if summary["count"] != len(source):
+        raise RuntimeError(
+            f"{str(partial)!r} holds {summary['count']} rows for {len(source)} images"
+        )
     write_json(summary, partial / _SUMMARY)
     os.replace(partial, out)
     return summary
@@ -144,15 +147,17 @@ def score_dataset(
     """Score the images of a dataset, lazily.
 
     Args:
-        dataset: has the columns ``path``, bytes or text; ``image``, the S x S bytes of a uint8
-            image, 255 = 1.0, or null; ``error``, why there is no image, or null.
-        bundle: and all others, see `screen_with_ray`.
+        dataset: a dataset with the columns ``path``, bytes or text; ``image``, the S x S bytes of
+            a uint8 image, 255 = 1.0, or null; ``error``, why there is no image, or null.
+        bundle: folder of a trained model. For the other arguments see ``screen_with_ray``.
 
     Returns:
-        The columns of `COLUMNS`, and those of ``dataset`` that are none of the above.
+        The columns of ``COLUMNS``, and the other columns of ``dataset``.
 
     Raises:
-        ValueError, BundleError: see `screen_with_ray`; an image of another size ends the run.
+        ValueError: an argument is out of range, or the cluster has no room for a scorer; an image
+            of another size raises it when the dataset is read.
+        BundleError: ``bundle`` cannot be loaded on the machine of a scorer.
     """
     pool = ScorerPool.fit(
         bundle, batch_size, scorers, cpus_per_scorer, gpus_per_scorer, precision, score
@@ -161,15 +166,15 @@ def score_dataset(
 
 
 def gather_table(folder: PathInput, path: PathInput) -> None:
-    """Put what `screen_with_ray` left in ``folder`` into one table, in the order of the listing.
+    """Gather the results of ``screen_with_ray`` in one table, in the order of the listing.
 
     Args:
-        folder: of Parquet files.
-        path: the table, see `write_table`.
+        folder: the folder of results.
+        path: the table, see ``write_table``.
 
     Raises:
-        ValueError: the rows of the folder are not those of one whole run.
-        OSError: the folder cannot be read, or the table not be written.
+        ValueError: the rows in the folder are not those of one complete run.
+        OSError: the folder cannot be read, or the table cannot be written.
     """
     folder = Path(folder)
     count = json.loads((folder / _SUMMARY).read_bytes())["count"]

@@ -1,4 +1,4 @@
-"""What scores on a cluster, see `squid_fast.screening.ray.ray`."""
+"""Scoring on a cluster: actors that hold a scorer each."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ...utils.devices import ScoringPrecision
 from ...utils.extras import require
 from ..pipeline import score_batch
 from ..reading.files import PathInput
+from ..reading.worker import Decoded
 from ..results import arrow_batch
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ _IMAGE_COLUMNS = ("path", "image", "error")
 
 @dataclasses.dataclass(frozen=True)
 class ScorerPool:
-    """Scorers of one model: how many, what each needs, and what all have in common."""
+    """The scorers of a run: how many there are, what each needs, and what all have in common."""
 
     bundle: str
     device: str
@@ -53,10 +54,11 @@ class ScorerPool:
         precision: ScoringPrecision,
         score: str | None,
     ) -> ScorerPool:
-        """Fit a pool to the cluster, and load the bundle once where a scorer could run.
+        """Fit a pool to the cluster, and load the bundle once on a machine for a scorer.
 
         Raises:
-            ValueError, BundleError: see `squid_fast.screening.ray.ray.screen_with_ray`.
+            ValueError: an argument is out of range, or the cluster has no room for a scorer.
+            BundleError: the bundle cannot be loaded there.
         """
         at_least_one = {"batch_size": batch_size, "cpus_per_scorer": cpus, "scorers": scorers}
         for name, value in at_least_one.items():
@@ -80,7 +82,7 @@ class ScorerPool:
         return cls(folder, device, batch_size, scorers, cpus, gpus, **facts)
 
     def score(self, dataset: Dataset) -> Dataset:
-        """Rows of scores for rows of images, see `squid_fast.screening.ray.ray.score_dataset`."""
+        """Score rows of images lazily, see ``score_dataset``."""
         return dataset.map_batches(
             _ScorerActor,
             fn_constructor_args=(self,),
@@ -93,7 +95,7 @@ class ScorerPool:
 
 
 def _room(cpus: int, gpus: float) -> int:
-    """How many scorers fit onto the machines of the cluster, with CPUs to spare for decoding."""
+    """Number of scorers that fit onto the cluster and leave CPUs for decoding."""
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     total = sum(machine.get("CPU", 0) for machine in machines)
     room = 0
@@ -121,19 +123,19 @@ class _ScorerActor:
             )
 
     def __call__(self, batch: Table) -> Table:
-        """Put scores in the place of images."""
-        paths, images, errors = (batch[name].to_pylist() for name in _IMAGE_COLUMNS)
-        items = map(self._item, images, errors)
-        rows = score_batch(self._scorer, list(zip(map(os.fsdecode, paths), items, strict=True)))
+        """Replace the columns of images with those of scores."""
+        columns = (batch[name].to_pylist() for name in _IMAGE_COLUMNS)
+        rows = score_batch(self._scorer, list(map(self._item, *columns)))
         table, scored = batch.drop_columns(list(_IMAGE_COLUMNS)), arrow_batch(rows)
         for name, column in zip(scored.schema.names, scored.columns, strict=True):
             table = table.append_column(name, column)
         return table
 
-    def _item(self, image: bytes | None, error: str | None) -> np.ndarray | str:
+    def _item(self, path: bytes | str, image: bytes | None, error: str | None) -> Decoded:
         size = self._scorer.image_size
         if image is None:
-            return error or "there is no image"
+            return Decoded(os.fsdecode(path), None, error or "there is no image")
         if len(image) != size**2:
             raise ValueError(f"an image has {len(image)} bytes; {size} x {size} are needed")
-        return np.frombuffer(image, np.uint8).reshape(size, size)
+        pixels = np.frombuffer(image, np.uint8).reshape(size, size)
+        return Decoded(os.fsdecode(path), pixels)

@@ -1,1 +1,1 @@
-"""From paths to decoded images: listings, reader processes, packed images."""
+"""From paths to decoded images: listings, reader processes and packed images."""

@@ -1,4 +1,4 @@
-"""Which files the names, folders and globs of a command line stand for."""
+"""Find the files that the names, folders and globs of a command line stand for."""
 
 from __future__ import annotations
 
@@ -8,46 +8,59 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 
-from ...data import IMAGE_SUFFIXES
+from ...data.pixels import ImageReadError
+from ...data.readers import IMAGE_SUFFIXES
 
 PathInput = str | os.PathLike[str]
 
-SHARD_SUFFIX = ".arrow"
-"""Of files that hold packed images, see `squid_fast.screening.reading.shards`."""
+PACKED_SUFFIX = ".arrow"
+"""Suffix of files that hold packed images, see ``squid_fast.screening.reading.packing``."""
 
-_WANTED_SUFFIXES = (*IMAGE_SUFFIXES, SHARD_SUFFIX)
+_WANTED_SUFFIXES = (*IMAGE_SUFFIXES, PACKED_SUFFIX)
 _LISTED = f"{os.sep}.{os.sep}.{os.sep}"
 
 
 def find_files(inputs: PathInput | Iterable[PathInput]) -> list[str]:
     """List the files that ``inputs`` name, each once, in the order given.
 
-    - A file is kept as it is named, whatever its suffix, whether it exists or not.
-    - A folder is walked. It gives its image files and shards (by suffix) and files without a
-      suffix, as DICOM files often are, sorted by path. A folder that gives none is kept itself,
-      and so is one inside it that is named like an image and holds no file, or that cannot be
-      listed.
-    - A glob gives what it matches, sorted; ``**`` matches any number of folders. Matched folders
-      are walked. A glob without a match is kept itself.
+    - A file is kept as it is named, whatever its suffix and whether it exists or not.
+    - A folder is searched with all folders in it. It gives its images and packed images, known by
+      their suffix, and files without a suffix, as DICOM files often are, sorted by path. A folder
+      that gives no file is kept itself. So is a folder in it that cannot be listed, or that is
+      named like an image and holds no file.
+    - A glob gives what it matches, sorted; ``**`` matches any number of folders. Folders that it
+      matches are searched. A glob without a match is kept itself.
 
-    What is kept and is no readable file gets a row with an error from `screen`. Hidden files and
-    folders are left out unless named. Links to folders are followed, each folder being walked
-    once, so that loops end.
+    Whatever is kept and cannot be read gets a row with an error from ``screen``. Hidden files and
+    folders are left out unless they are named. Links to folders are followed, and each folder is
+    searched once, so that loops end.
+
+    >>> for name in ("b.png", "a.dcm", "notes.txt"):
+    ...     open(name, "w").close()
+    >>> find_files([".", "missing.png", "b.png"])
+    ['./a.dcm', './b.png', 'missing.png']
+    >>> find_files("*.png")
+    ['b.png']
     """
-    given = [inputs] if isinstance(inputs, str | os.PathLike) else inputs
     found: dict[str, str] = {}
-    for item in given:
-        for path in _expand(os.fspath(item)):
+    for name in as_paths(inputs):
+        for path in _expand(name):
             found.setdefault(os.path.abspath(path), path)
     return list(found.values())
 
 
-def listed_file(name: str, root: str) -> str:
-    """The path that `find_files` takes for a name in a list: a file inside of ``root``.
+def as_paths(inputs: PathInput | Iterable[PathInput]) -> list[str]:
+    """Inputs as a list of strings, whether one path was given or several."""
+    given = [inputs] if isinstance(inputs, str | os.PathLike) else inputs
+    return [os.fspath(item) for item in given]
 
-    A name that leads out of ``root``, through ``..``, absolutely or by a link, that is a folder,
-    or that is missing and looks like a pattern gets a path that `find_files` keeps as it is and
-    that `explain_no_file` explains: ``ROOT/././NAME``.
+
+def listed_file(name: str, root: str) -> str:
+    """Turn a name in a list into a path for ``find_files``: a file inside ``root``.
+
+    Some names stand for no such file: one that leads out of ``root`` through ``..``, as an absolute
+    path or by a link, a folder, and a missing file whose name looks like a pattern. They become
+    ``ROOT/././NAME``, which ``find_files`` keeps as it is and ``check_is_file`` refuses.
     """
     name = os.path.normpath(name)
     path = os.path.join(root, name)
@@ -59,28 +72,38 @@ def listed_file(name: str, root: str) -> str:
     return f"{root or os.curdir}{_LISTED}{name}"
 
 
-def explain_no_file(path: str) -> str | None:
-    """Why a path that `find_files` kept stands for no file, in a sentence, or None."""
+def check_is_file(path: str) -> None:
+    """Refuse a path that ``find_files`` kept though it stands for no file.
+
+    Raises:
+        ImageReadError: the path is a folder, a pattern without a match, or a name in a list that
+            leads out of its folder.
+    """
     root, listed, _ = path.rpartition(_LISTED)
     if listed:
+        where = repr(os.path.abspath(path))
         if not _lies_inside(path, root):
-            return f"{os.path.abspath(path)!r}, named in a list, lies outside of {root!r}"
+            raise ImageReadError(
+                "{path}, named in a list, lies outside of {root}", path=where, root=repr(root)
+            )
         if os.path.isdir(path):
-            return f"{os.path.abspath(path)!r} is a directory; a list names files"
-        return None
-    if os.path.isdir(path):
+            raise ImageReadError("{path} is a directory; a list names files", path=where)
+    elif os.path.isdir(path):
         try:
             os.scandir(path).close()
         except OSError as error:
-            return f"{path!r} is a directory that cannot be listed: {error.strerror}"
-        return f"{path!r} is a directory without image files"
-    if glob.has_magic(path) and not os.path.lexists(path):
-        return f"no file matches the pattern {path!r}"
-    return None
+            raise ImageReadError(
+                "{path} is a directory that cannot be listed: {reason}",
+                path=repr(path),
+                reason=error.strerror,
+            ) from error
+        raise ImageReadError("{path} is a directory without image files", path=repr(path))
+    elif glob.has_magic(path) and not os.path.lexists(path):
+        raise ImageReadError("no file matches the pattern {path}", path=repr(path))
 
 
 def _lies_inside(path: str, root: str) -> bool:
-    """Whether a path leads to a place below ``root``, links being followed; "" is here."""
+    """Whether a path, with links resolved, lies in ``root``; "" is the current folder."""
     real_root = os.path.realpath(root)
     return os.path.commonpath([real_root, os.path.realpath(path)]) == real_root
 
@@ -99,7 +122,7 @@ def _expand(path: str) -> list[str]:
 
 
 def _files_in(folder: str) -> list[str]:
-    """Paths below ``folder`` that deserve a row, sorted; see `find_files`."""
+    """Paths in ``folder`` that get a row, sorted; see ``find_files``."""
     found = []
     for path, kind in _walk(folder):
         name = os.path.basename(path).lower()
@@ -118,10 +141,10 @@ def _files_in(folder: str) -> list[str]:
 
 
 def _walk(root: str) -> Iterator[tuple[str, str]]:
-    """Yield what lies below ``root``, and itself, as (path, "file", "folder" or "unlisted").
+    """Yield ``root`` and all that lies in it, as (path, "file", "folder" or "unlisted").
 
-    Hidden entries are left out. Links to folders come after all real folders and are followed
-    where they lead to a folder not yet walked that does not hold ``root``.
+    Hidden entries are left out. Links to folders come after all real folders. They are followed if
+    they lead to a folder that was not searched yet and does not hold ``root``.
     """
     seen = set()
     above = real_root = os.path.realpath(root)
@@ -160,12 +183,12 @@ def _walk(root: str) -> Iterator[tuple[str, str]]:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link that leads nowhere or in a circle; reading it gives the error
+    except OSError:  # a link to nothing or to itself; reading it gives the error
         return False
 
 
 def _glob(pattern: str) -> list[str]:
-    """What a pattern matches, sorted. Unlike `glob.glob`, ``**`` ends on looping links."""
+    """List what a pattern matches, sorted. Unlike in ``glob.glob``, ``**`` survives link loops."""
     parts = pattern.replace(os.sep, "/").split("/")
     if "**" not in parts:
         return sorted(glob.glob(pattern))

@@ -1,4 +1,4 @@
-"""Lists of files: names in a text file, as ``find`` prints them, or in a table."""
+"""Lists of files: names in a text file, as ``find`` prints them, or in a CSV table."""
 
 from __future__ import annotations
 
@@ -7,32 +7,39 @@ import io
 import os
 import sys
 
+from ...utils.text import column_names
 from .files import PathInput, listed_file
 
 _COLUMN = "image_path"
 
 
 def read_list(path: PathInput, root: PathInput | None = None) -> list[str]:
-    """Read the files that a list names, in its order, as inputs for `screen` and `pack`.
+    r"""Read the files that a list names, in its order, as inputs for ``screen`` and ``pack``.
 
-    - A list is text with one name in each line, or with names that end in NUL, as
-      ``find -print0`` writes them; ``-`` is standard input. Blank lines are left out. Bytes that
-      are not UTF-8 are kept as surrogates.
-    - A name ending in ``.csv`` is a table, whose column ``image_path`` is read.
+    - A list is text with one name in each line, or with a NUL after each name, as ``find -print0``
+      writes it; ``-`` is standard input. Blank lines are left out. Bytes that are not UTF-8 are
+      kept as surrogates.
+    - A list whose name ends in ``.csv`` is a table, and its column ``image_path`` is read.
 
-    A name stands for one file, so no folder is walked and no pattern expanded. It is relative to
-    ``root`` and may not lead out of it, through ``..``, as an absolute path or by a symbolic
-    link; names are checked when the list is read. One that does is not read and gets a row with
-    an error from `screen`, as do folders and missing files.
+    A name stands for one file: no folder is searched and no pattern is expanded. It is relative to
+    ``root`` and may not lead out of it through ``..``, as an absolute path or by a symbolic link,
+    which is checked when the list is read. A name that does is not read and gets a row with an
+    error from ``screen``, as folders and missing files do.
 
     Args:
         path: the list.
-        root: folder that holds the files; by default the list's own, or the current one for
-            standard input.
+        root: folder that holds the files, by default the folder of the list, or the current
+            folder for standard input.
 
     Raises:
         OSError: the list cannot be read.
-        ValueError: a table lacks the column ``image_path``, a row of it has none, or it is no CSV.
+        ValueError: a table has no column ``image_path``, a row has no value in it, or the table is
+            not CSV.
+
+    >>> with open("night.txt", "w") as file:
+    ...     _ = file.write("a.png\nward 3/b.dcm\n")
+    >>> read_list("night.txt", root="archive")
+    ['archive/a.png', 'archive/ward 3/b.dcm']
     """
     path = os.fspath(path)
     if root is None:
@@ -60,7 +67,7 @@ def _column(text: str, origin: str) -> list[str]:
     lines = csv.reader(io.StringIO(text, newline=""))
     names = []
     try:
-        header = [name.strip().lower() for name in next(lines, [])]
+        header = column_names(lines)
         if _COLUMN not in header:
             raise ValueError(
                 f"{origin} lacks the column {_COLUMN}; it has {', '.join(header) or 'none'}"

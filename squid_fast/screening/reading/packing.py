@@ -1,35 +1,85 @@
-"""Decode files once and keep their images as shards."""
+"""Packed images: decoded once and kept in Arrow files, so that they need not be decoded again.
+
+A *shard* is a file in Arrow's IPC file format with one row for each image: ``path``, the bytes of
+its name; ``image``, its pixels; ``error``, why there are none. Any tool that reads Arrow can open
+it. The kinds of the errors stand in the custom metadata of the record batches.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from ...data.pixels import ImageReadError
 from ...utils.atomic import replacing
 from ...utils.extras import require
-from ...utils.text import utf8_text
-from .files import SHARD_SUFFIX, PathInput, find_files
-from .pool import TIMEOUT, Decoded, read_ahead
-from .shards import ShardHeader, is_shard, open_shard
+from ...utils.text import one_line, utf8_text
+from .files import PACKED_SUFFIX, PathInput, check_is_file, find_files
+from .pool import TIMEOUT, read_ahead
+from .worker import Decoded
 
+_FORMAT = 1
+_MARK = b"squid_fast_shard"  # key of the format's version in the schema's metadata
+_KINDS = b"error_kinds"  # key of a JSON list in the metadata of a record batch
+_ARROW_MAGIC = b"ARROW1\0\0"
 _BATCH_BYTES = 1 << 24  # of pixels in a record batch: 1,024 images of 128 x 128
 _ROWS_PER_REPORT = 64
 
 
 @dataclass(frozen=True)
-class Packed:
-    """What `pack` left in its folder.
+class ShardHeader:
+    """The metadata of a shard's schema, all of it known before the first row is written.
 
     Attributes:
-        files: rows in all shards.
-        errors: those of them that hold an error and no image.
+        image_size: side S of the images, uint8 [S, S].
+        listing_sha256: hash of the names of all files that were packed into these shards.
+        rows_per_shard: number of rows in every shard but the last.
+        first_row: place of the shard's first row in the listing.
+        rows: number of rows in this shard.
+    """
+
+    image_size: int
+    listing_sha256: str
+    rows_per_shard: int
+    first_row: int
+    rows: int
+
+    def schema(self) -> Any:
+        """Make the shard's Arrow schema, with all this in its metadata."""
+        arrow = require("pyarrow", "screen")
+        return arrow.schema(
+            [
+                # Bytes, since names of files need not be UTF-8.
+                ("path", arrow.binary()),
+                ("image", arrow.binary(self.image_size**2)),
+                ("error", arrow.string()),
+            ],
+            {_MARK: str(_FORMAT)} | {name: str(value) for name, value in asdict(self).items()},
+        )
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Result of ``pack``.
+
+    Attributes:
+        files: number of rows in all shards, one for each file.
+        errors: number of rows that hold an error and no image.
         shards: number of shards.
         bytes: size of all shards.
+
+    >>> packed = Packed(files=1000, errors=2, shards=1, bytes=16_800_000)
+    >>> packed.files - packed.errors
+    998
     """
 
     files: int
@@ -51,25 +101,31 @@ def pack(
 ) -> Packed:
     """Decode every image in ``inputs`` and write them to ``shard-00000.arrow`` and so on.
 
-    Images are uint8 [size, size], 255 = 1.0, in the order of `find_files`; a file that cannot be
-    read becomes a row with an error. A shard has its name only once it is whole, so that whatever
-    ends a run leaves whole shards. Shards that lie in ``out_folder`` are not packed themselves.
+    Images are uint8 [size, size], 255 = 1.0, in the order of ``find_files``; a file that cannot be
+    read becomes a row with an error. A shard gets its name once it is complete, so that a run that
+    is stopped leaves only complete shards. Shards already in ``out_folder`` are not packed again.
 
     Args:
-        inputs: files, folders and globs, see `find_files`.
-        out_folder: is made if it is missing.
+        inputs: files, folders and globs, see ``find_files``.
+        out_folder: folder for the shards, made if it is missing.
         size: side of the images in pixels, that of the model that will screen them.
-        rows_per_shard: images in each shard, fewer in the last.
-        workers, timeout: see `read_ahead`.
-        resume: go on in a folder that holds some shards of the same files.
+        rows_per_shard: number of images in each shard; the last may have fewer.
+        workers: number of processes that decode, by default one for each core and at most 16.
+        timeout: seconds after which a file is given up.
+        resume: continue in a folder that holds some shards of the same files.
         on_progress: called as ``on_progress(rows_done, rows_in_total)``.
 
     Raises:
         ValueError: a number is out of range, or ``resume`` finds shards of other files or of
             another size.
-        FileExistsError: ``out_folder`` holds shards already, without ``resume``.
+        FileExistsError: ``out_folder`` holds shards already, and ``resume`` is not set.
         ImportError: pyarrow is not installed.
         OSError: a shard cannot be written.
+
+    >>> np.save("scan.npy", np.zeros((40, 30), dtype=np.uint8))
+    >>> packed = pack(["scan.npy", "missing.png"], "packed", size=32, workers=0)
+    >>> packed.files, packed.errors, os.listdir("packed")
+    (2, 1, ['shard-00000.arrow'])
     """
     for name, value in (("size", size), ("rows_per_shard", rows_per_shard)):
         if value < 1:
@@ -104,10 +160,10 @@ def pack(
 def _plan(
     files: list[str], folder: Path, size: int, rows_per_shard: int
 ) -> dict[Path, ShardHeader]:
-    """The shards that hold ``files``, with their heads."""
+    """Plan the shards that are to hold ``files``, with their headers."""
     listing = hashlib.sha256(b"".join(os.fsencode(path) + b"\0" for path in files)).hexdigest()
     return {
-        folder / f"shard-{number:05d}{SHARD_SUFFIX}": ShardHeader(
+        folder / f"shard-{number:05d}{PACKED_SUFFIX}": ShardHeader(
             size, listing, rows_per_shard, first, min(rows_per_shard, len(files) - first)
         )
         for number, first in enumerate(range(0, len(files), rows_per_shard))
@@ -117,11 +173,11 @@ def _plan(
 def _errors_of_present(
     plan: dict[Path, ShardHeader], folder: Path, resume: bool
 ) -> dict[Path, int]:
-    """The whole shards that are in ``folder`` already, with the number of errors in each."""
-    present = sorted(folder.glob(f"shard-*{SHARD_SUFFIX}"))
+    """Find the complete shards in ``folder``, with the number of errors in each."""
+    present = sorted(folder.glob(f"shard-*{PACKED_SUFFIX}"))
     if present and not resume:
         raise FileExistsError(
-            f"{folder} holds shards already; go on with them by resuming, or name another folder"
+            f"{folder} holds shards already; resume to continue with them, or name another folder"
         )
     errors = {}
     for path in present:
@@ -144,7 +200,7 @@ def _difference(path: Path, there: ShardHeader, planned: ShardHeader | None) -> 
 
 
 def _count_errors(path: Path) -> int | None:
-    """How many rows of a shard are errors; None if it is not whole, which its end tells."""
+    """Count the rows of a shard that are errors; None if it is cut off, as its end shows."""
     arrow = require("pyarrow", "screen")
     try:
         with open(path, "rb") as file:
@@ -167,7 +223,7 @@ def _reporting(
 
 
 def _write_shard(path: Path, header: ShardHeader, rows: Iterator[Decoded]) -> int:
-    """Write the next ``header.rows`` of ``rows``; the number of errors among them."""
+    """Write the next ``header.rows`` of ``rows``; returns the number of errors among them."""
     arrow = require("pyarrow", "screen")
     schema = header.schema()
     rows = itertools.islice(rows, header.rows)
@@ -175,20 +231,177 @@ def _write_shard(path: Path, header: ShardHeader, rows: Iterator[Decoded]) -> in
     written = errors = 0
     with replacing(path) as file, arrow.ipc.new_file(file, schema) as writer:
         while batch := list(itertools.islice(rows, per_batch)):
-            texts = [utf8_text(item) if isinstance(item, str) else None for _, item in batch]
-            images = [None if isinstance(item, str) else item.tobytes() for _, item in batch]
-            paths = [os.fsencode(name) for name, _ in batch]
+            paths = [os.fsencode(item.path) for item in batch]
+            images = [None if item.image is None else item.image.tobytes() for item in batch]
+            texts = [None if item.error is None else utf8_text(item.error) for item in batch]
+            kinds = [item.error_kind for item in batch if item.error is not None]
+            columns = zip((paths, images, texts), schema, strict=True)
+            arrays = [arrow.array(column, field.type) for column, field in columns]
             writer.write_batch(
-                arrow.record_batch(
-                    [
-                        arrow.array(column, field.type)
-                        for column, field in zip((paths, images, texts), schema, strict=True)
-                    ],
-                    schema=schema,
-                )
+                arrow.record_batch(arrays, schema=schema),
+                custom_metadata={_KINDS: json.dumps(kinds)} if kinds else None,
             )
             written += len(batch)
-            errors += len(batch) - texts.count(None)
+            errors += len(kinds)
         if written != header.rows:
             raise RuntimeError(f"{written} images were read for the {header.rows} of {path}")
     return errors
+
+
+def is_shard(path: str) -> bool:
+    """Whether a file is read as a shard: its name ends in ``.arrow``."""
+    return path.lower().endswith(PACKED_SUFFIX)
+
+
+def count_rows(path: str) -> int:
+    """Number of rows that ``read_shard`` gives: as the header says, or one without a header.
+
+    Raises:
+        ImportError: pyarrow is not installed.
+    """
+    try:
+        with open_shard(path) as (header, _):
+            return header.rows
+    except ImageReadError:
+        return 1
+
+
+def read_shard(path: str, size: int) -> Iterator[Decoded]:
+    """Yield the rows of a shard: for each packed file its image, or why there is none.
+
+    Images are read-only views of the record batch that was read: uint8 [size, size], 255 = 1.0.
+    The number of rows is always that of ``count_rows``. A file that is not a shard gives one row
+    with an error, under its own path. If a shard breaks off, the remaining rows are errors, named
+    ``shard-00000.arrow#4096`` by their number in the shard. Images of another size than ``size``
+    are errors.
+
+    Raises:
+        ImportError: pyarrow is not installed.
+    """
+    try:
+        with open_shard(path) as (header, batches):
+            done, problem = 0, ""
+            while done < header.rows and not problem:
+                try:
+                    batch, metadata = batches.read_next_batch_with_custom_metadata()
+                    rows = _rows(batch, metadata or {}, header, path, size)
+                except StopIteration:
+                    problem = "the file ends there"
+                except Exception as error:
+                    problem = f"{type(error).__name__}: {error}"
+                else:
+                    yield from rows[: header.rows - done]
+                    done += len(rows)
+            if problem:
+                damaged = ImageReadError(
+                    "{path} is damaged from row {row} on: {problem}",
+                    path=repr(path),
+                    row=done,
+                    problem=problem,
+                )
+                for row in range(done, header.rows):
+                    yield Decoded.failed(f"{path}#{row}", damaged)
+    except ImageReadError as error:
+        yield Decoded.failed(path, error)
+
+
+@contextmanager
+def open_shard(path: str) -> Iterator[tuple[ShardHeader, Any]]:
+    """Open a shard: its header, and a reader of its record batches.
+
+    The file is read as a stream, which the file format holds between its magic bytes and its
+    footer: so the rows of a file that was cut off are read up to the cut. A memory map would spare
+    a copy, but the process would be killed (SIGBUS) if the file became shorter meanwhile.
+
+    Raises:
+        ImageReadError: the file is not a shard that can be read.
+        ImportError: pyarrow is not installed.
+    """
+    arrow = require("pyarrow", "screen")
+    check_is_file(path)
+    if not os.path.isfile(path):
+        what = "is no regular file" if os.path.exists(path) else "does not exist"
+        raise _shard_error(f"{what}; a shard that squid-fast pack wrote is needed", path)
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(open(path, "rb"))
+            magic = file.read(len(_ARROW_MAGIC))
+            if magic != _ARROW_MAGIC:
+                raise _shard_error("is no Arrow file; it begins with {magic}", path, magic=magic)
+            reader = stack.enter_context(arrow.ipc.open_stream(file))
+            header = _header(path, reader.schema)
+        except ImageReadError:
+            raise
+        except Exception as error:  # Arrow raises many kinds on damaged files
+            name = type(error).__name__
+            raise _shard_error(
+                f"cannot be read as a shard: {name}: {{error}}", path, error=one_line(str(error))
+            ) from error
+        yield header, reader
+
+
+def _header(path: str, schema: Any) -> ShardHeader:
+    metadata = schema.metadata or {}
+    if _MARK not in metadata:
+        raise _shard_error(
+            "is an Arrow file that squid-fast pack did not write; it has the columns {columns}",
+            path,
+            columns=", ".join(schema.names) or "none",
+        )
+    if metadata[_MARK] != str(_FORMAT).encode():
+        raise _shard_error(
+            f"is a shard of format {{format}}; this version of squid_fast reads format {_FORMAT}",
+            path,
+            format=metadata[_MARK].decode(errors="replace"),
+        )
+    try:
+        header = ShardHeader(
+            image_size=int(metadata[b"image_size"]),
+            listing_sha256=metadata[b"listing_sha256"].decode("ascii"),
+            rows_per_shard=int(metadata[b"rows_per_shard"]),
+            first_row=int(metadata[b"first_row"]),
+            rows=int(metadata[b"rows"]),
+        )
+        if min(header.image_size, header.rows) < 1 or not schema.equals(
+            header.schema(), check_metadata=True
+        ):
+            raise ValueError("its columns do not fit its image size")
+    except (KeyError, ValueError) as error:
+        raise _shard_error(
+            "has a damaged head: {error}", path, error=one_line(f"{type(error).__name__}: {error}")
+        ) from error
+    return header
+
+
+def _shard_error(problem: str, path: str, **details: object) -> ImageReadError:
+    return ImageReadError(f"{{path}} {problem}", path=repr(path), **details)
+
+
+def _rows(
+    batch: Any, metadata: Mapping[bytes, bytes], header: ShardHeader, path: str, size: int
+) -> list[Decoded]:
+    """Read the rows of a record batch; images are views of its memory."""
+    batch.validate(full=True)
+    names, pixels, errors = batch.columns
+    side = header.image_size
+    if not pixels.is_null().equals(errors.is_valid()):
+        raise ValueError("a row has to hold an image or an error")
+    kinds = iter([str(kind) for kind in json.loads(metadata.get(_KINDS, b"[]"))])
+    other_size = ImageReadError(
+        f"packed in {{shard}} at {side}x{side}, and {size}x{size} is needed; pack it anew",
+        shard=repr(path),
+    )
+    images = None
+    if side == size and errors.null_count:
+        images = np.frombuffer(pixels.buffers()[1], np.uint8, len(batch) * side**2)
+        images = images.reshape(-1, side, side)
+    rows = []
+    for row, (name, error) in enumerate(zip(names.to_pylist(), errors.to_pylist(), strict=True)):
+        packed_path = os.fsdecode(name)
+        if error is not None:
+            rows.append(Decoded(packed_path, None, error, next(kinds, None)))
+        elif images is None:
+            rows.append(Decoded.failed(packed_path, other_size))
+        else:
+            rows.append(Decoded(packed_path, images[row]))
+    return rows

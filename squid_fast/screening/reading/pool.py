@@ -1,12 +1,12 @@
-"""Files decoded ahead of their use, by processes that may crash, hang or be killed.
+"""A pool of reader processes that decode files ahead of their use.
 
-A process that dies or hangs is replaced, and only the file that it was at gets an error in place of
-its image. The pools of the standard library cannot do this: they lose all pending work when a
-process dies, cannot end one that hangs, and import the caller's ``__main__`` anew in each, which
-breaks scripts without a ``__main__`` guard.
+A process that dies or hangs is replaced, and only the file that it was decoding gets an error in
+place of its image. The pools of the standard library cannot do this: they lose all pending work
+when a process dies, cannot end one that hangs, and import the caller's ``__main__`` again in each,
+which breaks scripts without a ``__main__`` guard.
 
-Reader processes need POSIX. Elsewhere, and with ``workers=0``, this process decodes by itself and
-has to live with what files do to it.
+Reader processes need POSIX. Elsewhere, and with ``workers=0``, files are decoded in this process,
+which then is not protected from a file that crashes or hangs its decoder.
 """
 
 from __future__ import annotations
@@ -18,16 +18,11 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterable
 
-import numpy as np
-import numpy.typing as npt
-
-from .worker import MAX_FILES, File, Reader, load_or_explain, map_images, shared_memory
-
-Decoded = tuple[str, npt.NDArray[np.uint8] | str]
-"""A path, and its image, uint8 [S, S] with 255 = 1.0, or in a sentence why there is none."""
+from ...data.pixels import ImageReadError
+from .worker import MAX_FILES, Decoded, File, Reader, decode, map_images, shared_memory
 
 TIMEOUT = 60.0
-"""Seconds that decoding one file may take, unless told otherwise."""
+"""Seconds that decoding one file may take by default."""
 
 _MAX_TIMEOUT = 1e6
 _MAX_FAILED_STARTS = 3  # in a row
@@ -41,15 +36,17 @@ def read_ahead(
     look_ahead: int | None = None,
     timeout: float = TIMEOUT,
 ) -> Generator[Decoded, None, None]:
-    """Yield each path with its image or its error, in order, while the next are being decoded.
+    """Yield the image or error of each file, in order, while the next files are being decoded.
 
     Closing the iterator ends the processes.
 
     Args:
-        paths: files; they are taken from the iterable as far as is read ahead.
+        paths: files, which are taken from the iterable as reading goes on.
         size: side of the images in pixels.
-        workers: processes; by default one for each core, 16 at most. 0 decodes in this one.
-        look_ahead: files under way at most; memory is taken for as many images.
+        workers: number of processes, by default one for each core and at most 16. With 0, files
+            are decoded in this process.
+        look_ahead: largest number of files that are being decoded or wait for their use; so many
+            images are held in memory.
         timeout: seconds after which a file is given up.
 
     Raises:
@@ -69,7 +66,7 @@ def read_ahead(
 
 
 def check_reading(workers: int | None, timeout: float) -> int:
-    """How many processes ``workers`` asks for.
+    """Check arguments of ``read_ahead``; returns the number of processes.
 
     Raises:
         ValueError: ``workers`` or ``timeout`` is out of range; on a system without POSIX,
@@ -89,7 +86,7 @@ def check_reading(workers: int | None, timeout: float) -> int:
 
 def _read_here(paths: Iterable[str], size: int) -> Generator[Decoded, None, None]:
     for path in paths:
-        yield path, load_or_explain(path, size)
+        yield decode(path, size)
 
 
 def _read_in_processes(
@@ -105,9 +102,9 @@ def _read_in_processes(
 
 
 class _Pool:
-    """The readers, and the files under way.
+    """Readers, and the files that were added and not yet taken.
 
-    A file waits, or is with one reader, until it is done. It keeps its place in the shared memory
+    A file waits or is with one reader until it is done. It keeps its place in the shared memory
     until it is taken.
     """
 
@@ -145,7 +142,7 @@ class _Pool:
         return not self._under_way
 
     def add(self, path: str) -> None:
-        """Put a file behind the others under way."""
+        """Add a file behind the others."""
         file = File(path, self._free_places.pop())
         self._under_way.append(file)
         if not file.done:
@@ -155,17 +152,17 @@ class _Pool:
             self._hand_out()
 
     def take(self) -> Decoded:
-        """Wait for the first file under way."""
+        """Wait for the first of the files, and take it out."""
         file = self._under_way[0]
         while not file.done:
             self._hand_out()
             self._wait()
         self._under_way.popleft()
         self._free_places.append(file.place)
-        return file.path, file.error or self._images[file.place].copy()
+        return file.failed or Decoded(file.path, self._images[file.place].copy())
 
     def _hand_out(self) -> None:
-        """Give the files that wait to the readers that have least to do."""
+        """Give the files that wait to the readers with the fewest files."""
         unfinished = len(self._waiting) + sum(len(reader.files) for reader in self._readers)
         while len(self._readers) < min(self._workers, unfinished):
             self._start()
@@ -177,7 +174,7 @@ class _Pool:
             count = self._at_once
             if len(self._waiting) < count:
                 if len(reader.files) >= count:
-                    return  # they have enough to do until more files wait
+                    return  # the readers have enough to do until more files wait
                 count = math.ceil(len(self._waiting) / self._workers)
             reader.give([self._waiting.popleft() for _ in range(count)])
 
@@ -188,10 +185,10 @@ class _Pool:
         return reader
 
     def _wait(self) -> None:
-        """Wait for an answer, and give up readers that have been waited for long enough.
+        """Wait for an answer, and kill readers that have taken too long.
 
-        Only the time spent here counts, so that no file is given up because this process was busy
-        or stopped from the terminal.
+        Only the time spent here counts: a file is not given up because this process was busy or
+        was stopped from the terminal.
         """
         busy = [reader for reader in self._readers if reader.files]
         seconds = max(0.0, min([_TICK, *(reader.patience for reader in busy)]))
@@ -207,7 +204,7 @@ class _Pool:
                 self._lose(reader, hangs=True)
 
     def _receive(self, seconds: float) -> list[Reader]:
-        """Take the answers that are there, waiting for the first; the readers that had any."""
+        """Wait for answers and take them; returns the readers that gave any."""
         ready: list[Reader] = [key.data for key, _ in self._selector.select(seconds)]
         for reader in ready:
             if reader.answer():
@@ -217,7 +214,7 @@ class _Pool:
         return ready
 
     def _lose(self, reader: Reader, hangs: bool = False) -> None:
-        """Do without a reader that has died or hangs; its files go to others."""
+        """Remove a reader that has died or hangs; its files go to others."""
         self._readers.remove(reader)
         self._selector.unregister(reader.answers)
         reason = reader.end()
@@ -225,25 +222,27 @@ class _Pool:
             self._failed_starts += 1
             if self._failed_starts == _MAX_FAILED_STARTS:
                 raise RuntimeError(
-                    f"the processes that decode images end before they begin ({reason}), for "
-                    "reasons that stand above; workers=0 decodes without them"
+                    f"the processes that decode images end before they begin ({reason}); what they "
+                    "printed above says why. workers=0 decodes without them"
                 )
         elif reader.files:
             self._blame(reader.files.popleft(), reason, hangs)
         self._waiting.extendleft(reversed(reader.files))
 
     def _blame(self, file: File, reason: str, hangs: bool) -> None:
-        """Give up the file that a lost reader was at, or try it once more."""
+        """Give up the file that a lost reader was decoding, or try it once more."""
         if hangs:
-            _, _, _, timeout = self._reader_arguments
-            file.finish(f"{file.path} was not decoded within {timeout:g} s")
+            *_, timeout = self._reader_arguments
+            problem = f"{{path}} was not decoded within {timeout:g} s"
         elif file.suspect:
-            file.finish(f"{file.path} kills the process that decodes it, twice now ({reason})")
+            problem = f"{{path}} kills the process that decodes it, twice now ({reason})"
         else:
-            # It need not be this file's fault, as when memory has run out. So that it is known,
-            # the file gets a process to itself.
+            # The file need not be the cause, for example if memory has run out. To find out, it
+            # gets a process to itself.
             file.suspect = True
             self._start().give([file])
+            return
+        file.finish(Decoded.failed(file.path, ImageReadError(problem, path=file.path)))
 
 
 def _available_cores() -> int:

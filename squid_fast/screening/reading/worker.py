@@ -1,12 +1,13 @@
-"""A process that decodes files, seen from both sides.
+"""Reader processes: both ends of a process that decodes files.
 
 Among a hundred thousand files there are some that crash a decoder, keep it busy for ever or make it
-take all the memory there is. A `Reader` is a process that this may happen to.
+take all the memory there is. A ``Reader`` is a process to which this may happen.
 
-It is sent places and paths through its standard input, decodes one file after the other into memory
-that it shares with the process that started it, since a pipe would hold but a few images while that
-one is busy, and prints a line for each: why there is no image, or nothing. So it is always known
-which file it is at. It imports no torch, so that it starts in a moment and is small.
+It receives places and paths through its standard input, and decodes one file after the other into
+memory that it shares with the process that started it: a pipe would hold only a few images while
+that process is busy. For each file it prints one line, which is empty if there is an image, and
+else holds the error and its kind. So it is always known which file it is working on. It does not
+import torch, so that it starts quickly and stays small.
 """
 
 from __future__ import annotations
@@ -20,56 +21,83 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from ...data.pixels import ImageReadError
 from ...data.readers import load_bytes
-from .files import explain_no_file
+from ...utils.text import one_line
+from .files import check_is_file
 
 MAX_FILES = 8
-"""That a reader is given at once."""
+"""Number of files that a reader is given at once."""
 
 _MAX_PATH = 4096  # bytes
-_MAX_UNREAD = 16384  # bytes; with MAX_FILES long paths more they still fit into a pipe
+_MAX_UNREAD = 16384  # bytes; together with MAX_FILES long paths, this still fits into a pipe
 _MAX_MEMORY = 4 << 30  # bytes of address space
 _MAX_TEXT = 10_000  # characters of an error
-_START_SECONDS = 60.0  # that a process may take to start
+_START_SECONDS = 60.0  # time that a process may take to start
 _END_SECONDS = 5.0
 
-# Not `-m` nor the name of a file, which would put the working directory or this folder in front of
-# the search path: a file there that is named like a library would be run.
+# Neither ``-m`` nor the name of a file: they put the working directory or this folder first on the
+# search path, and a file there that is named like a library would be run.
 _PROGRAM = """
 import sys
-sys.path[:] = sys.argv[6:]  # before anything that is found by it is imported
+sys.path[:] = sys.argv[6:]  # before the first import that needs it
 import signal
-signal.signal(signal.SIGINT, signal.SIG_IGN)  # what Ctrl-C ends is for the other side to say
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C ends
 from squid_fast.screening.reading.worker import serve
 serve(*map(int, sys.argv[1:5]), float(sys.argv[5]))
 """
 
 
-def load_or_explain(path: str, size: int) -> npt.NDArray[np.uint8] | str:
-    """Read an image as uint8 [size, size], 255 = 1.0, or say in a sentence why it cannot be."""
+class Decoded(NamedTuple):
+    """One file that was read: its image, or why there is none.
+
+    Attributes:
+        path: name of the file.
+        image: uint8 [S, S] with 255 = 1.0, or None.
+        error: why there is no image, in one sentence, or None.
+        error_kind: the error without what is particular to the file, as ``ImageReadError.kind``;
+            None where it is not known.
+    """
+
+    path: str
+    image: npt.NDArray[np.uint8] | None
+    error: str | None = None
+    error_kind: str | None = None
+
+    @classmethod
+    def failed(cls, path: str, error: Exception) -> Decoded:
+        """Make the result for a file that raised ``error``."""
+        if isinstance(error, ImageReadError):
+            text, kind = str(error), error.kind
+        else:
+            name = type(error).__name__
+            text, kind = f"{name}: {error}", f"{name}: …"
+        return cls(path, None, one_line(text), one_line(kind))
+
+
+def decode(path: str, size: int) -> Decoded:
+    """Read an image as uint8 [size, size], or say why it cannot be read."""
     try:
-        return explain_no_file(path) or load_bytes(path, size)
-    except ImageReadError as error:
-        return _one_line(str(error))
+        check_is_file(path)
+        return Decoded(path, load_bytes(path, size))
     except Exception as error:  # one bad file must not end the run
-        return _one_line(f"{type(error).__name__}: {error}")
+        return Decoded.failed(path, error)
 
 
 def serve(memory: int, places: int, size: int, max_memory: int, timeout: float) -> None:
-    """Be a reader: decode what comes through the standard input until it ends.
+    """Run as a reader: decode the files named on the standard input until it ends.
 
     Args:
-        memory: file descriptor of uint8 [places, size, size].
-        places, size: its shape.
+        memory: file descriptor of the shared memory, uint8 [places, size, size].
+        places, size: shape of the shared memory.
         max_memory: bytes of address space that this process may take.
-        timeout: seconds after which the other side kills this process for a file. When that side
-            is gone, this process ends by itself, after twice as many.
+        timeout: seconds after which the parent kills this process if a file is not decoded. If
+            the parent no longer exists, this process ends itself after twice that time.
     """
     import resource
 
@@ -81,19 +109,20 @@ def serve(memory: int, places: int, size: int, max_memory: int, timeout: float) 
     with open(memory, "r+b") as file:
         images = map_images(file, places, size)
     answers = os.dup(1)
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # what libraries print is not an answer
     with suppress(BrokenPipeError):
         os.write(answers, b"\n")
         for message in _messages():
             place, _, path = message.partition(b" ")
             signal.setitimer(signal.ITIMER_REAL, 2 * timeout)
-            image = load_or_explain(path.decode("utf-8", "surrogatepass"), size)
+            item = decode(path.decode("utf-8", "surrogatepass"), size)
             signal.setitimer(signal.ITIMER_REAL, 0)
-            if isinstance(image, str):
-                os.write(answers, image[:_MAX_TEXT].encode("utf-8", "surrogatepass") + b"\n")
-            else:
-                images[int(place)] = image
-                os.write(answers, b"\n")
+            answer = ""
+            if item.image is not None:
+                images[int(place)] = item.image
+            elif item.error is not None:  # one line, which holds no tab
+                answer = f"{item.error[:_MAX_TEXT]}\t{item.error_kind}"
+            os.write(answers, answer.encode("utf-8", "surrogatepass") + b"\n")
 
 
 def _messages() -> Iterator[bytes]:
@@ -108,38 +137,38 @@ class File:
     """A file that is to be decoded.
 
     Attributes:
-        path: its name.
-        place: of its image in the shared memory.
+        path: name of the file.
+        place: index of its image in the shared memory.
         done: whether it has its image or error.
-        error: why it has no image; "" if it has.
-        suspect: whether a reader died when it was at this file.
+        failed: the result if there is no image.
+        suspect: whether a reader has died while it was decoding this file.
     """
 
     path: str
     place: int
     done: bool = False
-    error: str = ""
+    failed: Decoded | None = None
     suspect: bool = False
 
     def __post_init__(self) -> None:
         path = self.path.encode("utf-8", "surrogatepass")
         self.message = b"%d %s\0" % (self.place, path)
         if b"\0" in path or len(path) > _MAX_PATH:  # no file has such a name
-            self.finish(str(load_or_explain(self.path, 1)))
+            self.finish(decode(self.path, 1))
 
-    def finish(self, error: str = "") -> None:
+    def finish(self, failed: Decoded | None = None) -> None:
         """Note that there is an image, or why there is none."""
-        self.done, self.error = True, error
+        self.done, self.failed = True, failed
 
 
 class Reader:
     """A process that decodes files into shared memory, uint8 [places, size, size].
 
     Attributes:
-        files: those it was given and has not yet answered, in order.
-        answers: can be read when there is an answer, or when the process has died.
-        started: whether it has come as far as to be at the first of them.
-        waited: seconds that were spent waiting for the next answer; whoever waits counts them.
+        files: the files it was given and has not answered yet, in order.
+        answers: a pipe that can be read when there is an answer or the process has died.
+        started: whether the process is ready to decode.
+        waited: seconds spent waiting for the next answer, counted by whoever waits.
 
     Raises:
         RuntimeError: the process cannot be started.
@@ -161,7 +190,7 @@ class Reader:
                 bufsize=0,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                # Threads of numpy would spend address space, and have nothing to do.
+                # Threads of numpy would take address space and have nothing to do.
                 env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
                 pass_fds=(memory,),
             )
@@ -176,26 +205,26 @@ class Reader:
 
     @property
     def patience(self) -> float:
-        """Seconds for which the next answer is still worth waiting."""
+        """Seconds that are left to wait for the next answer."""
         return (self._timeout if self.started else max(self._timeout, _START_SECONDS)) - self.waited
 
     @property
     def has_room(self) -> bool:
-        """Whether it can be given `MAX_FILES` more; a suspect is not joined by others."""
+        """Whether it can take ``MAX_FILES`` more; a suspect file has a reader to itself."""
         return self._unread < _MAX_UNREAD and not (self.files and self.files[0].suspect)
 
     def give(self, files: list[File]) -> None:
-        """Have files decoded after those that were given before."""
+        """Send files to be decoded, after those that were given before."""
         if not self.files:
             self.waited = 0.0
         self.files.extend(files)
         message = b"".join(file.message for file in files)
         self._unread += len(message)
-        with suppress(BrokenPipeError):  # it has died; that is noticed where it should answer
+        with suppress(BrokenPipeError):  # it has died, which is noticed when it does not answer
             self._input.write(message)
 
     def answer(self) -> bool:
-        """Take the answers that are there; False if the process has died."""
+        """Take the answers that have come; False if the process has died."""
         if not (piece := os.read(self.answers.fileno(), 1 << 16)):
             return False
         *lines, self._rest = (self._rest + piece).split(b"\n")
@@ -204,17 +233,18 @@ class Reader:
             del lines[0]
         for line in lines:
             file = self.files.popleft()
-            file.finish(line.decode("utf-8", "surrogatepass"))
+            error, _, kind = line.decode("utf-8", "surrogatepass").partition("\t")
+            file.finish(Decoded(file.path, None, error, kind) if error else None)
             self._unread -= len(file.message)
         self.waited = 0.0
         return True
 
     def kill(self) -> None:
-        """Have the process end; `end` waits for it."""
+        """Kill the process; ``end`` waits until it has ended."""
         self._process.kill()
 
     def end(self) -> str:
-        """Wait for the end of a process that is ending, and say what ended it."""
+        """Wait until the process has ended, and say what ended it."""
         self._input.close()
         self.answers.close()
         for _ in range(2):
@@ -226,7 +256,7 @@ class Reader:
 
 
 def shared_memory(length: int) -> BinaryIO:
-    """A file of that many bytes without a name, in memory where the system has such."""
+    """Open a file of ``length`` bytes without a name, in memory if the system can do that."""
     if hasattr(os, "memfd_create"):
         file: BinaryIO = os.fdopen(os.memfd_create("squid-fast"), "r+b")
     else:
@@ -236,9 +266,5 @@ def shared_memory(length: int) -> BinaryIO:
 
 
 def map_images(file: BinaryIO, places: int, size: int) -> npt.NDArray[np.uint8]:
-    """The memory that a file stands for, as uint8 [places, size, size]."""
+    """Map a file into memory as uint8 [places, size, size]."""
     return np.asarray(np.memmap(file, np.uint8, "r+", shape=(places, size, size)))
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())

@@ -1,4 +1,4 @@
-"""The report that a person reads, and the summary it is made of."""
+"""The report of a screening run for people, and the summary that it is made from."""
 
 from .report import write_report
 from .summary import Summary, summarise

@@ -1,4 +1,4 @@
-"""The histogram of a report, as positions in a drawing."""
+"""The histogram of a report, as coordinates of a drawing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _BINS = 40
 
 @dataclass(frozen=True)
 class Bar:
-    """One bin with images in it; lengths in the units of `Histogram`."""
+    """One bin with images in it; lengths in the units of ``Histogram``."""
 
     left: float
     width: float
@@ -34,9 +34,10 @@ class Histogram:
 
 
 def draw_histogram(z: np.ndarray, threshold: float, reference: np.ndarray) -> Histogram:
-    """Bins whose edges meet the threshold, so that every bar is wholly flagged or wholly not.
+    """Draw the histogram of z-scores, with an outline of the reference scores.
 
-    The axis spans the bulk of the scores; those beyond it go to the outermost bins.
+    The threshold is an edge of bins, so that a bar is flagged as a whole or not at all. The axis
+    spans the bulk of the scores; those beyond it are counted in the outermost bins.
     """
     z = z.astype(np.float64)
     anchor = threshold if math.isfinite(threshold) else 0.0
@@ -87,7 +88,7 @@ def _count(values: np.ndarray, anchor: float, step: float, first: int, last: int
 
 
 def _bulk(values: np.ndarray) -> tuple[float, float]:
-    """Range of the values without far outliers: within four box lengths of the quartiles."""
+    """Range of the values within four interquartile ranges of the quartiles."""
     quarter, three_quarters = np.quantile(values, (0.25, 0.75))
     reach = 4 * (three_quarters - quarter)
     return (

@@ -1,4 +1,4 @@
-"""One HTML file that shows what a screening run found; it needs no network and no scripts."""
+"""The report of a screening run: one HTML file that needs no network and no scripts."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..._version import __version__
 from ...utils.atomic import replacing
 from ...utils.extras import require
 from ...utils.text import utf8_text
 from ..pipeline import ScorerLike, ScreenRow
-from ..reading.files import PathInput
+from ..reading.files import PathInput, as_paths
 from ..reading.pool import read_ahead
 from .histogram import draw_histogram
 from .summary import Summary, summarise
@@ -29,7 +30,7 @@ from .summary import Summary, summarise
 _RESCORE_BATCH = 16
 _MAX_SIDE = 320  # pixels; larger images are shown at this size
 _MAX_TEXT = 400  # characters of a path or an error
-_HEAT_ANCHORS = (  # from black to pale yellow, evenly spaced, brightness always rising
+_HEAT_ANCHORS = (  # colours from black to pale yellow, evenly spaced and ever brighter
     (0, 0, 4),
     (31, 12, 72),
     (85, 15, 109),
@@ -54,33 +55,40 @@ def write_report(
     reference_z: Sequence[float] | np.ndarray | None = None,
     created: datetime | None = None,
 ) -> None:
-    """Write the report of a run to ``path``, replacing it only when the new one is complete.
+    """Write the report of a run to ``path``, replacing a file there only when it is complete.
 
-    The rows are needed only as a `Summary`, which can be filled while they stream elsewhere. The
-    images shown, the summary's ``most_anomalous``, are read and scored again for their
-    reconstructions; one that can no longer be read is shown by name, such as the original of a
-    packed image that is elsewhere now. Flagged images beyond those are listed, and files that
-    could not be scored, by what was wrong with them: as many as the summary holds, so that the
-    page stays below 20 MB whatever was screened.
+    All that is needed of the rows is a ``Summary``, which can be filled while they go elsewhere.
+    The images shown, ``most_anomalous`` of the summary, are read and scored again for their
+    reconstructions. One that can no longer be read is shown by its name, such as the original of a
+    packed image that was moved. Flagged images beyond those are listed, and files that could not be
+    scored, by what is wrong with them: as many as the summary holds, so that the page stays below
+    20 MB whatever was screened.
 
     Args:
         path: the HTML file.
         scorer: the scorer of the run.
-        rows: a `Summary` of the run, or its rows, which are then consumed.
-        title: heading.
+        rows: a ``Summary`` of the run, or its rows, which are then consumed.
+        title: heading of the page.
         inputs: what was screened, as the user named it.
-        model_name: name of the model, to be shown.
-        results: the table with all rows, to be named.
-        reference_z: z-scores of normal validation images, any shape, drawn beside the run's.
-        created: time shown; by default now.
+        model_name: name of the model.
+        results: path of the table with all rows.
+        reference_z: z-scores of normal validation images, of any shape, drawn beside the run's.
+        created: time of the report, by default now.
 
     Raises:
         ImportError: jinja2 or Pillow is missing.
         ValueError: ``reference_z`` holds a value that is not finite.
         OSError: the file cannot be written.
-    """
-    from ..._version import __version__ as version  # the package itself may import this module
 
+    >>> from types import SimpleNamespace
+    >>> scorer = SimpleNamespace(
+    ...     image_size=128, score_name="discriminator", threshold=1.64, false_positive_rate=0.05
+    ... )
+    >>> row = ScreenRow("a.png", None, None, None, None, 1.64, error="a.png is empty")
+    >>> write_report("report.html", scorer, [row], title="Night shift")
+    >>> "<h1>Night shift</h1>" in Path("report.html").read_text(encoding="utf-8")
+    True
+    """
     jinja2 = require("jinja2", "screen")
     reference = np.asarray([] if reference_z is None else reference_z, dtype=np.float64).ravel()
     if not np.isfinite(reference).all():
@@ -96,7 +104,7 @@ def write_report(
     html = environment.from_string(template.read_text("utf-8")).render(
         title=_shown(title),
         created=(created or datetime.now()).astimezone().strftime("%d %B %Y, %H:%M %Z").lstrip("0"),
-        inputs=[_shown(os.fspath(item)) for item in _as_list(inputs)],
+        inputs=[_shown(path) for path in as_paths(inputs)],
         model_name=None if model_name is None else _shown(model_name),
         score_name=_shown(scorer.score_name),
         image_size=scorer.image_size,
@@ -118,7 +126,7 @@ def write_report(
             for kind in summary.error_kinds
         ],
         results=None if results is None else _shown(os.fspath(results)),
-        version=version,
+        version=__version__,
     )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -128,7 +136,7 @@ def write_report(
 
 @dataclass(frozen=True)
 class _Finding:
-    """One image of the gallery; pictures are data URLs, None where there is none."""
+    """One image of the gallery; pictures are data URLs, or None if there is none."""
 
     rank: int
     name: str
@@ -146,7 +154,7 @@ class _Finding:
 def _findings(
     scorer: ScorerLike, rows: list[ScreenRow], reference: np.ndarray
 ) -> tuple[list[_Finding], float]:
-    """The gallery, and the difference that has the last colour of its heat maps."""
+    """Make the gallery; also returns the difference that has the last colour of its heat maps."""
     pictures = list(_pictures(scorer, rows))
     peaks = [np.quantile(p.difference, 0.995) for p in pictures if p.difference is not None]
     scale = min(1.0, max(0.05, math.ceil(max(peaks, default=0.0) * 20) / 20))
@@ -184,24 +192,25 @@ class _Picture:
 
 def _pictures(scorer: ScorerLike, rows: list[ScreenRow]) -> Iterator[_Picture]:
     with closing(read_ahead([row.path for row in rows], scorer.image_size)) as decoded:
-        while batch := [image for _, image in itertools.islice(decoded, _RESCORE_BATCH)]:
-            images = [image for image in batch if not isinstance(image, str)]
-            rebuilt: Iterator[np.ndarray] | None = None
+        while batch := list(itertools.islice(decoded, _RESCORE_BATCH)):
+            images = [item.image for item in batch if item.image is not None]
+            reconstructions: Iterator[np.ndarray] | None = None
             if images:
                 stacked = torch.from_numpy(np.stack(images))[:, None]
-                reconstruction = scorer.score(stacked, reconstruction=True).reconstruction
-                if reconstruction is not None:
-                    rebuilt = iter(np.nan_to_num(reconstruction.float().numpy()[:, 0]).clip(0, 1))
-            for image in batch:
-                if isinstance(image, str):
-                    yield _Picture(problem=image)
+                scored = scorer.score(stacked, reconstruction=True).reconstruction
+                if scored is not None:
+                    pixels = np.nan_to_num(scored.float().numpy()[:, 0]).clip(0, 1)
+                    reconstructions = iter(pixels)
+            for item in batch:
+                if item.image is None:
+                    yield _Picture(problem=item.error)
                     continue
-                seen = image.astype(np.float32) / 255
-                if rebuilt is None:
-                    yield _Picture(seen)
+                image = item.image.astype(np.float32) / 255
+                if reconstructions is None:
+                    yield _Picture(image)
                 else:
-                    other = next(rebuilt)
-                    yield _Picture(seen, other, np.abs(seen - other))
+                    other = next(reconstructions)
+                    yield _Picture(image, other, np.abs(image - other))
 
 
 def _meaning(z: float, reference: np.ndarray) -> str:
@@ -241,7 +250,7 @@ def _heat_png(difference: np.ndarray | None, scale: float) -> str | None:
 
 
 def _png(pixels: np.ndarray) -> str:
-    """Grey values [H, W] or colours [H, W, 3] from 0 to 255, as a data URL."""
+    """Encode grey values [H, W] or colours [H, W, 3] from 0 to 255 as a data URL."""
     picture = require("PIL.Image", "screen").fromarray(pixels.round().astype(np.uint8))
     picture.thumbnail((_MAX_SIDE, _MAX_SIDE))
     buffer = io.BytesIO()
@@ -250,14 +259,10 @@ def _png(pixels: np.ndarray) -> str:
 
 
 def _shown(text: str) -> str:
-    """Text for the page: no broken or invisible characters, and not endless."""
+    """Text for the page: shortened if it is long, with invisible characters spelled out."""
     text = utf8_text(text)
     if len(text) > _MAX_TEXT:
         text = f"{text[: _MAX_TEXT // 2]} … {text[-_MAX_TEXT // 2 :]}"
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def _as_list(inputs: PathInput | Iterable[PathInput]) -> list[PathInput]:
-    return [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)

@@ -1,33 +1,62 @@
-"""Running figures about the rows of a screening run."""
+"""Running figures about the rows of a screening run, and its errors by kind."""
 
 from __future__ import annotations
 
 import heapq
+import os
 from array import array
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from ...utils.text import finite_or_none, utf8_text
+from ...utils.text import finite_or_none, one_line, utf8_text
 from ..pipeline import ScreenRow
-from .error_kinds import ErrorKind, ErrorKinds
 
 _QUANTILES = {"min": 0.0, "q05": 0.05, "median": 0.5, "q95": 0.95, "max": 1.0}
 _LISTED = 1000
+_MAX_KINDS = 50  # of errors, and one more for all others
+_MAX_FAILED = 100  # rows kept of each kind
+_MAX_REASON = 500  # characters
+_OTHER = "other reasons"
+
+
+@dataclass
+class ErrorKind:
+    """Errors that differ only in the file and what is particular to it.
+
+    Attributes:
+        reason: the sentence without the file's path; ``…`` stands for what differs.
+        count: number of files with an error of this kind.
+        rows: the first 100 of them.
+    """
+
+    reason: str
+    count: int = 0
+    rows: list[ScreenRow] = field(default_factory=list)
 
 
 class Summary:
     """Running figures about a stream of rows, and the few rows that a report shows.
 
-    Memory: four bytes for each scored row, ``top_k`` or 1,000 rows, whichever is more, and those
-    of `ErrorKinds`.
+    It holds four bytes for each scored row, the ``top_k`` or 1,000 rows of greatest z-score,
+    whichever is more, and 100 rows for each of at most 51 kinds of errors.
+
+    Args:
+        top_k: number of rows in ``most_anomalous``.
 
     Attributes:
-        count: rows so far.
-        flagged: rows whose z-score is above the threshold.
-        errors: rows without a score.
-        threshold: the rows' threshold; None before the first row.
+        count: number of rows so far.
+        flagged: number of rows whose z-score is above the threshold.
+        errors: number of rows without a score.
+        threshold: the threshold of the rows; None before the first row.
+
+    >>> summary = Summary(top_k=1)
+    >>> for path, z in {"a.png": 0.5, "b.png": 2.5}.items():
+    ...     summary.add(ScreenRow(path, z, z, 0.5, z > 1.64, threshold=1.64, error=None))
+    >>> summary.scored, summary.flagged, summary.most_anomalous[0].path
+    (2, 1, 'b.png')
     """
 
     def __init__(self, top_k: int = 12) -> None:
@@ -38,34 +67,34 @@ class Summary:
         self.flagged = 0
         self.errors = 0
         self.threshold: float | None = None
-        self._error_kinds = ErrorKinds()
+        self._error_kinds: dict[str, ErrorKind] = {}
         self._z_scores = array("f")
         self._top: list[tuple[float, int, ScreenRow]] = []
 
     @property
     def scored(self) -> int:
-        """Rows with a score."""
+        """Number of rows with a score."""
         return self.count - self.errors
 
     @property
     def z_scores(self) -> np.ndarray:
-        """z-scores of all scored rows in their order, float32 [scored], a copy."""
+        """The z-scores of all scored rows in their order, float32 [scored], as a copy."""
         return np.array(self._z_scores, dtype=np.float32)
 
     @property
     def most_anomalous(self) -> list[ScreenRow]:
-        """The ``top_k`` rows of greatest z-score, greatest first; among equals the earlier."""
+        """The ``top_k`` rows of greatest z-score, greatest first and equals in their order."""
         return self._ranked()[: self.top_k]
 
     @property
     def flagged_rows(self) -> list[ScreenRow]:
-        """The 1,000 flagged rows of greatest z-score at most, in the same order."""
+        """At most 1,000 flagged rows of greatest z-score, in the same order."""
         return [row for row in self._ranked()[:_LISTED] if row.flag]
 
     @property
     def error_kinds(self) -> list[ErrorKind]:
-        """The rows without a score by kind, the most frequent first."""
-        return self._error_kinds.most_frequent_first()
+        """The rows without a score by kind, the most frequent first and equals in their order."""
+        return sorted(self._error_kinds.values(), key=lambda kind: -kind.count)
 
     def add(self, row: ScreenRow) -> None:
         """Count one row."""
@@ -73,7 +102,7 @@ class Summary:
         self.threshold = row.threshold
         if row.error is not None or row.z_score is None:
             self.errors += 1
-            self._error_kinds.add(row)
+            self._add_error(row)
             return
         self.flagged += bool(row.flag)
         self._z_scores.append(row.z_score)
@@ -89,15 +118,27 @@ class Summary:
             self.add(row)
             yield row
 
+    def _add_error(self, row: ScreenRow) -> None:
+        reason = _without_path(row.error or "", row.path)[:_MAX_REASON]
+        key = row.error_kind or reason
+        if key not in self._error_kinds and len(self._error_kinds) >= _MAX_KINDS:
+            key = reason = _OTHER
+        kind = self._error_kinds.setdefault(key, ErrorKind(reason))
+        if kind.reason != reason:
+            kind.reason = key
+        kind.count += 1
+        if len(kind.rows) < _MAX_FAILED:
+            kind.rows.append(row)
+
     def _ranked(self) -> list[ScreenRow]:
         return [row for *_, row in sorted(self._top, key=lambda entry: entry[:2], reverse=True)]
 
     def as_dict(self) -> dict[str, Any]:
-        """The figures, ready for JSON.
+        """The figures as a dict for JSON.
 
-        Keys: count, scored, flagged, errors, threshold; z_score: None without a scored row, else
-        a dict with min, q05, median, q95 and max; error_kinds: for each kind, the most frequent
-        first, a dict with reason, count and example, the path of its first file.
+        Its keys are count, scored, flagged, errors and threshold; z_score, a dict with min, q05,
+        median, q95 and max, or None without a scored row; and error_kinds, a list with a dict for
+        each kind, the most frequent first: reason, count, and example, the path of its first file.
         """
         z_scores = self.z_scores
         return {
@@ -121,8 +162,24 @@ class Summary:
 
 
 def summarise(rows: Iterable[ScreenRow], top_k: int = 12) -> Summary:
-    """Consume ``rows`` into a `Summary`."""
+    """Consume ``rows`` into a ``Summary``.
+
+    >>> errors = {"a.png": "a.png is empty", "b.png": "b.png is empty"}
+    >>> rows = [ScreenRow(path, None, None, None, None, 1.64, errors[path]) for path in errors]
+    >>> summarise(rows).as_dict()["error_kinds"]
+    [{'reason': 'the file is empty', 'count': 2, 'example': 'a.png'}]
+    """
     summary = Summary(top_k)
     for row in rows:
         summary.add(row)
     return summary
+
+
+def _without_path(error: str, path: str) -> str:
+    """The sentence with "the file" in place of its path, or with nothing if a colon follows it."""
+    for name in (os.path.abspath(path), path):
+        for spelled in (repr(name), name, one_line(name)):
+            before, found, after = error.partition(spelled) if spelled else (error, "", "")
+            if found and not (before[-1:].isalnum() or after[:1].isalnum()):
+                return f"{before}the file{after}".removeprefix("the file: ")
+    return error

@@ -23,7 +23,9 @@ from squid_fast.modules import discriminator_size
 from squid_fast.screening import ScreenRow, screen, write_table
 from squid_fast.screening.ray import images as ray_images
 from squid_fast.screening.ray.ray import gather_table, score_dataset, screen_with_ray
+from squid_fast.screening.reading import source
 from squid_fast.screening.reading.packing import pack
+from squid_fast.screening.reading.source import Source
 from squid_fast.screening.results import arrow_batch
 
 # Batches of other sizes add in another order: a few units in the last place of float32.
@@ -65,7 +67,7 @@ def write_images(folder: Path, count: int, seed: int) -> None:
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory, bundle: Path) -> list[Path]:
-    """62 images: 45 files of which nine are broken, a name that is not UTF-8, and 16 in shards."""
+    """62 images: 45 files of which nine are broken, a name that is not UTF-8, and 16 packed."""
     folder = tmp_path_factory.mktemp("inputs")
     files = folder / "files"
     write_images(files, 45, seed=0)
@@ -190,26 +192,24 @@ def test_what_cannot_work_is_refused_before_any_work(tmp_path: Path, bundle: Pat
 
 
 def test_the_listing_is_cut_into_parts_that_keep_it_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_images, "count_rows", lambda path: 10)
+    monkeypatch.setattr(source, "count_rows", lambda path: 10)
     files = ["a", "b.arrow", "c", "d", "e", "f", "g.arrow", "h.arrow", "i"]
-    parts = [part.to_pydict() for part in ray_images.cut_listing(files, 3)]
+    parts = [part.to_pydict() for part in ray_images.cut_listing(Source(files), 3)]
     assert parts == [
-        {"index": [0], "path": [b"a"], "rows": [1]},
-        {"index": [1], "path": [b"b.arrow"], "rows": [10]},
+        {"index": [0, 1], "path": [b"a", b"b.arrow"], "rows": [1, 10]},
         {"index": [11, 12, 13], "path": [b"c", b"d", b"e"], "rows": [1, 1, 1]},
-        {"index": [14], "path": [b"f"], "rows": [1]},
-        {"index": [15], "path": [b"g.arrow"], "rows": [10]},
+        {"index": [14, 15], "path": [b"f", b"g.arrow"], "rows": [1, 10]},
         {"index": [25], "path": [b"h.arrow"], "rows": [10]},
         {"index": [35], "path": [b"i"], "rows": [1]},
     ]
-    assert list(ray_images.cut_listing([], 3)) == []
+    assert list(ray_images.cut_listing(Source([]), 3)) == []
 
 
-def test_a_shard_that_is_replaced_meanwhile_is_noticed(tmp_path: Path) -> None:
+def test_a_packed_file_that_is_replaced_meanwhile_is_noticed(tmp_path: Path) -> None:
     write_images(tmp_path / "files", 4, seed=2)
     pack(tmp_path / "files", tmp_path / "packed", 32, workers=1)
     shard = str(tmp_path / "packed" / "shard-00000.arrow")
-    (part,) = ray_images.cut_listing([shard], 3)
+    (part,) = ray_images.cut_listing(Source([shard]), 3)
     (block,) = ray_images.decode(part, 32, 60.0, os.getcwd())
     assert block["index"].to_pylist() == [0, 1, 2, 3]
     assert [len(image) for image in block["image"].to_pylist()] == [32 * 32] * 4

@@ -9,8 +9,18 @@ from types import SimpleNamespace
 
 import pytest
 
+from squid_fast.data import ImageReadError
 from squid_fast.screening import find_files, read_list
-from squid_fast.screening.reading.files import explain_no_file
+from squid_fast.screening.reading.files import check_is_file
+
+
+def explain_no_file(path: str) -> str | None:
+    """Why a path stands for no file, or None."""
+    try:
+        check_is_file(path)
+    except ImageReadError as error:
+        return str(error)
+    return None
 
 
 @pytest.fixture

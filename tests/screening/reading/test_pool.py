@@ -16,7 +16,8 @@ import pytest
 
 from squid_fast.data import Record, load_images
 from squid_fast.screening.reading import worker as reader
-from squid_fast.screening.reading.pool import Decoded, read_ahead
+from squid_fast.screening.reading.pool import read_ahead
+from squid_fast.screening.reading.worker import Decoded
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
 
@@ -81,17 +82,20 @@ def write_images(folder: Path, names: list[str], size: int = SIZE) -> list[str]:
 
 def check(decoded: list[Decoded], paths: list[str], errors: dict[str, str]) -> None:
     """Every path once, in order, with its grey level or the error expected for its name."""
-    assert [path for path, _ in decoded] == paths
-    for level, (path, image) in enumerate(decoded):
+    assert [item.path for item in decoded] == paths
+    for level, (path, image, error, kind) in enumerate(decoded):
         reason = errors.get(Path(path).stem)
         if reason is None:
-            assert not isinstance(image, str), image
+            assert image is not None, error
+            assert error is kind is None
             np.testing.assert_array_equal(image, np.full((SIZE, SIZE), level))
             assert image.dtype == np.uint8
         else:
-            assert isinstance(image, str)
-            assert path in image
-            assert reason in image
+            assert image is None
+            assert error is not None
+            assert path in error
+            assert reason in error
+            assert kind == error.replace(path, "the file")
 
 
 def children() -> set[int]:
@@ -133,7 +137,7 @@ def test_order_and_pixels(tmp_path: Path, workers: int, look_ahead: int | None) 
     check(decoded[:-1], paths[:-1], {})
     # Files give a scorer the same bytes here, in evaluation and in training.
     expected = load_images([Record(Path(paths[-1]), None, None)], SIZE).images[0, 0].numpy()
-    np.testing.assert_array_equal(decoded[-1][1], expected)
+    np.testing.assert_array_equal(decoded[-1].image, expected)
     assert list(read_ahead([], SIZE, workers, look_ahead)) == []
 
 
@@ -151,9 +155,9 @@ def test_names_of_every_kind(tmp_path: Path) -> None:
         Path(path).write_bytes(image)
     bad = [f"{tmp_path}/nul\0.png", f"{tmp_path}/\ud800.png", f"{tmp_path}/{'n' * 5000}.png", ""]
     decoded = list(read_ahead([*good, *bad], SIZE, workers=2))
-    assert [path for path, _ in decoded] == [*good, *bad]
-    assert all(not isinstance(item, str) and not item.any() for _, item in decoded[:2])
-    assert all(isinstance(item, str) and len(item) > 15 for _, item in decoded[2:])
+    assert [item.path for item in decoded] == [*good, *bad]
+    assert all(item.image is not None and not item.image.any() for item in decoded[:2])
+    assert all(len(item.error or "") > 15 and item.error_kind for item in decoded[2:])
     assert decoded == decoded_here(decoded, [*good, *bad])
 
 
@@ -161,7 +165,7 @@ def decoded_here(like: list[Decoded], paths: list[str]) -> list[Decoded]:
     """The same without processes, arrays that are equal taken from ``like``."""
     here = list(read_ahead(paths, SIZE, workers=0))
     return [
-        a if not isinstance(b[1], str) and np.array_equal(a[1], b[1]) else b
+        a if b.image is not None and np.array_equal(a.image, b.image) else b  # type: ignore[arg-type]
         for a, b in zip(like, here, strict=True)
     ]
 
@@ -252,9 +256,9 @@ def test_decoding_goes_on_while_the_caller_is_busy(
     wait_until(lambda: len(decoded_names()) == 40)
     time.sleep(0.3)
     assert len(decoded_names()) == 40
-    for number, (_, image) in enumerate(readings, start=1):
-        assert not isinstance(image, str)
-        assert (image == number).all()
+    for number, item in enumerate(readings, start=1):
+        assert item.image is not None
+        assert (item.image == number).all()
         assert len(decoded_names()) <= number + 40
     assert sorted(decoded_names()) == sorted(f"{name}.png" for name in names)
 
@@ -271,9 +275,9 @@ def test_paths_that_fill_a_pipe_do_not_block(tmp_path: Path) -> None:
     start = time.monotonic()
     decoded = list(read_ahead(paths, SIZE, workers=1, look_ahead=61, timeout=1))
     assert time.monotonic() - start < 30
-    assert [path for path, _ in decoded] == paths
-    assert "not decoded within 1 s" in str(decoded[0][1])
-    assert all(not isinstance(item, str) for _, item in decoded[1:])
+    assert [item.path for item in decoded] == paths
+    assert "not decoded within 1 s" in str(decoded[0].error)
+    assert all(item.image is not None for item in decoded[1:])
 
 
 @pytest.mark.usefixtures("decoded_names")
@@ -337,7 +341,7 @@ from squid_fast.screening.reading.pool import read_ahead
 
 paths = sys.argv[1:]
 readings = read_ahead(paths, 16, workers=2, timeout=1)
-print(sum(int(image[0, 0]) for _, image in readings), flush=True)
+print(sum(int(item.image[0, 0]) for item in readings), flush=True)
 print(*sorted(name for name in sys.modules if name in ("torch", "torchvision")))
 """
 

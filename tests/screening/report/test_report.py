@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from squid_fast.data import ImageReadError
 from squid_fast.screening import ScreenRow, Summary, screen, summarise, write_report
 from squid_fast.screening.report.histogram import Histogram, draw_histogram
 
@@ -260,8 +261,9 @@ def test_100_000_rows_with_the_flagged_and_the_kinds_of_errors(tmp_path: Path) -
         for i in range(100_000):
             path = f"missing/{i:06d}.png"
             if i % 20 == 1:
-                reason = "is cut off" if i in (41, 61) else f"is empty ({i % 7} bytes)"
-                yield ScreenRow(path, None, None, None, None, 5.0, f"{path} {reason}")
+                reason = "is cut off" if i in (41, 61) else "is empty ({size} bytes)"
+                error = ImageReadError(f"{{path}} {reason}", path=path, size=i % 7)
+                yield ScreenRow(path, None, None, None, None, 5.0, str(error), error.kind)
             else:
                 yield fake_row(i, 6.0 + i / 1e5 if i % 20 == 0 else -1.0)
 

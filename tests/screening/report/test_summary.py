@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from squid_fast.data import ImageReadError
 from squid_fast.screening import ScreenRow, Summary, summarise
 
 
@@ -17,8 +18,8 @@ def scored(index: int, z: float, flag: bool = False) -> ScreenRow:
     return ScreenRow(f"{index:03d}.png", z, z, 0.5, flag, 1.64, None)
 
 
-def failed(path: str, error: str) -> ScreenRow:
-    return ScreenRow(path, None, None, None, None, 1.64, error)
+def failed(path: str, error: str, kind: str | None = None) -> ScreenRow:
+    return ScreenRow(path, None, None, None, None, 1.64, error, kind)
 
 
 def kinds(*rows: ScreenRow) -> list[tuple[str, int]]:
@@ -95,12 +96,16 @@ def test_a_path_in_a_sentence_of_one_line_is_found() -> None:
 def test_what_differs_within_a_kind_is_left_out() -> None:
     def broken(index: int, size: int, head: bytes, link: str) -> list[ScreenRow]:
         path = f"{index}.png"
-        return [
-            failed(path, f"{path} was cut off ({size} of 9,000 bytes), is 8-bit"),
-            failed(path, f"{path} is no image, it begins with {head!r}; PNG are read"),
-            failed(path, f"{path} is a link to {link}, which does not exist"),
-            failed(path, f"{path} doesn't hold the image's pixels"),
+        problems = {
+            "{path} was cut off ({detail} of 9,000 bytes), is 8-bit": size,
+            "{path} is no image, it begins with {detail}; PNG are read": head,
+            "{path} is a link to {detail}, which does not exist": link,
+            "{path} doesn't hold the image's pixels": None,
+        }
+        errors = [
+            ImageReadError(text, path=path, detail=detail) for text, detail in problems.items()
         ]
+        return [failed(path, str(error), error.kind) for error in errors]
 
     first, second = broken(1, 17, b"it's", "/a/b c.png"), broken(2, 9, b"\"x'", "/d.png")
     assert kinds(*first) == [
@@ -112,7 +117,14 @@ def test_what_differs_within_a_kind_is_left_out() -> None:
     both = dict(kinds(*first, *second))
     assert both["the file was cut off (… of 9,000 bytes), is 8-bit"] == 2
     assert both["the file is no image, it begins with …; PNG are read"] == 2
+    assert both["the file is a link to …, which does not exist"] == 2
     assert both["the file doesn't hold the image's pixels"] == 2
+
+
+def test_rows_of_which_no_kind_is_known_are_grouped_by_their_sentences() -> None:
+    """As those of a table that was read back."""
+    rows = [failed(f"{i}.png", f"{i}.png is a link to /{i // 2}") for i in range(4)]
+    assert kinds(*rows) == [("the file is a link to /0", 2), ("the file is a link to /1", 2)]
 
 
 def test_rare_kinds_are_not_buried() -> None:

@@ -23,9 +23,13 @@ import squid_fast  # noqa: E402
 from squid_fast.cli import app  # noqa: E402
 from squid_fast.data import ImageSet, load_image  # noqa: E402
 from squid_fast.screening.reading import packing  # noqa: E402
-from squid_fast.screening.reading.packing import pack  # noqa: E402
-from squid_fast.screening.reading.pool import Decoded  # noqa: E402
-from squid_fast.screening.reading.shards import count_rows, is_shard, read_shard  # noqa: E402
+from squid_fast.screening.reading.packing import (  # noqa: E402
+    count_rows,
+    is_shard,
+    pack,
+    read_shard,
+)
+from squid_fast.screening.reading.worker import Decoded, decode  # noqa: E402
 
 SIZE = 8
 
@@ -43,8 +47,8 @@ def expected(path: str | Path, size: int = SIZE) -> np.ndarray:
     return (load_image(path, size) * 255 + 0.5).astype(np.uint8)
 
 
-def comparable(rows: Sequence[Decoded]) -> list[tuple[str, str | bytes]]:
-    return [(path, item if isinstance(item, str) else item.tobytes()) for path, item in rows]
+def comparable(rows: Sequence[Decoded]) -> list[tuple[str, str | bytes | None]]:
+    return [(row.path, row.error if row.image is None else row.image.tobytes()) for row in rows]
 
 
 def in_small_batches(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
@@ -78,15 +82,18 @@ def test_rows_are_the_files_in_order_with_pixels_or_errors(tmp_path: Path) -> No
     assert packed == packing.Packed(8, 2, 3, sum(map(os.path.getsize, shards)))
     assert list(map(count_rows, shards)) == [3, 3, 2]
     order = [images[3], *images[:3], images[4], broken, odd, missing]
-    assert [path for path, _ in rows] == [str(path) for path in order]
-    for path, item in rows:
+    assert [row.path for row in rows] == [str(path) for path in order]
+    for path, image, error, kind in rows:
         if path in (str(broken), str(missing)):
-            assert isinstance(item, str)
-            assert "\\xf6ken.png" in item if path == str(broken) else "does not exist" in item
+            assert image is None
+            assert error is not None
+            assert "\\xf6ken.png" in error if path == str(broken) else "does not exist" in error
+            assert kind == decode(path, SIZE).error_kind
         else:
-            assert isinstance(item, np.ndarray)
-            assert item.dtype == np.uint8
-            np.testing.assert_array_equal(item, expected(path))
+            assert error is kind is None
+            assert image is not None
+            assert image.dtype == np.uint8
+            np.testing.assert_array_equal(image, expected(path))
 
 
 def test_any_tool_that_knows_arrow_reads_a_shard(shard: Path) -> None:
@@ -111,9 +118,9 @@ def test_a_shard_needs_none_of_its_files(shard: Path, tmp_path: Path) -> None:
 
 
 def test_images_are_views_of_the_batch_that_was_read(shard: Path) -> None:
-    (_, first), (_, second) = list(read_shard(str(shard), SIZE))[:2]
-    assert isinstance(first, np.ndarray)
-    assert isinstance(second, np.ndarray)
+    first, second = (row.image for row in list(read_shard(str(shard), SIZE))[:2])
+    assert first is not None
+    assert second is not None
     assert second.ctypes.data - first.ctypes.data == SIZE**2
     assert not first.flags.writeable
 
@@ -122,8 +129,8 @@ def test_shard_of_nothing_but_errors(tmp_path: Path) -> None:
     packed = pack([tmp_path / "a.png", tmp_path / "b.png"], tmp_path / "packed", SIZE, workers=1)
     assert (packed.files, packed.errors) == (2, 2)
     rows = list(read_shard(str(tmp_path / "packed" / "shard-00000.arrow"), SIZE))
-    assert [path for path, _ in rows] == [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
-    assert all("does not exist" in str(item) for _, item in rows)
+    assert [row.path for row in rows] == [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
+    assert all("does not exist" in str(row.error) for row in rows)
 
 
 def test_progress_counts_rows_and_ends_at_all(tmp_path: Path) -> None:
@@ -302,7 +309,7 @@ def test_damage_anywhere_is_no_exception_and_loses_no_row(shard: Path) -> None:
         shard.write_bytes(damaged)
         rows = comparable(list(read_shard(str(shard), SIZE)))
         assert len(rows) == count_rows(str(shard))
-        assert all(item for _, item in rows)
+        assert all(value for _, value in rows)
         changed += rows != before
     assert changed > 200
 
@@ -319,16 +326,16 @@ def test_file_that_gets_shorter_while_it_is_read(
     os.truncate(shard, 1000)
     got += rows
     assert comparable(got[:16]) == [(str(p), expected(p, 128).tobytes()) for p in images[:16]]
-    assert [path for path, _ in got[16:]] == [f"{shard}#{row}" for row in range(16, 40)]
-    assert all("is damaged from row 16 on" in str(item) for _, item in got[16:])
+    assert [row.path for row in got[16:]] == [f"{shard}#{row}" for row in range(16, 40)]
+    assert all("is damaged from row 16 on" in str(row.error) for row in got[16:])
 
 
 def test_images_of_another_size_are_errors_that_name_both(shard: Path) -> None:
     good = list(read_shard(str(shard), SIZE))
     rows = list(read_shard(str(shard), 16))
-    assert [path for path, _ in rows] == [path for path, _ in good]
+    assert [row.path for row in rows] == [row.path for row in good]
     assert rows[5] == good[5]
-    assert "8x8, and 16x16 is needed" in str(rows[0][1])
+    assert "8x8, and 16x16 is needed" in str(rows[0].error)
 
 
 def write_arrow(path: Path, metadata: dict[str, str]) -> Path:
@@ -362,9 +369,9 @@ def test_what_is_no_shard_is_one_row_that_says_why(tmp_path: Path) -> None:
         path = str(tmp_path / name)
         assert is_shard(path)
         assert count_rows(path) == 1
-        ((named, error),) = read_shard(path, SIZE)
-        assert named == path
-        assert reason in str(error)
+        (row,) = read_shard(path, SIZE)
+        assert row.path == path
+        assert reason in str(row.error)
     assert is_shard("A.ARROW")
     assert not is_shard("a.arrow.new")
 
@@ -407,7 +414,7 @@ def squid(*arguments: object) -> str:
     return result.stdout
 
 
-def test_screening_shards_gives_the_rows_of_the_files_bit_for_bit(
+def test_screening_packed_images_gives_the_rows_of_the_files_bit_for_bit(
     bundle: Path, tmp_path: Path
 ) -> None:
     images = write_images(tmp_path / "images", 21)
@@ -448,17 +455,3 @@ def test_lists_on_the_command_line(bundle: Path, tmp_path: Path) -> None:
     assert comparable(list(read_shard(shard, SIZE))) == [
         (str(path), expected(path).tobytes()) for path in (images[1], images[0])
     ]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "reason"),
-    [
-        (["--size", "8"], "nothing to read"),
-        (["x"], "either --size or the --bundle"),
-        (["x", "--size", "8", "--root", "y"], "--root y belongs to a --list"),
-    ],
-)
-def test_calls_that_cannot_be_meant_are_refused(arguments: list[str], reason: str) -> None:
-    with pytest.raises(ValueError, match=reason):
-        squid("pack", "--out", "nowhere", *arguments)
-    assert not os.path.exists("nowhere")

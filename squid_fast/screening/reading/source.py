@@ -1,0 +1,77 @@
+"""The images that a listing of files stands for, whether packed or not."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from functools import cached_property
+
+from .packing import count_rows, is_shard, read_shard
+from .pool import TIMEOUT, read_ahead
+from .worker import Decoded
+
+
+class Source:
+    """The images of a listing, numbered from 0 in its order.
+
+    A packed file stands for all the images in it, any other file for one.
+
+    Args:
+        paths: the listing, see ``find_files``. It need not be held in memory.
+
+    >>> source = Source(["a.png", "b.png"])
+    >>> len(source)
+    2
+    >>> [item.path for item in source.read(size=32, workers=0, first=1)]
+    ['b.png']
+    """
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self.paths = paths
+
+    @cached_property
+    def packed(self) -> dict[int, int]:
+        """Number of images in each packed file, by the file's index in ``paths``, ascending."""
+        return {i: count_rows(path) for i, path in enumerate(self.paths) if is_shard(path)}
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.paths) + sum(self.packed.values()) - len(self.packed)
+
+    def read(
+        self,
+        size: int,
+        workers: int | None = None,
+        look_ahead: int | None = None,
+        timeout: float = TIMEOUT,
+        first: int = 0,
+    ) -> Generator[Decoded, None, None]:
+        """Yield the images from number ``first`` on, in order.
+
+        Args:
+            size: side of the images in pixels.
+            workers, look_ahead, timeout: see ``read_ahead``.
+            first: number of the first image.
+        """
+        index, row = self._find(first)
+        paths = self.paths[index:]
+        single = (path for path in paths if not is_shard(path))
+        with closing(read_ahead(single, size, workers, look_ahead, timeout)) as images:
+            for path in paths:
+                if is_shard(path):
+                    yield from itertools.islice(read_shard(path, size), row, None)
+                    row = 0
+                else:
+                    yield next(images)
+
+    def _find(self, number: int) -> tuple[int, int]:
+        """Find an image: the index of its file in ``paths``, and its place in that file."""
+        index = number
+        for packed, rows in self.packed.items():
+            if index < packed:
+                break
+            if index < packed + rows:
+                return packed, index - packed
+            index -= rows - 1
+        return index, 0

@@ -1,0 +1,129 @@
+"""SQUID as a learner: generator and discriminator, on one process or several."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data import ImageSet
+from ..inference import Scorer
+from ..inference.scores import SCORES
+from ..metrics import image_auroc
+from ..modules import SQUID, Discriminator, discriminator_size
+from ..utils.devices import Precision, choose_layout, to_layout
+from ..utils.extras import require
+from .distributed import Processes, synchronise_batch_norm
+from .ema import EMA
+from .graphs import Losses
+from .learner import Learner
+from .state import Settings
+from .step import Trainer, make_optimizers
+
+
+class SquidLearner(Learner):
+    """A SQUID and a new discriminator in training; Lightning Fabric carries device and precision.
+
+    Args:
+        model: its weights are what training starts from.
+        settings: settings of the run.
+        device: device to train on; with several processes Fabric chooses one for each.
+        processes: the processes that train together.
+        sync_batch_norm: normalise over the batches of all processes.
+        graphs: capture the steps as CUDA graphs, on one GPU.
+        fabric: Lightning's ``Fabric``, of another learner; a new one unless given.
+    """
+
+    def __init__(
+        self,
+        model: SQUID,
+        settings: Settings,
+        device: torch.device,
+        processes: Processes | None = None,
+        sync_batch_norm: bool = True,
+        graphs: bool = True,
+        fabric: Any = None,
+    ) -> None:
+        self.processes = processes = processes or Processes()
+        self.fabric = fabric or require("lightning_fabric", "train").Fabric(
+            accelerator=device.type,
+            precision="bf16-mixed" if settings.precision == "bf16" else "32-true",
+            **processes.fabric_arguments(device),
+        )
+        if processes.count > 1:
+            self.fabric.launch()
+            device = self.fabric.device
+        self.device, self._settings = device, settings
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            discriminator = Discriminator(discriminator_size(model.image_size))
+        self.model, self.discriminator = model.train(), discriminator.train()
+        self.layout = choose_layout(settings.model["features_root"])
+        to_layout(model.to(device), self.layout)
+        to_layout(discriminator.to(device), self.layout)
+        if processes.count > 1 and sync_batch_norm:
+            synchronise_batch_norm(model, device)
+            synchronise_batch_norm(discriminator, device)
+        self.graphs = graphs and device.type == "cuda" and processes.count == 1
+        adams = make_optimizers(model, discriminator, settings.recipe, self.graphs)
+        wrapped_generator, generator_optimizer = self.fabric.setup(model, adams[0])
+        wrapped_discriminator, discriminator_optimizer = self.fabric.setup(discriminator, adams[1])
+        self.optimizers = generator_optimizer, discriminator_optimizer
+        decay = settings.recipe.ema_decay
+        self.ema = EMA(discriminator, decay) if decay else None
+        self.trained_discriminator = self.ema.module if self.ema else discriminator
+        self.modules = {"generator": model, "discriminator": discriminator}
+        if self.ema is not None:
+            self.modules["average"] = self.ema.module
+        self.trained = {"generator": model, "discriminator": self.trained_discriminator}
+        self.trainer = Trainer(
+            wrapped_generator,
+            wrapped_discriminator,
+            self.optimizers,
+            settings.recipe,
+            self.fabric.backward,
+            self.ema,
+            self._frozen_discriminator if processes.count > 1 else None,
+        )
+
+    def step(self, images: Tensor, number: int) -> Losses:
+        return self.trainer.step(images.to(memory_format=self.layout), number)
+
+    def validate(self, images: ImageSet) -> dict[str, dict[str, float]]:
+        """AUROCs of the scores; with a moving average also the "unaveraged" discriminator's."""
+        discriminators = {"validation": self.trained_discriminator}
+        if self.ema is not None:
+            discriminators["unaveraged"] = self.discriminator
+        return {
+            name: validate(self.model, discriminator, images, self._settings.precision)
+            for name, discriminator in discriminators.items()
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        super().load(state)
+        if self.ema is not None:
+            self.ema.count.fill_(state["step"])
+
+    def copy(self) -> SquidLearner:
+        model = copy.deepcopy(self.model)  # Fabric's wrappers around it cannot be copied
+        return SquidLearner(model, self._settings, self.device, fabric=self.fabric)
+
+    def _frozen_discriminator(self, images: Tensor) -> Tensor:
+        with self.fabric.autocast():
+            return self.discriminator(images)
+
+
+def validate(
+    model: SQUID, discriminator: Discriminator, images: ImageSet, precision: Precision
+) -> dict[str, float]:
+    """AUROC by name of the scores that need no calibration; both modules stay in training mode."""
+    device = next(model.parameters()).device
+    scorer = Scorer(model, discriminator, precision=precision, device=device)
+    raw = scorer.raw_scores(images, [name for name in SCORES if name != "patch_error"])
+    return {
+        f"auroc_{name}": image_auroc(images.labels.numpy(), SCORES[name][0] * values.numpy())
+        for name, values in raw.items()
+    }

@@ -1,0 +1,176 @@
+"""What holds for all operators: opcheck, compiled as eager, and errors that say what was given."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from shutil import which
+
+import pytest
+import torch
+from torch import Tensor
+
+from squid_fast import ops
+from tests.ops.samples import compile_cases, normal, operator_samples, with_gradients
+
+pytestmark = pytest.mark.usefixtures("seeded")
+
+
+@pytest.mark.parametrize("name", operator_samples())
+def test_opcheck(name: str) -> None:
+    for sample in operator_samples()[name]:
+        torch.library.opcheck(getattr(torch.ops.squid_fast, name), sample)
+
+
+def test_these_are_all_operators() -> None:
+    registered = {
+        schema.name.removeprefix("squid_fast::")
+        for schema in torch._C._jit_get_all_schemas()
+        if schema.name.startswith("squid_fast::")
+    }
+    assert registered == set(operator_samples())
+
+
+# Inductor alone asserts the strides that the fakes promise; on a CPU it needs a C++ compiler.
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "aot_eager",
+        pytest.param(
+            "inductor",
+            marks=pytest.mark.skipif(
+                not any(map(which, ("g++", "clang++", "c++"))), reason="there is no C++ compiler"
+            ),
+        ),
+    ],
+)
+@pytest.mark.parametrize("name", compile_cases())
+def test_compiled_equals_eager(name: str, backend: str) -> None:
+    torch.compiler.reset()
+    function, inputs = compile_cases()[name]
+    inputs = [x.float() for x in inputs]
+    grad = normal(*function(*inputs).shape, seed=9).float()
+    compiled = torch.compile(function, fullgraph=True, backend=backend)
+    for got, value in zip(
+        with_gradients(compiled, inputs, grad), with_gradients(function, inputs, grad), strict=True
+    ):
+        assert torch.equal(got, value)
+
+
+def test_compiled_shortcut_draws_anew_at_every_call() -> None:
+    torch.compiler.reset()
+    a, b = torch.ones(2, 1, 32, 32), torch.zeros(2, 1, 32, 32)
+    compiled = torch.compile(
+        lambda: ops.masked_shortcut(a, b, 0.5), fullgraph=True, backend="aot_eager"
+    )
+    share = (compiled() != compiled()).double().mean().item()
+    assert abs(share - 0.5) < 4.5 * 0.5 / 2048**0.5
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+X = torch.zeros(2, 4)
+ERRORS: dict[str, tuple[Callable[[], Tensor], str]] = {
+    "k of zero": (
+        lambda: ops.gumbel_shrinkage(X, 0),
+        "top_k is 0, but there are 4 memory slots; it must lie between 1 and 4.",
+    ),
+    "a scale without a shift": (
+        lambda: ops.masked_shortcut(X[None, None], X[None, None], 0.5, scale=torch.ones(1)),
+        "scale is given without shift; an affine needs both, [1] each.",
+    ),
+    "a shift of other channels": (
+        lambda: ops.masked_shortcut(
+            X[None, None], X[None, None], 0.5, scale=torch.ones(1), shift=torch.ones(2)
+        ),
+        "scale is [1] and shift [2]; both must be [1].",
+    ),
+    "values of other slots": (
+        lambda: ops.memory_lookup(X[:, None], X[None], 1, values=X[None, :1]),
+        "values is [1, 1, 4]; [1, 2, V] would fit this memory.",
+    ),
+    "gradients of values": (
+        lambda: ops.memory_lookup(X[:, None], X[None], 1, values=X[None].clone().requires_grad_()),
+        "values are given while query, memory or values require a gradient",
+    ),
+    "k above M": (lambda: ops.gumbel_shrinkage(X, 5), "top_k is 5, but there are 4 memory slots"),
+    "integer logits": (
+        lambda: ops.gumbel_shrinkage(X.long(), 2),
+        "logits is torch.int64; a floating-point dtype is needed.",
+    ),
+    "scalar logits": (lambda: ops.gumbel_shrinkage(X.sum(), 1), "logits is a scalar"),
+    "integer logits, hard": (lambda: ops.hard_shrinkage(X.int(), 0.5), "logits is torch.int32"),
+    "threshold of zero": (
+        lambda: ops.hard_shrinkage(X, 0.0),
+        "threshold is 0.0; it must be positive and finite.",
+    ),
+    "infinite threshold": (lambda: ops.hard_shrinkage(X, torch.inf), "threshold is inf"),
+    "NaN threshold": (lambda: ops.hard_shrinkage(X, torch.nan), "threshold is nan"),
+    "lookup dimensions": (
+        lambda: ops.memory_lookup(torch.zeros(2, 3, 4), torch.zeros(5, 4), 2),
+        "query is [2, 3, 4] and memory [5, 4]; they must be [B, N, C] and [N, M, C]",
+    ),
+    "lookup places": (
+        lambda: ops.memory_lookup(torch.zeros(2, 3, 4), torch.zeros(5, 6, 4), 2),
+        "query is [2, 3, 4] and memory [5, 6, 4]; a query [B, 5, 4] would fit this memory.",
+    ),
+    "lookup width": (
+        lambda: ops.memory_lookup(torch.zeros(2, 4), torch.zeros(6, 7), 2),
+        "a query [B, 1, 7] would fit",
+    ),
+    "lookup integer": (
+        lambda: ops.memory_lookup(torch.zeros(2, 4).long(), torch.zeros(6, 4), 2),
+        "query is torch.int64",
+    ),
+    "lookup both shrinkages": (
+        lambda: ops.memory_lookup(X, torch.zeros(6, 4), 2, threshold=0.5),
+        "top_k=2 and threshold=0.5 are both given; give one.",
+    ),
+    "lookup k": (
+        lambda: ops.memory_lookup(X, torch.zeros(6, 4), 7),
+        "top_k is 7, but there are 6 memory slots",
+    ),
+    "lookup threshold": (
+        lambda: ops.memory_lookup(X, torch.zeros(6, 4), threshold=-1.0),
+        "threshold is -1.0",
+    ),
+    "shortcut shapes": (
+        lambda: ops.masked_shortcut(torch.zeros(1, 2, 3, 3), torch.zeros(1, 2, 3, 4), 0.5),
+        "inpainted is [1, 2, 3, 3] and shortcut [1, 2, 3, 4]",
+    ),
+    "shortcut dimensions": (lambda: ops.masked_shortcut(X, X, 0.5), "inpainted is [2, 4]"),
+    "shortcut dtypes": (
+        lambda: ops.masked_shortcut(
+            torch.zeros(1, 2, 3, 3), torch.zeros(1, 2, 3, 3, dtype=torch.bfloat16), 0.5
+        ),
+        "inpainted is torch.float32 and shortcut torch.bfloat16",
+    ),
+    "shortcut probability": (
+        lambda: ops.masked_shortcut(torch.zeros(1, 2, 3, 3), torch.zeros(1, 2, 3, 3), 1.5),
+        "keep_probability is 1.5; it must lie in [0, 1].",
+    ),
+    "attention shapes": (
+        lambda: ops.neighbourhood_attention(
+            torch.zeros(1, 4, 2), torch.zeros(1, 4, 3), torch.zeros(1, 4, 2), X[0], X[0], 1
+        ),
+        "query is [1, 4, 2], key [1, 4, 3] and value [1, 4, 2]",
+    ),
+    "attention grid": (
+        lambda: ops.neighbourhood_attention(*[torch.zeros(1, 5, 2)] * 3, X[0], X[0], 1),
+        "N is 5; a square grid",
+    ),
+    "attention heads": (
+        lambda: ops.neighbourhood_attention(*[torch.zeros(1, 4, 4)] * 3, X[0], X[0], 3),
+        "C is 4 and num_heads 3; the heads must divide C.",
+    ),
+    "attention padding": (
+        lambda: ops.neighbourhood_attention(*[torch.zeros(1, 4, 6)] * 3, X[0], X[0], 3),
+        "pad_key is [4] and pad_value [4]; both must be [6].",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "sentence"), ERRORS.values(), ids=ERRORS.keys())
+def test_errors_name_the_value(call: Callable[[], Tensor], sentence: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        call()

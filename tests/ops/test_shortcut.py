@@ -1,0 +1,220 @@
+"""The masked shortcut: values, gradients, the draw, edges; against the reference in float64."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+from torch import Tensor
+
+from squid_fast import ops, reference
+from squid_fast.ops import shortcut
+from squid_fast.ops.philox import philox_uniform
+from squid_fast.ops.shortcut import shortcut_mask
+from tests.ops.samples import DTYPES, compare, normal, with_gradients
+from tests.tolerances import TOLERANCES, assert_close
+
+pytestmark = pytest.mark.usefixtures("seeded")
+
+
+def mask_of(shape: tuple[int, ...], keep: float, seed: Tensor | None = None) -> Tensor:
+    """What ``masked_shortcut`` drew, read off its result: True where it took ``inpainted``."""
+    return ops.masked_shortcut(torch.ones(shape), torch.zeros(shape), keep, seed) == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 5, 7, 2), (2, 17, 3, 33), (0, 3, 4, 4)])
+def test_shortcut_equals_reference(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    seed = torch.tensor(1234)
+    mask = shortcut_mask(seed, shape, 0.6)
+    assert mask.shape == (shape[0], 1, *shape[2:])
+    compare(
+        lambda a, b: ops.masked_shortcut(a, b, 0.6, seed),
+        lambda a, b: reference.masked_shortcut(a, b, 0.6, mask),
+        [normal(*shape), normal(*shape, seed=1)],
+        dtype,
+        tolerance=0.0,
+    )
+
+
+@pytest.mark.parametrize("keep", [0.05, 0.5, 0.95])
+def test_shortcut_rate(keep: float) -> None:
+    mask = mask_of((8, 1, 128, 128), keep)
+    deviation = (keep * (1 - keep) / mask.numel()) ** 0.5
+    assert abs(mask.double().mean().item() - keep) < 4.5 * deviation
+
+
+def test_shortcut_draws_positions_independently() -> None:
+    mask = mask_of((12, 1, 64, 64), 0.5).double() - 0.5
+    for shift in [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1), (0, 0, 2), (0, 0, 32), (6, 0, 0)]:
+        product = mask[:, 0] * mask[:, 0].roll(shift, (0, 1, 2))
+        assert abs(product.mean().item()) < 4.5 * 0.25 / mask.numel() ** 0.5, shift
+    for axis in [(2, 3), (0, 2), (0, 3)]:  # rates of an image, a column, a row
+        counts = mask.mean(dim=(1, *axis)).abs()
+        assert counts.max() < 4.5 * 0.5 / (mask.numel() / counts.numel()) ** 0.5
+
+
+def test_shortcut_draws_once_for_all_channels() -> None:
+    mask = mask_of((3, 9, 16, 16), 0.5)
+    assert torch.equal(mask, mask[:, :1].expand_as(mask))
+    assert 0 < mask.sum() < mask.numel()
+
+
+def test_shortcut_draws_anew_at_every_call_and_repeats_under_a_seed() -> None:
+    torch.manual_seed(3)
+    first, second = mask_of((2, 1, 32, 32), 0.5), mask_of((2, 1, 32, 32), 0.5)
+    # Two fair draws differ in half of the places.
+    assert abs((first != second).double().mean().item() - 0.5) < 4.5 * 0.5 / 2048**0.5
+    torch.manual_seed(3)
+    assert torch.equal(mask_of((2, 1, 32, 32), 0.5), first)
+    assert torch.equal(mask_of((2, 1, 32, 32), 0.5), second)
+
+
+def test_shortcut_backward_uses_the_draw_of_the_forward() -> None:
+    shape = (2, 3, 16, 16)
+    inpainted, shortcut = torch.ones(shape).requires_grad_(), torch.zeros(shape).requires_grad_()
+    out = ops.masked_shortcut(inpainted, shortcut, 0.5)
+    ops.masked_shortcut(inpainted, shortcut, 0.5)  # another draw in between
+    grad = normal(*shape).float()
+    grads = torch.autograd.grad(out, (inpainted, shortcut), grad)
+    zero = torch.zeros(())
+    assert torch.equal(grads[0], torch.where(out == 1, grad, zero))
+    assert torch.equal(grads[1], torch.where(out == 1, zero, grad))
+
+
+@pytest.mark.parametrize("keep", [0, 1, 0.0, 1.0])
+def test_shortcut_is_exact_when_open_or_closed(keep: float) -> None:
+    inpainted, shortcut = normal(4, 3, 64, 64), normal(4, 3, 64, 64, seed=1)
+    out = ops.masked_shortcut(inpainted, shortcut, keep)
+    assert torch.equal(out, inpainted if keep else shortcut)
+
+
+@pytest.mark.parametrize("word", [0, 2**31 - 1])
+def test_shortcut_is_exact_for_the_extreme_draws(word: int, monkeypatch) -> None:
+    # Both come up once in 2^31 positions.
+    draw = torch.tensor(word).float() * 4.6566127342e-10
+    monkeypatch.setattr(shortcut, "philox_uniform", lambda seed, count: draw.expand(count))
+    assert not mask_of((1, 1, 2, 2), 0.0).any()
+    assert mask_of((1, 1, 2, 2), 1.0).all()
+
+
+def affine_inputs() -> list[Tensor]:
+    return [normal(2, 3, 4, 5), normal(2, 3, 4, 5, seed=1), normal(3, seed=2), normal(3, seed=3)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_shortcut_with_the_affine_in_front(layout: torch.memory_format, dtype: torch.dtype) -> None:
+    seed, shape = torch.tensor(11), (2, 3, 4, 5)
+    mask = shortcut_mask(seed, shape, 0.6)
+    x, y, scale, shift = affine_inputs()
+    x, y = (z.to(dtype).to(memory_format=layout) for z in (x, y))
+
+    def plain(x: Tensor, y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        painted = (x * scale[:, None, None] + shift[:, None, None]).relu()
+        return torch.where(mask, painted, y)
+
+    def fast(x: Tensor, y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        return ops.masked_shortcut(x, y, 0.6, seed, scale=scale, shift=shift)
+
+    grad = normal(*shape, seed=9).to(dtype)
+    actual = with_gradients(fast, [x, y, scale, shift], grad)
+    wide = [z.double() for z in (x, y, scale, shift)]
+    expected = with_gradients(plain, wide, grad.double())
+    for got, value in zip(actual, expected, strict=True):
+        assert_close(got, value, TOLERANCES[dtype], floor=1.0)
+    assert actual[0].is_contiguous(memory_format=layout)
+
+
+def test_shortcut_affine_gradcheck() -> None:
+    seed = torch.tensor(5)
+
+    def blend(x: Tensor, y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        return ops.masked_shortcut(x, y, 0.6, seed, scale=scale, shift=shift)
+
+    assert torch.autograd.gradcheck(blend, [x.requires_grad_() for x in affine_inputs()])
+
+
+def test_shortcut_ignores_what_it_does_not_choose() -> None:
+    inpainted = torch.full((2, 3, 8, 8), torch.nan)
+    assert torch.equal(
+        ops.masked_shortcut(inpainted, torch.ones(2, 3, 8, 8), 0.0), torch.ones(2, 3, 8, 8)
+    )
+
+
+@pytest.mark.parametrize("other", [torch.channels_last, torch.contiguous_format], ids=str)
+def test_shortcut_in_channels_last(other: torch.memory_format) -> None:
+    seed, grad = torch.tensor(7), normal(2, 5, 6, 4, seed=2)
+    a, b = normal(2, 5, 6, 4), normal(2, 5, 6, 4, seed=1)
+    expected = with_gradients(lambda x, y: ops.masked_shortcut(x, y, 0.5, seed), [a, b], grad)
+    last = [a.to(memory_format=torch.channels_last), b.to(memory_format=other)]
+    actual = with_gradients(
+        lambda x, y: ops.masked_shortcut(x, y, 0.5, seed),
+        last,
+        grad.to(memory_format=torch.channels_last),
+    )
+    for got, value in zip(actual, expected, strict=True):
+        assert torch.equal(got, value)
+    assert actual[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_shortcut_of_strided_maps() -> None:
+    seed = torch.tensor(11)
+    a, b = normal(4, 6, 10, 8)[::2, ::3, 1::2, :], normal(1, 1, 1, 8).expand(2, 2, 5, 8)
+    mask = shortcut_mask(seed, (2, 2, 5, 8), 0.5)
+    compare(
+        lambda x, y: ops.masked_shortcut(x, y, 0.5, seed),
+        lambda x, y: reference.masked_shortcut(x, y, 0.5, mask),
+        [a, b],
+        tolerance=0.0,
+    )
+
+
+def test_shortcut_gradcheck() -> None:
+    seed = torch.tensor(5)
+    inputs = (normal(2, 2, 3, 3).requires_grad_(), normal(2, 2, 3, 3, seed=1).requires_grad_())
+    assert torch.autograd.gradcheck(lambda a, b: ops.masked_shortcut(a, b, 0.5, seed), inputs)
+
+
+TRITON_RAND = """
+import sys, torch, triton, triton.language as tl
+
+@triton.jit
+def draw(out_ptr, seed, n: tl.constexpr):
+    offset = tl.arange(0, n)
+    tl.store(out_ptr + offset, tl.rand(seed, offset))
+
+for seed in map(int, sys.argv[1:]):
+    out = torch.empty(1024)
+    draw[(1,)](out, seed, 1024)
+    print(*(x.hex() for x in out.tolist()))
+"""
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+def test_shortcut_numbers_are_those_of_triton(tmp_path) -> None:
+    script = tmp_path / "rand.py"  # Triton reads a kernel's source from its file
+    script.write_text(TRITON_RAND)
+    seeds = [0, 1, 12345, 2**31 + 5, 2**40 + 2**33 + 77, 2**62 - 1]
+    result = subprocess.run(
+        [sys.executable, script, *map(str, seeds)],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    for seed, line in zip(seeds, result.stdout.splitlines(), strict=True):
+        expected = torch.tensor([float.fromhex(x) for x in line.split()])
+        assert torch.equal(philox_uniform(torch.tensor(seed), 1024), expected)
+
+
+def test_shortcut_numbers_by_the_published_algorithm() -> None:
+    # Philox 4x32-10 of a zero key and a zero counter: Random123's known answer, word 0.
+    word = 0x6627E8D5
+    expected = torch.tensor(word, dtype=torch.float32) * 4.6566127342e-10
+    assert philox_uniform(torch.tensor(0), 1)[0] == expected
