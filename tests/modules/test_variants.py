@@ -19,23 +19,11 @@ from squid_fast import (
     load_bundle,
     save_bundle,
 )
-from squid_fast.data import ImageSet
 from squid_fast.experiments.published import published_way
 from squid_fast.inference import calibrate
 from squid_fast.modules.inpaint import InpaintBlock
+from tests.factories import image_batch, image_set, tiny_squid
 
-SIDE = 48
-ARGUMENTS: dict[str, Any] = {
-    "num_in_ch": 1,
-    "features_root": 4,
-    "shrink_thres": 3,
-    "num_slots": 6,
-    "level": 2,
-    "memory_channel": 144,
-    "dist": True,
-    "initial_combine": 1,
-    "ops": ["concat", "none"],
-}
 ALL: list[Any] = [
     None,
     False,
@@ -47,14 +35,8 @@ ALL: list[Any] = [
 ]
 
 
-def images(n: int) -> ImageSet:
-    pixels = torch.randint(0, 256, (n, 1, SIDE, SIDE), generator=torch.manual_seed(3))
-    return ImageSet(pixels.to(torch.uint8), torch.zeros(n).long(), [str(i) for i in range(n)])
-
-
 def model(inpainting: Any, **others: Any) -> SQUID:
-    torch.manual_seed(0)
-    return SQUID(**{**ARGUMENTS, **others}, inpainting=inpainting)
+    return tiny_squid(inpainting=inpainting, num_slots=6, **others)
 
 
 def block(**variant: str) -> InpaintBlock:
@@ -102,7 +84,7 @@ def test_a_matrix_learns_its_slots_and_is_never_written() -> None:
             kept(features[:, n], memory.slots[n].detach(), 3),
             rtol=1e-4, atol=1e-5,
         )  # fmt: skip
-    network(images(2).batch(slice(0, 2)))["recon"].square().mean().backward()
+    network(image_batch(2))["recon"].square().mean().backward()
     assert float(memory.slots.grad.abs().max()) > 0
 
 
@@ -139,7 +121,7 @@ def test_a_soft_shortcut_blends_everywhere_and_only_in_training() -> None:
 
 def test_without_the_block_the_decoder_is_fed_what_the_encoder_found() -> None:
     network = model(False).eval()
-    batch = images(3).batch(slice(0, 3))
+    batch = image_batch(3)
     features, skips = network.encode(batch)
     assert torch.equal(network(batch)["recon"], network.decode(features, skips)[0])
 
@@ -156,11 +138,11 @@ def test_a_variant_is_saved_loaded_and_scored(inpainting: Any, tmp_path: Path) -
     network, judge = model(inpainting).train(), Discriminator(2).train()
     with torch.no_grad():
         network.out_conv.conv.weight *= 30
-        judge(network(images(8).batch(slice(0, 8)))["recon"])
+        judge(network(image_batch(8))["recon"])
     for module in network.modules():
         if isinstance(module, MemoryQueue):
             module.update()
-    calibration = calibrate(network.eval(), judge.eval(), images(20), precision="float32")
+    calibration = calibrate(network.eval(), judge.eval(), image_set(20), precision="float32")
     save_bundle(Bundle(network, judge, calibration), tmp_path)
     loaded = load_bundle(tmp_path)
     for name, value in network.state_dict().items():
@@ -168,7 +150,7 @@ def test_a_variant_is_saved_loaded_and_scored(inpainting: Any, tmp_path: Path) -
     for name, queue in network.named_modules():
         if isinstance(queue, MemoryQueue):
             assert int(queue.ptr) == int(loaded.model.get_submodule(name).ptr) > 0
-    batch = images(5).batch(slice(0, 5))
+    batch = image_batch(5)
     scorer = Scorer.load(tmp_path, precision="float32", device="cpu")
     found = scorer.score(batch, reconstruction=True).reconstruction
     with torch.no_grad():
@@ -181,7 +163,7 @@ def test_a_variant_is_saved_loaded_and_scored(inpainting: Any, tmp_path: Path) -
 @pytest.mark.parametrize("inpainting", ALL, ids=str)
 def test_a_variant_trains(inpainting: Any) -> None:
     network = model(inpainting).train()
-    outputs = network(images(4).batch(slice(0, 4)))
+    outputs = network(image_batch(4))
     (outputs["recon"].square().mean() + outputs["dist_loss"]).backward()
     missing = [n for n, p in network.named_parameters() if p.grad is None and "teacher" not in n]
     assert not missing
