@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 # What is computed in these tests is small: threads would only wait for one another. Libraries read
@@ -46,14 +46,20 @@ def _read(path: Path) -> Golden:
 @pytest.fixture(scope="session")
 def golden(shared: Path) -> Callable[[str], Golden]:
     """Reads a golden file: its metadata and its tensors."""
+    return partial(_load, shared / "golden")
 
-    def load(name: str) -> Golden:
-        path = shared / "golden" / f"{name}.safetensors"
-        if not path.is_file():
-            pytest.skip(f"{path} is missing")
-        return _read(path)
 
-    return load
+@pytest.fixture(scope="session")
+def golden64(shared: Path) -> Callable[[str], Golden]:
+    """Reads what the published implementation computes of a golden file in float64."""
+    return partial(_load, shared / "golden64")
+
+
+def _load(folder: Path, name: str) -> Golden:
+    path = folder / f"{name}.safetensors"
+    if not path.is_file():
+        pytest.skip(f"{path} is missing")
+    return _read(path)
 
 
 @pytest.fixture(scope="session")
