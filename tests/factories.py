@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import json
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,6 +38,35 @@ def tiny_squid(**changes: Any) -> SQUID:
     """A model in training mode, with the same weights at every call."""
     torch.manual_seed(0)
     return SQUID(**TINY | changes)
+
+
+def trained_squid(**changes: Any) -> SQUID:
+    """A wider model, of 64 x 64, in evaluation mode, whose statistics and queues are of images."""
+    model, generator = _trained_squid(json.dumps(changes))
+    torch.set_rng_state(generator)  # as if it had been made now
+    return copy.deepcopy(model)
+
+
+@cache
+def _trained_squid(changes: str) -> tuple[SQUID, Tensor]:
+    wider = {"features_root": 16, "memory_channel": 1024, "mem_num_slots": 10}
+    model = tiny_squid(**wider | json.loads(changes))
+    side = model.image_size
+    with torch.no_grad():
+        for _ in range(3):
+            model(torch.rand(6, model.num_in_ch, side, side))
+            model.inpaint_block.memory.update()
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.uniform_(-0.2, 0.2)
+        model.eval()
+        head = model.out_conv.conv
+        # Else all reconstructions look the same.
+        logits = torch.logit(model(torch.rand(4, model.num_in_ch, side, side))["recon"].double())
+        head.weight /= float(logits.std())
+        head.bias.sub_(float(logits.mean())).div_(float(logits.std()))
+    return model, torch.get_rng_state()
 
 
 def open_masks(*models: nn.Module) -> None:
