@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from squid_fast import SQUID, Bundle, Discriminator
 from squid_fast.data import ImageSet
 from squid_fast.inference import calibrate
+from squid_fast.inference.scores import PAPER_SCORE
 
 SIDE = 48
 TINY: dict[str, Any] = {
@@ -105,9 +106,9 @@ def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def tiny_pair(**changes: Any) -> tuple[SQUID, Discriminator]:
+def tiny_pair() -> tuple[SQUID, Discriminator]:
     """A model and a discriminator in evaluation mode, whose statistics and queues are of images."""
-    model, discriminator = tiny_squid(**changes), Discriminator(2)
+    model, discriminator = tiny_squid(), Discriminator(2)
     with torch.no_grad():
         model.out_conv.conv.weight *= 30  # else all reconstructions look the same to float32
         discriminator(model(image_batch(8))["recon"])
@@ -115,11 +116,11 @@ def tiny_pair(**changes: Any) -> tuple[SQUID, Discriminator]:
     return model.eval(), discriminator.eval()
 
 
-def tiny_bundle(**changes: Any) -> Bundle:
+def tiny_bundle(score: str = PAPER_SCORE) -> Bundle:
     """Such a pair, calibrated in float32 with a false-positive rate of 0.1."""
-    pair = tiny_pair(**changes)
+    pair = tiny_pair()
     calibration = calibrate(*pair, image_set(30), image_set(40, seed=5), 0.1, "float32", "cpu")
-    return Bundle(*pair, calibration, about={"preset": "test"})
+    return Bundle(*pair, calibration, score, about={"preset": "test"})
 
 
 class MeanScorer:
