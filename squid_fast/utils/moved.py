@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 Class = TypeVar("Class", bound=type)
 
-_MOVED = {
+MOVED = {
     f"squid_fast.{old}": f"squid_fast.{new}"
     for old, new in {
         "_extras": "utils.extras",
@@ -74,7 +74,7 @@ class _Alias(Loader):
 
 
 def _new_path(name: str) -> str | None:
-    for old, new in _MOVED.items():
+    for old, new in MOVED.items():
         if name == old or name.startswith(f"{old}."):
             return new + name[len(old) :]
     return None
@@ -100,7 +100,9 @@ def moved_names(package: str, homes: Mapping[str, str]) -> Callable[[str], objec
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         warnings.warn(f"{package}.{name} is now {homes[name]}", DeprecationWarning, stacklevel=2)
         module, _, attribute = homes[name].rpartition(".")
-        return getattr(importlib.import_module(module), attribute)
+        value = getattr(importlib.import_module(module), attribute)
+        setattr(sys.modules[package], name, value)  # so that it is said once
+        return value
 
     return get
 
