@@ -334,9 +334,9 @@ def test_a_frozen_block_is_the_same_until_it_changes(shrink_thres: float) -> Non
 def test_block_paints_a_patch_from_its_neighbours_memories() -> None:
     block = InpaintBlock(8, 6, 16, 8, 3).double().eval()
     f = torch.randn(1, 16, 8, dtype=torch.float64)
-    before = block.paint(f)
+    before = block.inpaint(f)
     block.memory.slots[5] += 1.0
-    changed = (block.paint(f) != before).any(dim=-1)[0]
+    changed = (block.inpaint(f) != before).any(dim=-1)[0]
     # Patch 5 itself changes through the residual of its own answer.
     assert set(changed.nonzero().flatten().tolist()) == {0, 1, 2, 4, 5, 6, 8, 9, 10}
 

@@ -112,11 +112,11 @@ def test_a_soft_shortcut_blends_everywhere_and_only_in_training() -> None:
     own = block(shortcut="soft")
     own.mask_ratio = 0.8
     x = torch.rand(8, 16, 6, 6)
-    painted: list[Tensor] = []
-    own.bottleneck_conv2.register_forward_hook(lambda m, given, out: painted.append(out))
+    inpainted: list[Tensor] = []
+    own.bottleneck_conv2.register_forward_hook(lambda m, given, out: inpainted.append(out))
     mixed = own.train()(x)
-    torch.testing.assert_close(mixed, 0.8 * painted[0] + 0.2 * x)
-    assert torch.equal(own.eval()(x), painted[1])
+    torch.testing.assert_close(mixed, 0.8 * inpainted[0] + 0.2 * x)
+    assert torch.equal(own.eval()(x), inpainted[1])
 
 
 def test_without_the_block_the_decoder_is_fed_what_the_encoder_found() -> None:
@@ -135,15 +135,17 @@ def test_the_published_block_is_what_it_was() -> None:
 
 @pytest.mark.parametrize("inpainting", ALL, ids=str)
 def test_a_variant_is_saved_loaded_and_scored(inpainting: Any, tmp_path: Path) -> None:
-    network, judge = model(inpainting).train(), Discriminator(2).train()
+    network, discriminator = model(inpainting).train(), Discriminator(2).train()
     with torch.no_grad():
         network.out_conv.conv.weight *= 30
-        judge(network(image_batch(8))["recon"])
+        discriminator(network(image_batch(8))["recon"])
     for module in network.modules():
         if isinstance(module, MemoryQueue):
             module.update()
-    calibration = calibrate(network.eval(), judge.eval(), image_set(20), precision="float32")
-    save_bundle(Bundle(network, judge, calibration), tmp_path)
+    calibration = calibrate(
+        network.eval(), discriminator.eval(), image_set(20), precision="float32"
+    )
+    save_bundle(Bundle(network, discriminator, calibration), tmp_path)
     loaded = load_bundle(tmp_path)
     for name, value in network.state_dict().items():
         assert torch.equal(value, loaded.model.state_dict()[name]), name
