@@ -14,6 +14,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from tests.command_line import squid
+
 # Without a GPU the kernels are tested in Triton's interpreter, which has to be chosen before Triton
 # is imported.
 if not torch.cuda.is_available():
@@ -65,8 +67,6 @@ def _load(folder: Path, name: str) -> Golden:
 @pytest.fixture(scope="session")
 def grids(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """DigitAnatomy on disk, small, as the verb writes it."""
-    from tests.command_line import squid
-
     folder = tmp_path_factory.mktemp("data") / "grids"
     squid("synth", folder, "--cell", 16, "--train", 12, "--val", 24, "--test", 8)
     return folder

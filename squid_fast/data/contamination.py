@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from . import ImageSet
+from .images import ImageSet
 
 
 def contaminated(
