@@ -103,9 +103,7 @@ def moved_names(package: str, homes: Mapping[str, str]) -> Callable[[str], objec
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         warnings.warn(f"{package}.{name} is now {homes[name]}", DeprecationWarning, stacklevel=2)
         module, _, attribute = homes[name].rpartition(".")
-        value = getattr(importlib.import_module(module), attribute)
-        setattr(sys.modules[package], name, value)  # so that it is said once
-        return value
+        return getattr(importlib.import_module(module), attribute)
 
     return get
 

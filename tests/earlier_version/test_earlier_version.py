@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from squid_fast.experiments.baselines import load_scorer, train_method
+from squid_fast.experiments.baselines import load_scorer, train_baseline
 from squid_fast.experiments.baselines.networks import AutoEncoder
 from squid_fast.training import train_bundle
 from squid_fast.utils.machine import describe
@@ -73,6 +73,6 @@ def test_a_stopped_run_ends_as_the_earlier_version_ended_it(files: Path) -> None
 
 def test_a_stopped_baseline_ends_as_the_earlier_version_ended_it(files: Path) -> None:
     out = files / "autoencoder_stopped"
-    result = train_method("autoencoder", DATA, out, recipe=RECIPE, resume=True, **OPTIONS)
+    result = train_baseline("autoencoder", DATA, out, recipe=RECIPE, resume=True, **OPTIONS)
     assert (result.finished, result.step) == (True, 12)
     assert_same_weights(out, files / "autoencoder")
