@@ -1,7 +1,7 @@
 """Attention of every patch to its neighbours (paper section 3.3).
 
-The N looked-up features of an image lie on a P x P grid. What patch n should look like is asked
-of its eight neighbours, never of itself: n is the blank that is painted.
+The N looked-up features of an image lie on a P x P grid. A patch attends to its eight neighbours
+and never to itself, since it is the patch to be in-painted.
 """
 
 import math
@@ -25,6 +25,11 @@ def neighbourhood_attention(
     pad_key, pad_value: [C], key and value of a place outside the grid. The published block puts
     zeros there and attends to them like to any other place, so after the projection they are the
     projection's biases. Nothing is masked: at P = 1 a patch sees eight times the same padding.
+
+    >>> query, key, value = torch.rand(3, 1, 9, 4)
+    >>> pad = torch.zeros(4)
+    >>> neighbourhood_attention(query, key, value, pad, pad, num_heads=2).shape
+    torch.Size([1, 9, 4])
     """
     B, N, C = query.shape
     P = math.isqrt(N)

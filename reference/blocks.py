@@ -58,7 +58,7 @@ class In(nn.Module):
 
 
 class Down(nn.Module):
-    """Half the resolution, the next width."""
+    """Next stage: half the resolution, more channels."""
 
     def __init__(self, in_ch: int, out_ch: int) -> None:
         super().__init__()

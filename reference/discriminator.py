@@ -1,4 +1,4 @@
-"""The discriminator (paper section 3.4): is this image a real one or a painted one?
+"""The discriminator (paper section 3.4), which tells real images from reconstructions.
 
 Five 5x5 convolutions of stride 2, batch norm in all but the first, one linear layer to a logit.
 """
@@ -10,7 +10,11 @@ WIDTHS = (16, 32, 64, 128, 128)
 
 
 class Discriminator(nn.Module):
-    """Logits [B, 1] (positive: real) for images [B, 1, H, W] with H = W and size = ceil(H / 32)."""
+    """Logits [B, 1] (positive: real) for images [B, 1, H, W] with H = W and size = ceil(H / 32).
+
+    >>> Discriminator(size=2)(torch.rand(3, 1, 64, 64)).shape
+    torch.Size([3, 1])
+    """
 
     def __init__(self, size: int = 4) -> None:
         super().__init__()

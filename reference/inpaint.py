@@ -1,7 +1,7 @@
 """The in-painting block (paper section 3.3, "Formulating Anomaly Detection as In-painting").
 
 Each patch's bottleneck feature f is looked up in its own memory queue; a transformer layer then
-paints the patch from what its neighbours' memories answered, with f as the query.
+in-paints the patch from the answers of its neighbours' memories, with f as the query.
 """
 
 import math
@@ -35,6 +35,10 @@ class InpaintBlock(nn.Module):
         shrink_thres: see ``memory.shrinkage_of``.
         ratio: probability that a position is in-painted in training.
         drop: dropout of the feed-forward layers.
+
+    >>> block = InpaintBlock(16, num_slots=20, num_memory=4, memory_channel=16).eval()
+    >>> block(torch.rand(8, 16, 2, 2)).shape  # two images of four patches
+    torch.Size([8, 16, 2, 2])
     """
 
     code: torch.Tensor
@@ -86,8 +90,8 @@ class InpaintBlock(nn.Module):
         windows = rearrange(F.unfold(grid, 3, padding=1), "b (d k) n -> k (b n) d", k=9)
         neighbours = torch.cat([windows[:4], windows[5:]])  # all but the patch itself
         query = rearrange(query, "b n d -> 1 (b n) d")
-        painted, _ = self.attention(query, neighbours, neighbours, need_weights=False)
-        return rearrange(painted, "1 (b n) d -> b n d", b=B)
+        attended, _ = self.attention(query, neighbours, neighbours, need_weights=False)
+        return rearrange(attended, "1 (b n) d -> b n d", b=B)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         N = len(self.memory)

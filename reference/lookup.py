@@ -31,6 +31,9 @@ def gumbel_shrinkage(logits: torch.Tensor, top_k: int) -> torch.Tensor:
     The published code behaves in ways that its name does not suggest, and so does this function:
     only what lies strictly above the k-th weight survives, hence k keeps k - 1 slots (fewer with
     ties), k = 1 keeps none, and no Gumbel noise is drawn.
+
+    >>> gumbel_shrinkage(torch.tensor([1.0, 3.0, 6.0]).log(), top_k=3)
+    tensor([0.0000, 0.3333, 0.6667])
     """
     probabilities = torch.softmax(logits, dim=-1)
     threshold = probabilities.topk(top_k, dim=-1).values[..., -1:]
@@ -42,6 +45,9 @@ def hard_shrinkage(logits: torch.Tensor, threshold: float) -> torch.Tensor:
     """Weights [..., M]: logits above ``threshold``, L1-normalised; everything is differentiated.
 
     The logits are raw dot products: no softmax precedes this function.
+
+    >>> hard_shrinkage(torch.tensor([0.5, 1.5, 4.5]), threshold=1.0)
+    tensor([0.0000, 0.2500, 0.7500])
     """
     return _keep_above(logits, threshold)
 
@@ -58,6 +64,10 @@ def memory_lookup(
     ``top_k`` chooses Gumbel shrinkage, ``threshold`` hard shrinkage; with neither, the raw dot
     products are the weights. Without the dimension N (query [B, C], memory [M, C]) it is one
     memory asked by B queries.
+
+    >>> memory = torch.eye(3)
+    >>> memory_lookup(torch.tensor([[0.5, 1.5, 4.5]]), memory, threshold=1.0)
+    tensor([[0.0000, 0.2500, 0.7500]])
     """
     if query.dim() == 2:
         return memory_lookup(query[:, None], memory[None], top_k, threshold=threshold)[:, 0]

@@ -22,7 +22,13 @@ def generator_loss(
     t_w: float = 0.01,
     dist_w: float = 0.001,
 ) -> torch.Tensor:
-    """Loss [] of the generator; the teacher's terms count only where there is a teacher."""
+    """Loss [] of the generator; without a teacher its terms are left out.
+
+    >>> images, recon = torch.zeros(2, 1, 4, 4), torch.full((2, 1, 4, 4), 0.5)
+    >>> outputs = {"recon": recon, "teacher_recon": None, "dist_loss": None}
+    >>> generator_loss(images, outputs, torch.zeros(2, 1))  # 10 * 0.25 + 0.005 * log 2
+    tensor(2.5035)
+    """
     recon, teacher, dist_loss = (outputs[k] for k in ("recon", "teacher_recon", "dist_loss"))
     assert recon is not None
     loss = recon_w * F.mse_loss(recon, images) + g_w * _bce(recon_logits, 1.0)
@@ -34,5 +40,9 @@ def generator_loss(
 def discriminator_loss(
     real_logits: torch.Tensor, recon_logits: torch.Tensor, d_w: float = 0.005
 ) -> torch.Tensor:
-    """Loss [] of the discriminator."""
+    """Loss [] of the discriminator.
+
+    >>> discriminator_loss(torch.zeros(2, 1), torch.zeros(2, 1), d_w=1.0)  # 2 * log 2
+    tensor(1.3863)
+    """
     return d_w * (_bce(real_logits, 1.0) + _bce(recon_logits, 0.0))

@@ -1,7 +1,7 @@
 """The memories (paper section 3.2, "Inventing memory queue as dictionary").
 
 *Memory queue*: slots are features of recent training images, held in a ring and never learned,
-so what it answers really looked like that somewhere. *Memory matrix*: slots are parameters, as in
+so that its answers are features that really occurred. *Memory matrix*: slots are parameters, as in
 MemAE. Both are *space-aware*: every place in the image has a memory of its own.
 
 The three block types put memory matrices into the decoder; their names are the published ones
@@ -27,7 +27,14 @@ def shrinkage_of(shrink_thres: int | float) -> dict[str, Any]:
 
 
 class MemoryQueue(nn.Module):
-    """A ring of the last M features, [M, C]; ``update`` enqueues the last batch looked up."""
+    """A ring of the last M features, [M, C]; ``update`` enqueues the last batch looked up.
+
+    >>> queue = MemoryQueue(num_slots=4, slot_dim=2, shrink_thres=0).train()
+    >>> answers = queue(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    >>> queue.update()
+    >>> queue.memMatrix[:2].tolist(), queue.ptr
+    ([[1.0, 2.0], [3.0, 4.0]], 2)
+    """
 
     memMatrix: torch.Tensor
 
@@ -58,7 +65,11 @@ class MemoryQueue(nn.Module):
 
 
 class MemoryMatrix(nn.Module):
-    """M learnable slots, [M, C]."""
+    """M learnable slots, [M, C].
+
+    >>> MemoryMatrix(num_slots=10, slot_dim=4, shrink_thres=3)(torch.rand(2, 4)).shape
+    torch.Size([2, 4])
+    """
 
     def __init__(self, num_slots: int, slot_dim: int, shrink_thres: int | float = 5) -> None:
         super().__init__()
@@ -72,7 +83,7 @@ class MemoryMatrix(nn.Module):
 
 
 class _MemoryBlock(nn.Module):
-    """Look a decoder map up and, in training, mix the answer with the map by a masked shortcut.
+    """Look up a decoder map and, in training, mix the answer with the map by a masked shortcut.
 
     The mixing ratio is 0.95 unless given: the model's own ``ratio`` does not reach these blocks.
     """
@@ -119,7 +130,7 @@ class MemoryMatrixBlock(_MemoryBlock):
 
 
 class MemoryMatrixBlockV3(_MemoryBlock):
-    """The patches themselves are the places: patch n of the image looks up matrix n."""
+    """Patch n of the image looks up matrix n."""
 
     def look_up(self, x: torch.Tensor) -> torch.Tensor:
         q = rearrange(x, "(b n) c h w -> b n (c h w)", n=self.num_memory)

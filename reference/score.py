@@ -18,7 +18,11 @@ from .discriminator import Discriminator
 def discriminator_logits(
     discriminator: Discriminator, recon: torch.Tensor, mode: str = "instance"
 ) -> torch.Tensor:
-    """Raw scores s [B] of reconstructions [B, 1, H, W]; running statistics stay as they are."""
+    """Raw scores s [B] of reconstructions [B, 1, H, W]; running statistics stay as they are.
+
+    >>> discriminator_logits(Discriminator(size=2), torch.rand(3, 1, 64, 64)).shape
+    torch.Size([3])
+    """
     if mode not in ("instance", "running"):
         raise ValueError(f"mode is {mode!r}; it must be 'instance' or 'running'.")
     logits = []
@@ -46,10 +50,18 @@ def discriminator_logits(
 
 
 def z_score(scores: torch.Tensor, mean: float, std: float) -> torch.Tensor:
-    """Standard deviations *below* the normal mean: positive is less normal. Rank by this one."""
+    """Standard deviations *below* the normal mean: larger is less normal. Rank images by this.
+
+    >>> z_score(torch.tensor([5.0, 1.0]), mean=3.0, std=2.0)
+    tensor([-1.,  1.])
+    """
     return (mean - scores) / std
 
 
 def anomaly_score(scores: torch.Tensor, mean: float, std: float) -> torch.Tensor:
-    """A in [0, 1], 1 is anomalous. In float32 it saturates and ties where z does not."""
+    """A in [0, 1], 1 is anomalous. In float32 it saturates and ties where z does not.
+
+    >>> anomaly_score(torch.tensor([5.0, 3.0, 1.0]), mean=3.0, std=2.0)
+    tensor([0.2689, 0.5000, 0.7311])
+    """
     return torch.sigmoid(z_score(scores, mean, std))

@@ -21,6 +21,11 @@ def masked_shortcut(
     """Blend of two maps [B, C, H, W] by one draw per (image, row, column), shared by the channels.
 
     ``mask`` [B, 1, H, W] is drawn anew unless it is given.
+
+    >>> ones, zeros = torch.ones(1, 2, 1, 4), torch.zeros(1, 2, 1, 4)
+    >>> mask = torch.tensor([1, 0, 1, 1]).view(1, 1, 1, 4)
+    >>> masked_shortcut(ones, zeros, 0.95, mask)[0, :, 0].tolist()
+    [[1.0, 0.0, 1.0, 1.0], [1.0, 0.0, 1.0, 1.0]]
     """
     if mask is None:
         B, _, H, W = inpainted.shape

@@ -29,12 +29,17 @@ class SQUID(nn.Module):
         ratio: keep probability of the masked shortcut of the in-painting block.
         drop: dropout in the in-painting block.
         memory_channel: C of the queues, 16F / 4 * (H / P / 2**L)**2 with L = 4.
-        dist: with a teacher.
-        initial_combine: the decoders put patches together to the image before step L - this;
-            None: only after the last step.
+        dist: add a teacher.
+        initial_combine: the decoders combine the patches to an image before step
+            L - ``initial_combine``; None: only after the last step.
         mem_num_slots: slots of each decoder memory matrix.
         ops: per decoder step "concat" (with skip) or "none".
         decoder_memory: per level None or {"type", "multiplier", "num_memory"}.
+
+    >>> model = SQUID(1, 4, 3, num_slots=8, level=2, memory_channel=16, ops=("concat", "none"))
+    >>> outputs = model.eval()(torch.rand(2, 1, 16, 16))
+    >>> outputs["recon"].shape, outputs["patch"].shape
+    (torch.Size([2, 1, 16, 16]), torch.Size([8, 1, 8, 8]))
     """
 
     def __init__(
@@ -87,7 +92,7 @@ class SQUID(nn.Module):
             self.teacher_out = Out(w[0], num_in_ch)
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor | None]:
-        """Images [B, Cin, H, W] in [0, 1] to the published dictionary.
+        """Reconstruct images [B, Cin, H, W] in [0, 1]; returns the published dictionary.
 
         recon [B, Cin, H, W], patch [B*N, Cin, H/P, W/P], embedding [B, w_L, H/2**L, W/2**L],
         teacher_recon [B, Cin, H, W] and dist_loss [] (both None without a teacher).

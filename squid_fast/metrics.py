@@ -1,10 +1,14 @@
 """Metrics and calibration, on z-scores.
 
-All functions take ``z`` so oriented that larger means less normal: ``z = (mean - s) / std`` with
-the discriminator's logit ``s`` and its mean and standard deviation over normal training images. The
-published anomaly score is ``sigmoid(z)``. It ranks images the same way, but in float32 it saturates
-and makes ties that ``z`` does not have. ``labels`` are 0 or False for normal, 1 or True for
-anomalous images. An image is flagged when its ``z`` is greater than the threshold.
+In all functions a larger ``z`` means less normal: ``z = (mean - s) / std`` with the discriminator's
+logit ``s`` and its mean and standard deviation over normal training images. The published anomaly
+score is ``sigmoid(z)``. It ranks images the same way, but in float32 it saturates and makes ties
+that ``z`` does not have. ``labels`` are 0 or False for normal, 1 or True for anomalous images. An
+image is flagged when its ``z`` is greater than the threshold.
+
+>>> labels, z = [0, 0, 0, 1, 1], [-0.5, 0.1, 0.8, 0.6, 2.5]
+>>> round(image_auroc(labels, z), 3)
+0.833
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ _CHUNK = 4_000_000  # scores drawn at a time in the bootstrap, to bound its memo
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """What flagging every image with ``z > threshold`` amounts to, as shares in [0, 1]."""
+    """Results of flagging every image with ``z > threshold``, as shares in [0, 1]."""
 
     threshold: float
     accuracy: float
@@ -39,7 +43,7 @@ class OperatingPoint:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The figures of one score on one labelled set of images."""
+    """All figures of one score on one labelled set of images."""
 
     score_name: str
     n_normal: int
@@ -62,8 +66,11 @@ def image_auroc(labels: ArrayLike, z: ArrayLike) -> float:
     It is the chance that an anomalous image ranks above a normal one; ties count half.
 
     Raises:
-        ValueError: nothing to rank, one class only, lengths that differ, or a ``z`` that is not
-            finite.
+        ValueError: there are no images, images of one class only, lengths that differ, or a ``z``
+            that is not finite.
+
+    >>> image_auroc([0, 0, 1, 1], [0.1, 0.4, 0.4, 0.8])
+    0.875
     """
     anomalous, scores = _checked(labels, z)
     return float(require("sklearn.metrics", "train").roc_auc_score(anomalous, scores))
@@ -73,7 +80,10 @@ def image_auprc(labels: ArrayLike, z: ArrayLike) -> float:
     """Area under the precision-recall curve over images, as average precision (no interpolation).
 
     Raises:
-        ValueError: as for :func:`image_auroc`.
+        ValueError: as for ``image_auroc``.
+
+    >>> image_auprc([0, 0, 1, 1], [0.1, 0.5, 0.4, 0.8])
+    0.8333...
     """
     anomalous, scores = _checked(labels, z)
     return float(require("sklearn.metrics", "train").average_precision_score(anomalous, scores))
@@ -86,7 +96,7 @@ def bootstrap_auroc_interval(
     resamples: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of the AUROC, normal and anomalous images resampled apart.
+    """Percentile bootstrap interval of the AUROC, stratified by label.
 
     Perfectly separated classes give (1, 1), and a handful of images an interval that is too narrow:
     resampling cannot know of images that were never seen.
@@ -99,13 +109,17 @@ def bootstrap_auroc_interval(
         seed: of the draw; the same seed gives the same interval.
 
     Raises:
-        ValueError: as for :func:`image_auroc`, or ``confidence`` or ``resamples`` out of range.
+        ValueError: as for ``image_auroc``, or ``confidence`` or ``resamples`` out of range.
+
+    >>> low, high = bootstrap_auroc_interval([0, 0, 0, 1, 1, 1], [0.1, 0.3, 0.6, 0.4, 0.8, 0.9])
+    >>> 0 <= low < 8 / 9 < high <= 1  # the AUROC itself is 8 / 9
+    True
     """
     anomalous, scores = _checked(labels, z)
     if not 0 < confidence < 1:
-        raise ValueError(f"confidence has to lie between 0 and 1, but is {confidence}")
+        raise ValueError(f"confidence is {confidence}; it must lie between 0 and 1")
     if resamples < 1:
-        raise ValueError(f"resamples has to be at least 1, but is {resamples}")
+        raise ValueError(f"resamples is {resamples}; it must be at least 1")
     distinct, rank = np.unique(scores, return_inverse=True)
     rng = np.random.default_rng(seed)
     chunk = max(1, _CHUNK // len(scores))
@@ -152,10 +166,13 @@ def threshold_at_false_positive_rate(normal_z: ArrayLike, rate: float = 0.05) ->
     Raises:
         ValueError: fewer than ``1 / rate`` scores, which say nothing about so small a rate; a score
             that is not finite; a rate out of range.
+
+    >>> threshold_at_false_positive_rate([-1.0, -0.5, 0.0, 0.5, 1.0], rate=0.2)
+    0.5
     """
     scores = np.sort(_finite(normal_z, "normal_z"))
     if not 0 < rate < 1:
-        raise ValueError(f"the false-positive rate has to lie between 0 and 1, but is {rate}")
+        raise ValueError(f"the false-positive rate is {rate}; it must lie between 0 and 1")
     # The addend undoes rounding: 0.29 * 100 is 28.999999999999996.
     above = int(rate * len(scores) + 1e-9)
     if above == 0:
@@ -170,11 +187,15 @@ def operating_point(labels: ArrayLike, z: ArrayLike, threshold: float) -> Operat
     """Accuracy, F1 and the rest when every image with ``z > threshold`` is flagged.
 
     Raises:
-        ValueError: as for :func:`image_auroc`, or a threshold that is not finite.
+        ValueError: as for ``image_auroc``, or a threshold that is not finite.
+
+    >>> point = operating_point([0, 0, 1, 1], [0.1, 0.6, 0.4, 0.8], threshold=0.5)
+    >>> point.sensitivity, point.specificity
+    (0.5, 0.5)
     """
     anomalous, scores = _checked(labels, z)
     if not np.isfinite(threshold):
-        raise ValueError(f"the threshold has to be a finite number, but is {threshold}")
+        raise ValueError(f"the threshold is {threshold}; it must be a finite number")
     flagged = scores > threshold
     hits = int((flagged & anomalous).sum())
     alarms = int(flagged.sum())
@@ -194,12 +215,15 @@ def operating_point(labels: ArrayLike, z: ArrayLike, threshold: float) -> Operat
 def best_test_accuracy(labels: ArrayLike, z: ArrayLike) -> OperatingPoint:
     """The paper's protocol: the threshold with the highest accuracy ON THESE VERY TEST LABELS.
 
-    It serves for comparison with published figures, and flatters: no threshold that is fixed before
-    the labels are known does better. :func:`threshold_at_false_positive_rate` gives one that is
-    fixed before. Of several equally accurate thresholds the highest counts.
+    It is for comparison with published figures, and optimistic: no threshold that is fixed before
+    the labels are known does better. ``threshold_at_false_positive_rate`` gives one that is fixed
+    beforehand. Of several equally accurate thresholds the highest is chosen.
 
     Raises:
-        ValueError: as for :func:`image_auroc`.
+        ValueError: as for ``image_auroc``.
+
+    >>> best_test_accuracy([0, 0, 1, 1], [0.1, 0.6, 0.4, 0.8]).accuracy
+    0.75
     """
     anomalous, scores = _checked(labels, z)
     order = np.argsort(-scores, kind="stable")
@@ -229,13 +253,16 @@ def evaluate(
         z: z-scores, larger is less normal.
         score_name: what ``z`` is, for tables and files.
         threshold: one chosen beforehand on other images, by
-            :func:`threshold_at_false_positive_rate`.
-        false_positive_rate: the rate it was calibrated for, to be kept beside it.
+            ``threshold_at_false_positive_rate``.
+        false_positive_rate: the rate that the threshold was calibrated for.
         seed: of the bootstrap.
 
     Raises:
-        ValueError: as for :func:`image_auroc`, or a ``false_positive_rate`` without its
-            ``threshold``.
+        ValueError: as for ``image_auroc``, or a ``false_positive_rate`` without its ``threshold``.
+
+    >>> found = evaluate([0, 0, 1, 1], [0.1, 0.6, 0.4, 0.8], score_name="z", threshold=0.5)
+    >>> found.auroc, found.calibrated.accuracy
+    (0.75, 0.5)
     """
     if threshold is None and false_positive_rate is not None:
         raise ValueError(
@@ -264,12 +291,14 @@ def plot_roc(path: str | PathLike[str], curves: Mapping[str, tuple[ArrayLike, Ar
         curves: name of each score to its (labels, z).
 
     Raises:
-        ValueError: no curves, or one that :func:`image_auroc` would refuse, by name.
+        ValueError: there are no curves, or ``image_auroc`` would refuse one, which is named.
+
+    >>> plot_roc("roc.svg", {"z": ([0, 0, 1, 1], [0.1, 0.6, 0.4, 0.8])})
     """
     if not curves:
-        raise ValueError("there is no curve to draw: give at least one score with its labels")
+        raise ValueError("there is no curve to draw; give at least one score with its labels")
     metrics = require("sklearn.metrics", "train")
-    # A figure of its own, without pyplot: no window system, nothing left over between calls.
+    # Without pyplot: no window system, and no state between calls.
     figure = require("matplotlib.figure", "train").Figure(figsize=(5.6, 5.6), layout="constrained")
     axes = figure.add_subplot()
     axes.plot(
@@ -310,18 +339,18 @@ def plot_roc(path: str | PathLike[str], curves: Mapping[str, tuple[ArrayLike, Ar
 
 
 def _checked(labels: ArrayLike, z: ArrayLike) -> tuple[Bools, Floats]:
-    """Labels as booleans and scores as float64, once both are known to make sense."""
+    """Labels as booleans and scores as float64, both checked."""
     scores = _finite(z, "z")
     given = np.asarray(labels)
     if given.shape != scores.shape:
         raise ValueError(
-            f"each image needs one label and one score, but labels have the shape {given.shape} "
-            f"and z has {scores.shape}"
+            f"labels have the shape {given.shape} and z has {scores.shape}; each image needs one "
+            "label and one score"
         )
     strange = given[~np.isin(given, (0, 1))]
     if len(strange):
         raise ValueError(
-            f"labels are 0 for normal and 1 for anomalous images, but one of them is {strange[0]!r}"
+            f"labels contain {strange[0]}; they must be 0 for normal and 1 for anomalous images"
         )
     anomalous = given.astype(bool)
     if anomalous.all() or not anomalous.any():
@@ -336,9 +365,11 @@ def _checked(labels: ArrayLike, z: ArrayLike) -> tuple[Bools, Floats]:
 def _finite(z: ArrayLike, name: str) -> Floats:
     scores = np.asarray(z, dtype=np.float64)
     if scores.ndim != 1:
-        raise ValueError(f"{name} has to be one score per image, [images], but is {scores.shape}")
+        raise ValueError(
+            f"{name} has the shape {scores.shape}; it must hold one score per image, [n]"
+        )
     if not len(scores):
-        raise ValueError(f"{name} is empty: there is no image to evaluate")
+        raise ValueError(f"{name} is empty; there is no image to evaluate")
     bad = np.flatnonzero(~np.isfinite(scores))
     if len(bad):
         raise ValueError(

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 # What is computed in these tests is small: threads would only wait for one another. Libraries read
@@ -13,6 +13,8 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
+
+from tests.command_line import squid
 
 # Without a GPU the kernels are tested in Triton's interpreter, which has to be chosen before Triton
 # is imported.
@@ -46,21 +48,25 @@ def _read(path: Path) -> Golden:
 @pytest.fixture(scope="session")
 def golden(shared: Path) -> Callable[[str], Golden]:
     """Reads a golden file: its metadata and its tensors."""
+    return partial(_load, shared / "golden")
 
-    def load(name: str) -> Golden:
-        path = shared / "golden" / f"{name}.safetensors"
-        if not path.is_file():
-            pytest.skip(f"{path} is missing")
-        return _read(path)
 
-    return load
+@pytest.fixture(scope="session")
+def golden64(shared: Path) -> Callable[[str], Golden]:
+    """Reads what the published implementation computes of a golden file in float64."""
+    return partial(_load, shared / "golden64")
+
+
+def _load(folder: Path, name: str) -> Golden:
+    path = folder / f"{name}.safetensors"
+    if not path.is_file():
+        pytest.skip(f"{path} is missing")
+    return _read(path)
 
 
 @pytest.fixture(scope="session")
 def grids(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """DigitAnatomy on disk, small, as the verb writes it."""
-    from tests.command_line import squid
-
     folder = tmp_path_factory.mktemp("data") / "grids"
     squid("synth", folder, "--cell", 16, "--train", 12, "--val", 24, "--test", 8)
     return folder

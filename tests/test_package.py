@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 import squid_fast
 
@@ -66,6 +70,59 @@ def test_everything_exported_exists() -> None:
         assert set(package.__all__) <= set(dir(package))
         for name in package.__all__:
             assert getattr(package, name) is not None
+
+
+# What version 0.1.0 exported before its modules moved.
+EXPORTED = {
+    "squid_fast": "PRESETS SQUID Bundle Discriminator InpaintBlock MemoryMatrix MemoryQueue Preset "
+    "Recipe Scorer Scores __version__ calibrate load_bundle ops save_bundle screen",
+    "squid_fast.comparison": "METHODS RECIPE ComparisonScorer MethodResult load_scorer "
+    "train_method",
+    "squid_fast.data": "IMAGE_SUFFIXES KINDS LAYOUTS MAX_PIXELS DigitAnatomy DigitGrids "
+    "DigitSourceError ImageReadError ImageSet LayoutError Record find_records load_image "
+    "load_images read_image select write_digit_anatomy",
+    "squid_fast.evaluation": "Evaluation OperatingPoint best_test_accuracy "
+    "bootstrap_auroc_interval evaluate image_auprc image_auroc operating_point plot_roc "
+    "threshold_at_false_positive_rate",
+    "squid_fast.inference": "AGREEMENT Scorer Scores calibrate check_hardware",
+    "squid_fast.modules": "SQUID Discriminator InpaintBlock MemoryMatrix MemoryQueue ScoreMode "
+    "discriminator_size",
+    "squid_fast.ops": "gumbel_shrinkage hard_shrinkage masked_shortcut memory_lookup "
+    "neighbourhood_attention",
+    "squid_fast.screening": "COLUMNS JournalError Packed ScreenRow Summary check_folder "
+    "check_output find_files pack read_list screen screen_to_table summarise utf8_text "
+    "write_report write_table",
+    "squid_fast.training": "CheckpointError NonFiniteLossError Progress Trainer TrainingResult "
+    "check_apart contaminated learning_rate load_splits make_optimizers train train_bundle",
+}
+
+
+@pytest.mark.filterwarnings("ignore:squid_fast:DeprecationWarning")
+@pytest.mark.parametrize("package", EXPORTED)
+def test_what_was_exported_still_is(package: str) -> None:
+    for name in EXPORTED[package].split():
+        assert getattr(importlib.import_module(package), name) is not None
+
+
+def test_screening_through_ray_is_where_it_was() -> None:
+    pytest.importorskip("ray", reason='Ray is not installed: pip install "squid-fast[ray]"')
+    assert callable(importlib.import_module("squid_fast.screening.ray").screen_with_ray)
+
+
+def test_the_top_of_the_package_is_a_short_list() -> None:
+    entries = {path.name for path in (ROOT / "squid_fast").iterdir() if not path.is_symlink()}
+    assert len(entries - {"py.typed", "__pycache__"}) <= 15
+
+
+def test_imports_within_the_package_are_relative() -> None:
+    for folder in ("squid_fast", "kernels", "reference"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                if isinstance(node, ast.ImportFrom) and not node.level:
+                    names = [node.module or ""]
+                absolute = [name for name in names if name.split(".")[0] == "squid_fast"]
+                assert not absolute, (path, node.lineno)
 
 
 def test_names_are_imported_when_they_are_used() -> None:

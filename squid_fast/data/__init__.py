@@ -5,26 +5,26 @@ from typing import TYPE_CHECKING
 from ..utils.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from .digit_anatomy import KINDS, DigitAnatomy, DigitGrids
-    from .digit_files import write_digit_anatomy
-    from .handwriting import DigitSourceError
     from .images import ImageSet, load_images
     from .layouts import LAYOUTS, find_records
     from .pixels import MAX_PIXELS, ImageReadError
     from .readers import IMAGE_SUFFIXES, load_image, read_image
     from .records import LayoutError, Record, select
+    from .synthetic.digit_anatomy import KINDS, DigitAnatomy, DigitGrids
+    from .synthetic.digit_files import write_digit_anatomy
+    from .synthetic.handwriting import DigitSourceError
 else:
     __getattr__, __dir__ = lazy_names(
         __name__,
         {
-            "digit_anatomy": ("KINDS", "DigitAnatomy", "DigitGrids"),
-            "digit_files": ("write_digit_anatomy",),
-            "handwriting": ("DigitSourceError",),
             "images": ("ImageSet", "load_images"),
             "layouts": ("LAYOUTS", "find_records"),
             "pixels": ("MAX_PIXELS", "ImageReadError"),
             "readers": ("IMAGE_SUFFIXES", "load_image", "read_image"),
             "records": ("LayoutError", "Record", "select"),
+            "synthetic.digit_anatomy": ("KINDS", "DigitAnatomy", "DigitGrids"),
+            "synthetic.digit_files": ("write_digit_anatomy",),
+            "synthetic.handwriting": ("DigitSourceError",),
         },
     )
 

@@ -1,4 +1,4 @@
-"""Training data that is not clean: unlabelled abnormal images among the normal ones."""
+"""Training data with unlabelled abnormal images among the normal ones."""
 
 from __future__ import annotations
 
@@ -6,26 +6,32 @@ from pathlib import Path
 
 import torch
 
-from . import ImageSet
+from .images import ImageSet
 
 
 def contaminated(
     normal: ImageSet, contaminants: ImageSet, rate: float, seed: int = 0
 ) -> tuple[ImageSet, list[str]]:
-    """The normal images and so many of the others that they are ``rate`` of the whole.
+    """Mix contaminants into normal images so that they make up ``rate`` of the result.
 
     Args:
         normal: all of them stay.
-        contaminants: of any label; those that are taken count as normal, as an archive that nobody
-            has looked through would have it. Drawn without replacement.
-        rate: share of the result, in (0, 1): n / (n + normal images).
+        contaminants: of any label, drawn without replacement. In the result they are labelled
+            normal, as in an archive that nobody has looked through.
+        rate: share of contaminants in the result, in (0, 1).
         seed: of the draw.
 
     Returns:
-        The mixed set and the paths of what was mixed in.
+        The mixed set and the paths of the contaminants in it.
 
     Raises:
-        ValueError: a rate out of range, or too few images to mix in.
+        ValueError: a rate out of range, or too few contaminants.
+
+    >>> pixels = torch.zeros(12, 1, 8, 8, dtype=torch.uint8)
+    >>> images = ImageSet(pixels, torch.zeros(12).long(), [f"{i}.png" for i in range(12)])
+    >>> mixed, paths = contaminated(images.subset(range(9)), images.subset([9, 10, 11]), rate=0.1)
+    >>> len(mixed), len(paths)
+    (10, 1)
     """
     if not 0 < rate < 1:
         raise ValueError(f"the rate is {rate}; it must lie between 0 and 1, such as 0.1.")
@@ -44,15 +50,15 @@ def contaminated(
 
 
 def check_apart(contaminants: list[Path], held_out: list[Path]) -> None:
-    """Raise where a file is both to be mixed in and in a set that judges.
+    """Raise if a contaminant is also a validation or test image.
 
     Raises:
-        ValueError: the first such file, and how many there are.
+        ValueError: there are such files; the message names the first.
     """
-    judged = {path.resolve() for path in held_out}
-    both = [path for path in contaminants if path.resolve() in judged]
+    evaluated = {path.resolve() for path in held_out}
+    both = [path for path in contaminants if path.resolve() in evaluated]
     if both:
         raise ValueError(
             f"{len(both)} of the images to mix in are validation or test images too, the first "
-            f"{both[0]}; a model must not be judged on what it has learned from."
+            f"{both[0]}; a model must not be evaluated on images that it was trained on."
         )

@@ -1,7 +1,7 @@
 """A whole dataset in memory, as bytes.
 
-A radiograph at 128 x 128 takes 16 KB, a hundred thousand of them 1.6 GB: training keeps its set
-so, on the device if it fits there, and augments batches as it draws them.
+A radiograph of 128 x 128 takes 16 KB, a hundred thousand of them 1.6 GB. Training keeps its images
+in this form, on the device if they fit there, and augments each batch when it draws it.
 """
 
 from __future__ import annotations
@@ -36,6 +36,13 @@ class ImageSet:
 
     Raises:
         ValueError: shapes, dtypes or lengths do not fit together.
+
+    >>> pixels = torch.full((3, 1, 8, 8), 255, dtype=torch.uint8)
+    >>> images = ImageSet(pixels, torch.tensor([0, 0, 1]), ["a.png", "b.png", "c.png"])
+    >>> images.subset(images.labels == 1).paths
+    ['c.png']
+    >>> float(images.batch([0, 1]).mean())
+    1.0
     """
 
     images: torch.Tensor
@@ -66,7 +73,7 @@ class ImageSet:
     ) -> torch.Tensor:
         """Some of the images as a model takes them: float32 ``[b, 1, S, S]`` in [0, 1].
 
-        They travel to ``device`` as bytes and are widened there.
+        They are moved to ``device`` as bytes and converted there.
         """
         chosen = self.images[_as_index(indices)]
         return chosen.to(device).to(torch.float32).div_(255)
@@ -138,6 +145,12 @@ def load_images(
     Raises:
         ImageReadError: after all files were tried: how many could not be read, and the first few.
         ValueError: ``size`` or ``workers`` is less than 1.
+
+    >>> from squid_fast.data import find_records, write_digit_anatomy
+    >>> table = write_digit_anatomy("digits", {"test": (2, 1)}, cell=8)
+    >>> images = load_images(find_records(table), size=32)
+    >>> images.images.shape, sorted(images.labels.tolist())
+    (torch.Size([3, 1, 32, 32]), [0, 0, 1])
     """
     if size < 1:
         raise ValueError(f"size is {size}; the side of an image is at least 1 pixel")

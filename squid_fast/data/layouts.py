@@ -1,8 +1,8 @@
-"""Where a dataset's images lie and what is known of them.
+"""Where the images of a dataset are and what is known of them.
 
-Every layout is one small function from a folder (or table) to records; :func:`find_records`
-recognises which one fits. Here are those that folder names tell; :mod:`squid_fast.data.tables`
-has those that read lists.
+Every layout is one small function from a folder (or table) to records; ``find_records`` recognises
+which one fits. The layouts here go by the names of folders; those in ``squid_fast.data.tables``
+read lists.
 """
 
 from __future__ import annotations
@@ -33,9 +33,8 @@ def find_records(root: str | os.PathLike[str], layout: str = "auto") -> list[Rec
     - ``table``: a CSV with the column ``image_path``, or a folder with exactly one such CSV.
     - ``flat``: any folder of images, searched recursively; labels and splits unknown.
 
-    What those four read is said at the functions of their names in :mod:`squid_fast.data.tables`.
-    A split may be absent. Files that a list names are not opened here: reading tells whether
-    they are there.
+    ``squid_fast.data.tables`` describes the four that read lists. A split may be absent. Files
+    that a list names are not opened here: whether they exist turns out when they are read.
 
     Args:
         root: the dataset's folder, or the CSV of a ``table``.
@@ -48,6 +47,13 @@ def find_records(root: str | os.PathLike[str], layout: str = "auto") -> list[Rec
         LayoutError: nothing is there, no layout fits, or one image is listed with two labels or in
             two splits.
         ValueError: ``layout`` is not a known name.
+
+    >>> from pathlib import Path
+    >>> for name in ("train/NORMAL/a.png", "test/NORMAL/b.png", "test/PNEUMONIA/c.png"):
+    ...     Path(name).parent.mkdir(parents=True)
+    ...     Path(name).touch()
+    >>> [(record.path.name, record.label, record.split) for record in find_records(".")]
+    [('b.png', 0, 'test'), ('c.png', 1, 'test'), ('a.png', 0, 'train')]
     """
     root = Path(root)
     if layout != "auto" and layout not in LAYOUTS:
@@ -92,7 +98,7 @@ def _each_once(records: list[Record]) -> list[Record]:
 
 
 def _inventory(root: Path) -> str:
-    """What a folder holds, for error messages."""
+    """The contents of a folder, for error messages."""
     if root.is_file():
         return f"{root} (a file)"
     entries = sorted(os.scandir(root), key=lambda entry: entry.name)
@@ -181,7 +187,7 @@ def _flat(root: Path) -> Iterator[Record]:
 
 
 def _fits_flat(root: Path) -> bool:
-    """Folders called train or test without a NORMAL in them are a mistake rather than a heap."""
+    """Not if it has splits: without a NORMAL folder in them that is more likely a mistake."""
     if not root.is_dir() or any(name in SPLITS for name in _subfolders(root)):
         return False
     return any(True for _ in _images_under(root))

@@ -1,4 +1,4 @@
-"""What is known of one image of a dataset, in the words that all layouts share."""
+"""What is known of one image of a dataset, in terms that all layouts share."""
 
 from __future__ import annotations
 
@@ -24,6 +24,10 @@ class Record:
         path: the image file.
         label: 0 normal, 1 anomalous, None unknown.
         split: "train", "val", "test" or another name that the dataset uses; None if it has none.
+
+    >>> from pathlib import Path
+    >>> Record(Path("a.png"), label=1, split="test").label
+    1
     """
 
     path: Path
@@ -32,13 +36,19 @@ class Record:
 
 
 Layout = tuple[Callable[[Path], bool], Callable[[Path], Iterator[Record]]]
-"""Whether a folder is laid out so, and its records."""
+"""A test whether a folder has this layout, and a function that lists its records."""
 
 
 def select(
     records: Iterable[Record], split: str | None = None, label: int | None = None
 ) -> list[Record]:
-    """The records of one split, of one label, or both; None means any."""
+    """The records of one split, of one label, or both; None means any.
+
+    >>> from pathlib import Path
+    >>> records = [Record(Path("a.png"), 0, "train"), Record(Path("b.png"), 1, "test")]
+    >>> [record.path.name for record in select(records, split="test")]
+    ['b.png']
+    """
     return [
         record
         for record in records
@@ -47,7 +57,7 @@ def select(
 
 
 def enumerated(names: Sequence[str], noun: str) -> str:
-    """How many names and the first of them, for error messages."""
+    """The number of names and the first few of them, for error messages."""
     if not names:
         return f"no {noun}"
     return f"{len(names)} {noun} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"

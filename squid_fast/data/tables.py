@@ -1,4 +1,4 @@
-"""Layouts that are read from lists: which images there are, and what is known of each."""
+"""Layouts that read which images there are, and what is known of each, from lists."""
 
 from __future__ import annotations
 
@@ -113,7 +113,9 @@ def _chexpert_rows(table: Path) -> list[dict[str, str]]:
 def _patient(path: str, table: Path) -> str:
     match = re.search(r"patient\d+", path)
     if match is None:
-        raise LayoutError(f"{table} names {path!r}, in which no patient number (patient00001) is")
+        raise LayoutError(
+            f"{table} names {path!r}, which contains no patient number (patient00001)"
+        )
     return match.group()
 
 
@@ -139,10 +141,9 @@ _COVIDX_LINE = re.compile(
 def covidx(root: Path) -> Iterator[Record]:
     """COVIDx: one text list per split with lines ``patient filename label [source]``.
 
-    "normal" is normal, every other label anomalous. The lists that tell COVID-19 ("positive")
-    from everything else ("negative") are read with "negative" as normal, and a warning, for it
-    includes other diseases. The images lie in ``train/``, ``val/``, ``test/`` or in the folder
-    itself.
+    "normal" is normal, every other label anomalous. Of lists that tell COVID-19 ("positive") from
+    everything else ("negative"), "negative" is read as normal with a warning, since it includes
+    other diseases. The images are in ``train/``, ``val/``, ``test/`` or in the folder itself.
     """
     binary = False
     for split, table in _covidx_lists(root).items():
@@ -246,7 +247,9 @@ def _fits_table(root: Path) -> bool:
 def _inside(folder: Path, name: str, origin: str) -> Path:
     """A listed path relative to its folder; absolute ones are taken as they are."""
     if not posixpath.isabs(name) and posixpath.normpath(name).split("/")[0] == "..":
-        raise LayoutError(f"{origin} names {name!r}, which lies outside of {folder}; it may not")
+        raise LayoutError(
+            f"{origin} names {name!r}, which lies outside of {folder}; paths must stay in it"
+        )
     return folder / posixpath.normpath(name)
 
 

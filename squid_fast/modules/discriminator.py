@@ -1,4 +1,4 @@
-"""The discriminator and the raw score made of it (paper section 3.4)."""
+"""The discriminator and the raw scores that it gives (paper section 3.4)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm  # SyncBatchNorm is none of BatchNorm2d
+from torch.nn.modules.batchnorm import _BatchNorm  # SyncBatchNorm is no subclass of BatchNorm2d
 
 WIDTHS = (16, 32, 64, 128, 128)
 
@@ -14,10 +14,16 @@ ScoreMode = Literal["instance", "running"]
 
 
 class Discriminator(nn.Module):
-    """Is this image a real or a painted one? Positive logits say real.
+    """Tells real images from reconstructions: positive logits mean real.
 
     Args:
         size: image side / 32, rounded up.
+
+    >>> import torch
+    >>> discriminator = Discriminator(discriminator_size(48))
+    >>> images = torch.rand(3, 1, 48, 48)
+    >>> discriminator(images).shape, discriminator.score(images).shape
+    (torch.Size([3, 1]), torch.Size([3]))
     """
 
     def __init__(self, size: int = 4) -> None:
@@ -42,10 +48,10 @@ class Discriminator(nn.Module):
         return self.regressor(self.conv_model(images).flatten(1))
 
     def score(self, images: Tensor, mode: ScoreMode = "instance") -> Tensor:
-        """Raw scores [B] of images [B, 1, H, W]; nothing of the module changes.
+        """Raw scores [B] of images [B, 1, H, W]; the module stays as it is.
 
-        ``"instance"`` normalises every image by its own statistics: what the published evaluation
-        does by leaving the module in training mode with batches of one, at any batch size.
+        ``"instance"`` normalises every image by its own statistics, at any batch size. The
+        published evaluation does so by leaving the module in training mode with batches of one.
         ``"running"`` uses the running statistics.
 
         Raises:
@@ -70,7 +76,7 @@ class Discriminator(nn.Module):
             else:
                 statistics = layer.running_mean, layer.running_var
                 x = F.batch_norm(x, *statistics, layer.weight, layer.bias, eps=layer.eps)
-        # Row by row, not as a matrix product, whose rounding depends on the number of rows.
+        # Not as a matrix product, whose rounding depends on the number of rows.
         return (x.flatten(1) * self.regressor.weight).sum(dim=1) + self.regressor.bias
 
     def _check(self, images: Tensor) -> None:
@@ -85,8 +91,9 @@ class Discriminator(nn.Module):
 
 
 def discriminator_size(image_size: int) -> int:
-    """The ``size`` that fits images of this side: image_size / 32, rounded up."""
+    """The ``size`` of the discriminator for images of this side: image_size / 32, rounded up.
+
+    >>> discriminator_size(128), discriminator_size(48)
+    (4, 2)
+    """
     return -(-image_size // 32)
-
-
-__all__ = ["Discriminator", "ScoreMode", "discriminator_size"]

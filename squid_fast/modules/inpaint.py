@@ -20,23 +20,29 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "mixing": ("attention", "convolution"),
     "shortcut": ("masked", "soft"),
 }
-"""Arguments of the block that the published one does not have, and their values, its own first."""
+"""Arguments that the published block does not have, and their values, the published ones first."""
 
 
 class InpaintBlock(nn.Module):
-    """Paint every patch's features from what the memories of its neighbours answer.
+    """In-paint the features of every patch from the memories of its neighbours.
 
     Args:
-        num_in_ch: width of the features.
+        num_in_ch: channels of the features.
         num_slots: M, slots of each memory queue.
-        num_memory: N, patches of an image, a square number.
+        num_memory: N, number of patches of an image, a square number.
         memory_channel: C = width / 4 * h * w for features of h x w per patch.
         shrink_thres: int k > 0 Gumbel shrinkage, float > 0 hard shrinkage, 0 none.
         ratio: chance that a position is in-painted in training, kept as ``mask_ratio``.
         drop: dropout of the feed-forward layers.
         memory: "queue"; "shared", one queue for all patches; "matrix", learnable slots.
-        mixing: how neighbours come in: "attention", or "convolution", 3 x 3 over the patches.
-        shortcut: in training "masked", or "soft", ``ratio`` of the painting everywhere.
+        mixing: how neighbours are combined: "attention", or "convolution", 3 x 3 over the patches.
+        shortcut: in training "masked", or "soft", which blends ``ratio`` of the in-painted features
+            with the input everywhere.
+
+    >>> block = InpaintBlock(16, num_slots=20, num_memory=4, memory_channel=16).eval()
+    >>> features = torch.rand(8, 16, 2, 2)  # two images of four patches
+    >>> block(features).shape
+    torch.Size([8, 16, 2, 2])
     """
 
     code: Tensor
@@ -96,12 +102,12 @@ class InpaintBlock(nn.Module):
 
     @torch.no_grad()
     def freeze(self) -> None:
-        """Project every slot to its key and value once, for evaluation with weights that stay.
+        """Project every slot to its key and value once, for evaluation with fixed weights.
 
-        An answer's key is the same sum of projected slots that the answer is of slots, so the
-        projections of the answers, near half of the block's work, need not be made at every call.
-        Ends with ``train()``; slots or weights that change or move make it of no effect. A
-        convolution in place of the attention has nothing to freeze.
+        An answer is a weighted sum of slots, and its key the same sum of projected slots, so that
+        the answers, near half of the block's work, need not be projected at every call. ``train()``
+        ends this, and it has no effect once slots or weights have changed or moved. Convolutional
+        mixing has nothing to freeze.
         """
         if self.attention is None:
             return
@@ -118,7 +124,7 @@ class InpaintBlock(nn.Module):
     def _is_frozen(self) -> bool:
         if self.projected is None or torch.is_grad_enabled():
             return False
-        # A compiled program cannot ask; it is made for weights that stay.
+        # A compiled program cannot check; it is made for fixed weights.
         return torch.compiler.is_compiling() or self._projected_from == self._state_of_weights()
 
     def train(self, mode: bool = True) -> InpaintBlock:
@@ -126,14 +132,14 @@ class InpaintBlock(nn.Module):
             self.projected = None
         return super().train(mode)
 
-    def paint(self, f: Tensor) -> Tensor:
-        """Painted features [B, N, C] of the patch features f [B, N, C]."""
+    def inpaint(self, f: Tensor) -> Tensor:
+        """In-painted features [B, N, C] of the patch features f [B, N, C]."""
         m, mixed = self._convolve(f) if self.attention is None else self._attend(f, self.attention)
         y = (self.attn_norm1(mixed) + m).relu()
         return (self.attn_norm2(self.ff(y)) + y).relu()
 
     def _attend(self, f: Tensor, attention: nn.MultiheadAttention) -> tuple[Tensor, Tensor]:
-        """The patches' own answers and what they attend to in their neighbours', [B, N, C] each."""
+        """Answers of the memories and attention to those of the neighbours, [B, N, C] each."""
         C = f.shape[2]
         w_q, w_kv = attention.in_proj_weight.split((C, 2 * C))
         b_q, b_kv = attention.in_proj_bias.split((C, 2 * C))
@@ -152,18 +158,18 @@ class InpaintBlock(nn.Module):
         return m, attention.out_proj(attended)
 
     def _convolve(self, f: Tensor) -> tuple[Tensor, Tensor]:
-        """The patches' own answers and a convolution over all answers, [B, N, C] each."""
+        """Answers of the memories and a convolution over them, [B, N, C] each."""
         m = self.memory(f)
         side = math.isqrt(self.num_memory)
         grid = m.transpose(1, 2).unflatten(2, (side, side))  # [B, C, P, P]
         return m, self.convolution(grid).flatten(2).transpose(1, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Features [B*N, width, h, w], patch index fastest, to features of the same shape."""
+        """In-paint features [B*N, width, h, w], patch index fastest; the shape stays."""
         narrow = self.bottleneck_conv1(x)
         BN, c, h, w = narrow.shape
         B = BN // self.num_memory
-        z = self.paint(narrow.reshape(B, self.num_memory, c * h * w)).view(BN, c, h, w)
+        z = self.inpaint(narrow.reshape(B, self.num_memory, c * h * w)).view(BN, c, h, w)
         code = self.code.to(z.dtype).repeat(B, 1)[:, :, None, None].expand(-1, -1, h, w)
         inpainted = self.bottleneck_conv2(torch.cat([z, code], dim=1))
         if not self.training:
@@ -174,7 +180,7 @@ class InpaintBlock(nn.Module):
 
 
 def check_variant(variant: Mapping[str, str]) -> None:
-    """Raise unless these are arguments of ``VARIANTS``."""
+    """Raise ValueError unless these are arguments and values in ``VARIANTS``."""
     for name, value in variant.items():
         if name not in VARIANTS:
             raise ValueError(f"inpainting has {name!r}; known are {', '.join(VARIANTS)}.")

@@ -17,7 +17,7 @@ from .. import ops
 
 
 def describe_shrinkage(shrink_thres: int | float) -> str:
-    """What the published argument ``shrink_thres`` chooses: its Python type decides."""
+    """What the published argument ``shrink_thres`` chooses, which depends on its Python type."""
     if shrink_thres == 0:
         return "no shrinkage: raw dot products are the weights"
     if isinstance(shrink_thres, int):
@@ -32,8 +32,8 @@ class _Memory(nn.Module):
         num_slots: M.
         slot_dim: C.
         shrink_thres: int k > 0 Gumbel shrinkage, float > 0 hard shrinkage, 0 none.
-        num_memory: N; None for a single memory that is asked with [B, C] and whose state dict
-            has the one key ``memMatrix``, like the published class of the same purpose.
+        num_memory: N; None for a single memory with queries [B, C], whose state dict has the one
+            key ``memMatrix``, as the published class.
     """
 
     slots: Tensor
@@ -137,7 +137,12 @@ class _Memory(nn.Module):
 
 
 class MemoryMatrix(_Memory):
-    """Learnable slots: gradients reach queries and slots. As in MemAE (Gong et al. 2019)."""
+    """Learnable slots, as in MemAE (Gong et al. 2019): gradients reach queries and slots.
+
+    >>> memory = MemoryMatrix(num_slots=10, slot_dim=4, shrink_thres=3, num_memory=9)
+    >>> memory(torch.rand(2, 9, 4)).shape  # position n asks memory n
+    torch.Size([2, 9, 4])
+    """
 
     def _register(self, slots: Tensor) -> None:
         self.slots = nn.Parameter(slots)
@@ -146,12 +151,18 @@ class MemoryMatrix(_Memory):
 class MemoryQueue(_Memory):
     """Slots that are features of recent training images (paper section 3.2), never learned.
 
-    In training mode a lookup remembers its queries, and ``update()``, called after the
-    optimiser's step, writes them over the oldest slots: a ring. A batch larger than M leaves its
-    newest M; a second ``update()`` does nothing. Where ``torch.distributed`` runs, ``update()``
-    gathers the features of all processes, in the order of ranks, so that every process holds the
-    queue that one with the whole batch would; all have to call it. The ring's position ``ptr``
-    travels in the state dict's metadata, where the published code does not trip over it.
+    In training mode a lookup remembers its queries, and ``update()``, to be called after the
+    optimiser's step, writes them over the oldest slots, as in a ring buffer. Of a batch larger
+    than M the newest M stay; a second ``update()`` does nothing. Where ``torch.distributed`` runs,
+    all processes have to call ``update()``: it gathers their features in the order of ranks, so
+    that each holds the queue that one process with the whole batch would. The position in the
+    ring, ``ptr``, is kept in the metadata of the state dict, which the published code ignores.
+
+    >>> queue = MemoryQueue(num_slots=4, slot_dim=2, shrink_thres=0).train()
+    >>> answers = queue(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    >>> queue.update()
+    >>> queue.slots[0, :2].tolist(), int(queue.ptr)
+    ([[1.0, 2.0], [3.0, 4.0]], 2)
     """
 
     ptr: Tensor
@@ -203,7 +214,7 @@ class MemoryQueue(_Memory):
 
 
 def _gathered(features: Tensor) -> Tensor:
-    """Features [B, N, C] of this process; those of all processes, one behind the other."""
+    """Features [B, N, C] of all processes, concatenated, from those of this process."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return features
     features = features.contiguous()
@@ -213,10 +224,10 @@ def _gathered(features: Tensor) -> Tensor:
 
 
 class SharedMemoryQueue(MemoryQueue):
-    """One queue for all patches, wherever they lie: what space-awareness is measured against.
+    """One queue for all patches wherever they lie, to measure the effect of space-awareness.
 
-    It has the slots of all places together, N * M, and is asked and answers like a ``MemoryQueue``
-    of N memories. Its state dict has the one key ``memMatrix``.
+    It has the slots of all places together, N * M, and the interface of a ``MemoryQueue`` of N
+    memories. Its state dict has the one key ``memMatrix``.
     """
 
     def __init__(
@@ -235,19 +246,16 @@ class SharedMemoryQueue(MemoryQueue):
         super().update()
 
 
-# --- decoder memory blocks ------------------------------------------------------------------------
-
-
 class _MemoryBlock(nn.Module):
-    """Look a decoder map up and, in training, mix the answer with it by a masked shortcut.
+    """Look up a decoder map and, in training, mix the answer with it by a masked shortcut.
 
     Args:
         num_slots: M of each matrix.
         slot_dim: C.
         num_memory: windows or patches of a map, a square number.
         shrink_thres: see ``MemoryMatrix``.
-        ratio: chance that a position takes the answer in training. The published models have
-            0.95 here whatever their own ``ratio`` is, hence the default. Kept as ``mask_ratio``.
+        ratio: chance that a position takes the answer in training, kept as ``mask_ratio``. The
+            published models have 0.95 here whatever their own ``ratio`` is.
     """
 
     single = False
@@ -295,7 +303,7 @@ class MemoryMatrixBlock(_MemoryBlock):
 
 
 class MemoryMatrixBlockV3(_MemoryBlock):
-    """The patches are the places: patch n looks up matrix n, flattened (channel, row, column)."""
+    """Patch n looks up matrix n, flattened in the order (channel, row, column)."""
 
     def look_up(self, x: Tensor) -> Tensor:
         """[B*N, c, h, w] -> [B*N, c, h, w]."""

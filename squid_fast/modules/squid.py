@@ -20,12 +20,14 @@ _log = logging.getLogger("squid_fast")
 
 
 class SQUID(nn.Module):
-    """Drop-in for the published auto-encoder: constructor, outputs, parameter names, state dict.
+    """Drop-in replacement for the published auto-encoder.
+
+    Constructor, outputs, parameter names and state dict are the same.
 
     Args:
         num_in_ch: channels of the images.
         features_root: F; the widths of the levels are F, 2F, 4F, 8F, 16F, 16F.
-        shrink_thres: of every memory: an int k > 0 is Gumbel shrinkage, a float > 0 hard
+        shrink_thres: shrinkage of every memory: an int k > 0 is Gumbel shrinkage, a float > 0 hard
             shrinkage, 0 none. The type decides, as published: 5 and 5.0 are different methods.
         num_slots: M of the memory queues.
         num_patch: P, patches per side; N = P * P.
@@ -33,9 +35,10 @@ class SQUID(nn.Module):
         ratio: chance that a position is in-painted in training (masked shortcut).
         drop: dropout of the in-painting block.
         memory_channel: C of the queues; it fixes the image size: C = w_L / 4 * (H / P / 2**L)**2.
-        dist: with the teacher and its distillation loss.
-        initial_combine: the decoder puts the patches together before its step L - this, so that
-            skips of the levels below it are whole images; None: after its last step.
+        dist: add the teacher and its distillation loss.
+        initial_combine: the decoder combines the patches to an image before its step
+            L - ``initial_combine``, so that skips of the levels below are whole images; None: after
+            its last step.
         mem_num_slots: M of the decoder's memory matrices.
         ops: "concat" (with skip) or "none" for each decoder step, deepest first.
         decoder_memory: for each level, finest first, None or a dict of ``type``
@@ -45,7 +48,12 @@ class SQUID(nn.Module):
             have, ``memory``, ``mixing``, ``shortcut``, or False to go without the block.
 
     Raises:
-        ValueError: arguments that do not fit each other; the message says which would.
+        ValueError: arguments do not fit each other; the message says which would.
+
+    >>> model = SQUID.from_preset("small").eval()
+    >>> outputs = model(torch.rand(2, 1, 48, 48))
+    >>> outputs["recon"].shape, outputs["patch"].shape
+    (torch.Size([2, 1, 48, 48]), torch.Size([18, 1, 16, 16]))
     """
 
     def __init__(
@@ -115,24 +123,24 @@ class SQUID(nn.Module):
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> SQUID:
-        """A model of ``squid_fast.PRESETS``, with single arguments overridden.
+        """A model of ``squid_fast.PRESETS``, with any arguments overridden.
 
         Raises:
-            ValueError: no such preset.
+            ValueError: there is no such preset.
         """
         return cls(**{**preset(name).model, **overrides})
 
     def forward(self, images: Tensor, teacher: bool = True) -> dict[str, Tensor | None]:
-        """Images [B, Cin, H, W] in [0, 1] to the published dictionary.
+        """Reconstruct images [B, Cin, H, W] in [0, 1]; returns the published dictionary.
 
-        ``recon`` [B, Cin, H, W], ``patch`` (recon cut up) [B*N, Cin, H/P, W/P], ``embedding``
+        ``recon`` [B, Cin, H, W], ``patch`` (recon in patches) [B*N, Cin, H/P, W/P], ``embedding``
         [B, w_L, H/2**L, W/2**L], ``teacher_recon`` [B, Cin, H, W], ``dist_loss`` []. The last two
-        are None without a teacher or with ``teacher=False``, which skips its work.
+        are None without a teacher or with ``teacher=False``, which saves its work.
 
         Raises:
-            ValueError: images of another shape or dtype, or with NaN or infinite values (checked
-                on the host's side only: not while compiling or capturing, and not in training on
-                a GPU, where it would stall every step).
+            ValueError: images of another shape or dtype, or with NaN or infinite values (not
+                checked while compiling or capturing, nor in training on a GPU, where the check
+                would stall every step).
         """
         check_images(images, self.config, self.image_size, self.training)
         embedding, skips = self.encode(images)
@@ -168,7 +176,7 @@ class SQUID(nn.Module):
         return x, skips
 
     def decode(self, x: Tensor, skips: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """The student: reconstruction [B, Cin, H, W] and the features of every step."""
+        """The student's reconstruction [B, Cin, H, W] and the features of every step."""
         return self._decode(x, skips, self.up_blocks, self.out_conv, self.memory_blocks)
 
     def _decode(
@@ -194,7 +202,10 @@ class SQUID(nn.Module):
 
 
 def _mean_squared(difference: Tensor) -> Tensor:
-    """[] in float32 at least. For ``mse_loss`` autocast widens whole maps: a tenth of a step."""
+    """Mean square [], in float32 at least.
+
+    Under autocast ``mse_loss`` would convert whole maps to float32, a tenth of a training step.
+    """
     if difference.dtype in (torch.float32, torch.float64):
         return difference.square().mean()
     norm = torch.linalg.vector_norm(difference, dtype=torch.float32)
@@ -202,7 +213,7 @@ def _mean_squared(difference: Tensor) -> Tensor:
 
 
 def check_images(images: Tensor, config: dict[str, Any], side: int, training: bool = False) -> None:
-    """Raise unless a model of that configuration and image side takes the images."""
+    """Raise ValueError unless a model of that configuration and image side takes the images."""
     if images.dim() != 4 or images.shape[1] != config["num_in_ch"]:
         raise ValueError(
             f"images are {list(images.shape)}; this model takes [B, {config['num_in_ch']}, {side}, "
@@ -239,7 +250,7 @@ def _decoder(widths: list[int], level: int, ops: Sequence[str]) -> nn.ModuleList
 
 
 def _check_config(config: dict[str, Any], widths: list[int]) -> int:
-    """Raise unless the arguments fit each other; returns the image side that they fix."""
+    """The image side that the arguments fix; raises ValueError unless they fit each other."""
     L, P, C = config["level"], config["num_patch"], config["memory_channel"]
     if not 1 <= L <= MAX_LEVEL:
         raise ValueError(f"level is {L}; it must lie between 1 and {MAX_LEVEL}.")
@@ -285,7 +296,7 @@ def _check_config(config: dict[str, Any], widths: list[int]) -> int:
 def _check_decoder_memory(
     i: int, entry: dict[str, Any], pixels: int, num_patch: int, whole: bool
 ) -> None:
-    """Raise unless entry i fits its map of ``pixels`` a side (a patch, or ``whole`` image)."""
+    """Raise ValueError unless entry i fits its map of ``pixels`` a side (a patch or ``whole``)."""
     where = f"decoder_memory[{i}]"
     if entry.get("type") not in BLOCKS:
         raise ValueError(f"{where} has type {entry.get('type')!r}; known are {sorted(BLOCKS)}.")

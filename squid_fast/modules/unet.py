@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def to_patches(x: Tensor, num_patch: int) -> Tensor:
-    """[B, C, H, W] -> [B*N, C, H/P, W/P], row-major, patch index fastest; layout is kept."""
+    """[B, C, H, W] -> [B*N, C, H/P, W/P], row-major, patch index fastest; keeps the layout."""
     B, C, H, W = x.shape
     P = num_patch
     if _is_channels_last(x):
@@ -22,7 +22,7 @@ def to_patches(x: Tensor, num_patch: int) -> Tensor:
 
 
 def to_image(x: Tensor, num_patch: int) -> Tensor:
-    """The inverse of ``to_patches``; layout is kept."""
+    """The inverse of ``to_patches``; keeps the layout."""
     BN, C, h, w = x.shape
     P = num_patch
     B = BN // (P * P)
@@ -70,7 +70,7 @@ class InConv(nn.Module):
 
 
 class Down(nn.Module):
-    """Half the resolution, the next width."""
+    """Next stage: half the resolution, more channels."""
 
     def __init__(self, in_ch: int, out_ch: int) -> None:
         super().__init__()
@@ -81,9 +81,9 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """Bilinear resize to the skip's size, then a double convolution.
+    """Bilinear resize to the size of the skip, then a double convolution.
 
-    ``op`` "concat" puts the skip in front of the channels, "none" only takes its size.
+    With ``op`` "concat" the skip's channels come first, with "none" only its size is used.
     """
 
     def __init__(self, in_ch: int, out_ch: int, op: str) -> None:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 Class = TypeVar("Class", bound=type)
 
-_MOVED = {
+MOVED = {
     f"squid_fast.{old}": f"squid_fast.{new}"
     for old, new in {
         "_extras": "utils.extras",
@@ -26,6 +26,9 @@ _MOVED = {
         "bundle": "inference.bundle",
         "comparison": "experiments.baselines",
         "console": "cli.console",
+        "data.digit_anatomy": "data.synthetic.digit_anatomy",
+        "data.digit_files": "data.synthetic.digit_files",
+        "data.handwriting": "data.synthetic.handwriting",
         "demo": "experiments.demo",
         "devices": "utils.devices",
         "diagnostics": "experiments.diagnostics",
@@ -74,7 +77,7 @@ class _Alias(Loader):
 
 
 def _new_path(name: str) -> str | None:
-    for old, new in _MOVED.items():
+    for old, new in MOVED.items():
         if name == old or name.startswith(f"{old}."):
             return new + name[len(old) :]
     return None

@@ -34,6 +34,7 @@ from squid_fast.inference.bundle import BundleError
 from squid_fast.training import CheckpointError
 from squid_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from tests.command_line import squid
+from tests.factories import labelled
 
 SIDE = 32
 TINY = dataclasses.replace(RECIPE, epochs=3, t_max=3, batch_size=8, shift=0.0, scale=0.0)
@@ -47,8 +48,7 @@ def waves(count: int, seed: int, anomalous: int = 0) -> ImageSet:
     images = 0.4 + 0.2 * torch.sin(axis + phase) + 0.1 * torch.cos(axis[:, None] + phase)
     images += 0.01 * torch.randn(count, 1, SIDE, SIDE, generator=generator)
     images[:anomalous, :, 8:18, 10:20] = 1.0
-    labels = (torch.arange(count) < anomalous).long()
-    return ImageSet((images * 255).round().byte(), labels, [str(i) for i in range(count)])
+    return labelled((images * 255).round().byte(), anomalous)
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_smoothness_finds_blur_alone(trained: dict[str, Path]) -> None:
 
 def test_shallow_methods_are_their_definitions() -> None:
     train, test = waves(50, 0), waves(7, 5, 3)
-    known, asked = (pixels(s.batch(slice(0, len(s)))).numpy() for s in (train, test))
+    known, asked = (pixels(s.batch(slice(None))).numpy() for s in (train, test))
     images = test.batch(slice(0, 7))
 
     centred = known - known.mean(axis=0)

@@ -12,37 +12,17 @@ import torch
 from PIL import Image
 
 from squid_fast import SQUID
-from squid_fast.data import ImageSet
 from squid_fast.experiments.diagnostics import MemoryUse, TrainingSnapshots, draw_memory, memory_use
 from tests.command_line import squid
-
-ARGUMENTS: dict[str, Any] = {
-    "num_in_ch": 1,
-    "features_root": 4,
-    "shrink_thres": 3,
-    "num_slots": 7,
-    "level": 2,
-    "memory_channel": 144,
-    "initial_combine": 1,
-    "mem_num_slots": 5,
-    "ops": ["concat", "none"],
-    "decoder_memory": [None, {"type": "MemoryMatrixBlockV3", "multiplier": 144, "num_memory": 4}],
-}
-
-
-def images(n: int, anomalous: int = 0) -> ImageSet:
-    pixels = torch.randint(0, 256, (n, 1, 48, 48), generator=torch.manual_seed(3))
-    labels = (torch.arange(n) < anomalous).long()
-    return ImageSet(pixels.to(torch.uint8), labels, [str(i) for i in range(n)])
+from tests.factories import DECODER_MEMORY, image_batch, image_set, tiny_squid
 
 
 def model(**others: Any) -> SQUID:
-    torch.manual_seed(0)
-    return SQUID(**{**ARGUMENTS, **others})
+    return tiny_squid(num_slots=7, decoder_memory=DECODER_MEMORY, **others)
 
 
 def test_hits_and_similarities_are_those_counted_one_by_one() -> None:
-    network, own = model().train(), images(9)
+    network, own = model().train(), image_set(9)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     torch.manual_seed(5)
     state = torch.get_rng_state()
@@ -61,7 +41,7 @@ def test_hits_and_similarities_are_those_counted_one_by_one() -> None:
             lambda m, given, name=name: asked.__setitem__(name, given[0].numpy())
         )
     with torch.no_grad():
-        network.eval()(own.batch(slice(0, 9)))
+        network.eval()(own.batch(slice(None)))
     for name, use in uses.items():
         slots = network.get_submodule(name).slots.detach().numpy()
         hits = np.zeros(slots.shape[:2], dtype=int)
@@ -86,7 +66,7 @@ def test_dead_and_effective_slots() -> None:
 
 @pytest.mark.parametrize("inpainting", [{"memory": "shared"}, {"memory": "matrix"}, False], ids=str)
 def test_variants_are_looked_into_as_well(inpainting: Any) -> None:
-    uses = memory_use(model(inpainting=inpainting), images(5))
+    uses = memory_use(model(inpainting=inpainting), image_set(5))
     if inpainting is False:
         assert uses.keys() == {"memory_blocks.1.memory"}
         return
@@ -100,7 +80,7 @@ def test_variants_are_looked_into_as_well(inpainting: Any) -> None:
 def test_a_queue_of_real_features_lies_close_to_them() -> None:
     network = model().train()
     with torch.no_grad():
-        network(images(7).batch(slice(0, 7)))
+        network(image_batch(7))
     network.inpaint_block.memory.update()
     network.eval()
     fresh = model()
@@ -108,14 +88,14 @@ def test_a_queue_of_real_features_lies_close_to_them() -> None:
     torch.manual_seed(1)
     fresh.inpaint_block.memory.slots.uniform_(-0.1, 0.1)
     filled, empty = (
-        memory_use(m, images(7))["inpaint_block.memory"].figures()["similarity"]
+        memory_use(m, image_set(7))["inpaint_block.memory"].figures()["similarity"]
         for m in (network, fresh)
     )
     assert filled > empty + 0.1
 
 
 def test_a_run_keeps_its_pictures_over_a_resumption(tmp_path: Path) -> None:
-    held_out = images(12, 6)
+    held_out = image_set(12, anomalous=6)
     network = model()
     figures = TrainingSnapshots(tmp_path, held_out).add(network, 1)
     assert figures.keys() == {
@@ -132,7 +112,7 @@ def test_a_run_keeps_its_pictures_over_a_resumption(tmp_path: Path) -> None:
     shown = again.shown
     assert shown.labels.tolist() == [0, 0, 1, 1]
     with torch.no_grad():
-        recon = network.eval()(shown.batch(slice(0, 4)))["recon"][:, 0]
+        recon = network.eval()(shown.batch(slice(None)))["recon"][:, 0]
     np.testing.assert_allclose(strips["00004"], recon.numpy() * 255, atol=0.51)
     for name in ("reconstructions.png", "memory.png"):
         with Image.open(tmp_path / "pictures" / name) as picture:
@@ -150,7 +130,7 @@ def test_training_and_the_verb_draw(tmp_path: Path) -> None:
     for split in ("train", "val"):
         folder = tmp_path / "data" / split / "NORMAL"
         folder.mkdir(parents=True)
-        for i, image in enumerate(images(20).images):
+        for i, image in enumerate(image_set(20).images):
             Image.fromarray(image[0].numpy()).save(folder / f"{i}.png")
     data, run = ("--data", tmp_path / "data"), tmp_path / "run"
     options = ("--preset", "small", "--epochs", 1, "--batch-size", 10, "--device", "cpu")

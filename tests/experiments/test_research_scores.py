@@ -3,41 +3,26 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-import squid_fast
 from squid_fast import reference
-from squid_fast.data import ImageSet
 from squid_fast.experiments.research_scores import evaluate_others, other_scores
-
-ARGUMENTS = {
-    "num_in_ch": 1,
-    "features_root": 4,
-    "shrink_thres": 3,
-    "num_slots": 7,
-    "level": 2,
-    "memory_channel": 144,
-    "initial_combine": 1,
-    "ops": ["concat", "none"],
-}
+from tests.factories import TINY, image_set, tiny_squid
 
 
 def test_they_are_what_their_names_say_and_change_nothing() -> None:
-    torch.manual_seed(0)
-    model = squid_fast.SQUID(**ARGUMENTS, dist=True).train()
-    pixels = torch.randint(0, 256, (19, 1, 48, 48), dtype=torch.uint8)
-    images = ImageSet(pixels, torch.zeros(19, dtype=torch.int64), [""] * 19)
+    model, images = tiny_squid().train(), image_set(19)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     found = other_scores(model, images, "float32", "cpu")
     assert all(torch.equal(before[k], value) for k, value in model.state_dict().items())
     assert model.training
     assert model.inpaint_block.memory.pending is None
 
-    plain = reference.SQUID(**ARGUMENTS, dist=True).double()
+    plain = reference.SQUID(**TINY).double()
     plain.load_state_dict(model.state_dict())
     features: list[np.ndarray] = []
     convolution = plain.eval().inpaint_block.bottleneck_conv1
     convolution.register_forward_hook(lambda m, given, f: features.append(f.detach().numpy()))
     with torch.no_grad():
-        outputs = plain(images.batch(slice(0, 19)).double())
+        outputs = plain(images.batch(slice(None)).double())
     difference = (outputs["recon"] - outputs["teacher_recon"]).numpy()
     np.testing.assert_allclose(
         found["teacher_difference"], (difference**2).mean(axis=(1, 2, 3)), rtol=1e-4
@@ -54,15 +39,12 @@ def test_they_are_what_their_names_say_and_change_nothing() -> None:
 
 
 def test_a_model_without_a_teacher_has_no_difference_to_it() -> None:
-    model = squid_fast.SQUID(**ARGUMENTS, dist=False)
-    images = ImageSet(torch.zeros(1, 1, 48, 48, dtype=torch.uint8), torch.zeros(1).long(), [""])
-    assert other_scores(model, images, device="cpu").keys() == {"memory_distance"}
+    model = tiny_squid(dist=False)
+    assert other_scores(model, image_set(1), device="cpu").keys() == {"memory_distance"}
 
 
 def test_combinations_are_means_of_z_scores() -> None:
-    model = squid_fast.SQUID(**ARGUMENTS, dist=False)
-    labels = torch.tensor([0, 1])
-    images = ImageSet(torch.zeros(2, 1, 48, 48, dtype=torch.uint8), labels, [""] * 2)
+    model, images = tiny_squid(dist=False), image_set(2, anomalous=1)
     z = {
         "discriminator_instance": np.array([1, 2], np.float32),
         "discriminator_image": np.array([3, -4], np.float32),
@@ -70,4 +52,4 @@ def test_combinations_are_means_of_z_scores() -> None:
     figures, values = evaluate_others(model, images, z, device="cpu")
     assert figures.keys() == {"memory_distance", "combined_discriminator"}  # no patch_error given
     assert values["combined_discriminator"].tolist() == [2, -1]
-    assert figures["combined_discriminator"].auroc == 0
+    assert figures["combined_discriminator"].auroc == 1

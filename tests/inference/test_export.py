@@ -14,12 +14,11 @@ from torch import Tensor
 
 import squid_fast
 from squid_fast import Scorer
-from squid_fast.data import ImageSet
 from squid_fast.inference import calibrate, export
 from squid_fast.inference.export import METADATA_FILE, OUTPUTS, write_export
 from squid_fast.modules import discriminator_size
 from tests.command_line import squid
-from tests.inference.test_network import trained
+from tests.factories import smooth_image_set, trained_squid
 from tests.processor import needs_bf16
 
 BATCHES = (1, 3, 16)
@@ -76,25 +75,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def photographs(n: int, side: int, seed: int) -> ImageSet:
-    """Smooth images that differ, so that scores have something to tell apart."""
-    coarse = torch.rand(n, 1, 6, 6, generator=torch.Generator().manual_seed(seed))
-    smooth = torch.nn.functional.interpolate(coarse, size=(side, side), mode="bicubic")
-    images = (smooth.clamp(0, 1) * 255).to(torch.uint8)
-    return ImageSet(images, torch.zeros(n, dtype=torch.int64), [str(i) for i in range(n)])
-
-
 def unseen(side: int, n: int = 16) -> Tensor:
-    return photographs(n, side, seed=99).batch(slice(0, n))
+    return smooth_image_set(n, side, seed=99).batch(slice(None))
 
 
 def bundle_of(case: str) -> squid_fast.Bundle:
     score, changes = CASES[case]
-    model = trained(**changes)
+    model = trained_squid(**changes)
     # Zeros, which it starts with, would hide the places outside the grid.
     torch.nn.init.normal_(model.inpaint_block.attention.in_proj_bias, std=0.1)
     judge = squid_fast.Discriminator(discriminator_size(model.image_size))
-    normal = photographs(48, model.image_size, seed=7)
+    normal = smooth_image_set(48, model.image_size, seed=7)
     judge.train()
     with torch.no_grad():
         judge(normal.batch(slice(0, 32)))

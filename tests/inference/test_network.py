@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-from functools import cache
 from typing import Any
 
 import pytest
@@ -22,6 +20,7 @@ from squid_fast.inference.convolution import (
     fold_discriminator,
 )
 from squid_fast.inference.network import FrozenGenerator
+from tests.factories import trained_squid
 from tests.processor import needs_bf16, needs_onednn
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -42,39 +41,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def trained(**changes: Any) -> squid_fast.SQUID:
-    """A small model whose batch norms and queues have seen images, made once of each kind."""
-    model, generator = _trained(json.dumps(changes))
-    torch.set_rng_state(generator)  # as if it had been made now
-    return copy.deepcopy(model)
-
-
-@cache
-def _trained(named: str) -> tuple[squid_fast.SQUID, Tensor]:
-    changes = json.loads(named)
-    torch.manual_seed(0)
-    arguments = {"num_in_ch": 1, "features_root": 16, "shrink_thres": 3, "num_slots": 12}
-    arguments |= {"level": 2, "memory_channel": 1024, "mem_num_slots": 10, "dist": True}
-    arguments |= {"initial_combine": 1, "ops": ["concat", "none"]}
-    model = squid_fast.SQUID(**{**arguments, **changes})
-    side = model.image_size
-    with torch.no_grad():
-        for _ in range(3):
-            model(torch.rand(6, model.num_in_ch, side, side))
-            model.inpaint_block.memory.update()
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.weight.uniform_(0.5, 1.5)
-                module.bias.uniform_(-0.2, 0.2)
-        model.eval()
-        head = model.out_conv.conv
-        # Else all reconstructions look the same.
-        logits = torch.logit(model(torch.rand(4, model.num_in_ch, side, side))["recon"].double())
-        head.weight /= float(logits.std())
-        head.bias.sub_(float(logits.mean())).div_(float(logits.std()))
-    return model, torch.get_rng_state()
-
-
 def images_for(model: squid_fast.SQUID, n: int = 3) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     return torch.rand(n, model.num_in_ch, model.image_size, model.image_size, generator=generator)
@@ -84,7 +50,7 @@ def images_for(model: squid_fast.SQUID, n: int = 3) -> Tensor:
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("onednn", [False, pytest.param(True, marks=needs_onednn)])
 def test_float32_is_the_model(name: str, layout: torch.memory_format, onednn: bool) -> None:
-    model = trained(**CONFIGS[name])
+    model = trained_squid(**CONFIGS[name])
     images = images_for(model)
     frozen = FrozenGenerator(model, torch.float32, layout, onednn)
     with torch.inference_mode():
@@ -95,7 +61,7 @@ def test_float32_is_the_model(name: str, layout: torch.memory_format, onednn: bo
 
 @pytest.mark.parametrize("onednn", [False, pytest.param(True, marks=[needs_onednn, needs_bf16])])
 def test_bf16_stays_close_to_the_model(onednn: bool) -> None:
-    model = trained(**CONFIGS["published shape"])
+    model = trained_squid(**CONFIGS["published shape"])
     images = images_for(model, 8)
     frozen = FrozenGenerator(model, torch.bfloat16, torch.channels_last, onednn)
     with torch.inference_mode():
@@ -105,7 +71,7 @@ def test_bf16_stays_close_to_the_model(onednn: bool) -> None:
 
 
 def test_what_is_frozen_does_not_change_with_the_model_nor_the_model_with_it() -> None:
-    model = trained()
+    model = trained_squid()
     before = copy.deepcopy(model.state_dict())
     images = images_for(model)
     model.train()
@@ -124,7 +90,7 @@ def test_what_is_frozen_does_not_change_with_the_model_nor_the_model_with_it() -
 
 
 def test_the_teacher_is_left_out() -> None:
-    model = trained()
+    model = trained_squid()
     size = sum(parameter.numel() for parameter in model.parameters())
     teacher = sum(p.numel() for n, p in model.named_parameters() if n.startswith("teacher"))
     frozen = FrozenGenerator(model)

@@ -7,25 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from squid_fast import Discriminator, Scorer, calibrate
-from squid_fast.data import ImageSet
 from squid_fast.inference import AGREEMENT
 from squid_fast.inference import calibration as calibration_module
 from squid_fast.inference.convolution import FoldedConv
 from squid_fast.inference.network import FrozenGenerator, QuantizedStage
 from squid_fast.inference.quantization import MinMaxObserver, QuantizedConv, QuantParams, has_int8
 from squid_fast.inference.scores import PAPER_SCORE, Calibration, Quantization
-from tests.inference.test_network import CONFIGS, trained
+from tests.factories import smooth_image_set, trained_squid
+from tests.inference.test_network import CONFIGS
 from tests.processor import needs_int8
-
-
-def photographs(n: int, side: int, seed: int = 0) -> ImageSet:
-    """Smooth images that differ, so that scores have something to rank."""
-    generator = torch.Generator().manual_seed(seed)
-    coarse = torch.rand(n, 1, 6, 6, generator=generator)
-    smooth = torch.nn.functional.interpolate(coarse, size=(side, side), mode="bicubic")
-    images = (smooth.clamp(0, 1) * 255).to(torch.uint8)
-    return ImageSet(images, torch.zeros(n, dtype=torch.int64), [str(i) for i in range(n)])
-
 
 # --- grids ----------------------------------------------------------------------------------------
 
@@ -112,9 +102,9 @@ ALL = ["downs.0", "downs.1", "ups.0", "ups.1"]
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("stages", [ALL, ["downs.0"], ["ups.0"], ["downs.1", "ups.1"], []])
 def test_any_stages_can_be_in_bytes(name: str, stages: list[str]) -> None:
-    model = trained(**CONFIGS[name])
+    model = trained_squid(**CONFIGS[name])
     side = model.image_size
-    images = photographs(4, side).batch(slice(0, 4)).repeat(1, model.num_in_ch, 1, 1)
+    images = smooth_image_set(4, side).batch(slice(None)).repeat(1, model.num_in_ch, 1, 1)
     exact = FrozenGenerator(model, torch.float32, torch.channels_last, True)
     observer = MinMaxObserver(exact)
     with torch.inference_mode():
@@ -133,10 +123,10 @@ def test_any_stages_can_be_in_bytes(name: str, stages: list[str]) -> None:
 def scored() -> tuple[object, Discriminator, Calibration]:
     # Hard shrinkage is continuous. Which slots are the best k hangs on differences that rounding
     # changes, and in an untrained model everything hangs on that.
-    model = trained(**CONFIGS["published shape"], shrink_thres=1e-6)
+    model = trained_squid(**CONFIGS["published shape"], shrink_thres=1e-6)
     torch.manual_seed(1)
     judge = Discriminator(-(-model.image_size // 32))
-    normal = photographs(64, model.image_size)
+    normal = smooth_image_set(64, model.image_size)
     judge.train()
     with torch.no_grad():
         judge(normal.batch(slice(0, 32)))
@@ -159,7 +149,7 @@ def test_stages_that_may_are_in_bytes_and_their_agreement_is_what_was_measured(
 ) -> None:
     model, judge, _ = scored
     monkeypatch.setattr(calibration_module, "_NOISE", 100.0)
-    normal = photographs(64, model.image_size)
+    normal = smooth_image_set(64, model.image_size)
     calibration = calibrate(model, judge, normal, device="cpu")
     assert calibration.quantization.stages == ALL
     values = {

@@ -13,56 +13,29 @@ import torch
 
 import squid_fast
 from squid_fast import reference
-from squid_fast.data import ImageSet
 from squid_fast.inference import calibrate
 from squid_fast.inference.bundle import BundleError, load_published
 from squid_fast.inference.scores import SCORES
+from tests.factories import SIDE, TINY, image_batch, image_set, tiny_bundle, tiny_pair
 from tests.processor import needs_bf16
-
-SIDE = 48
-ARGUMENTS = {
-    "num_in_ch": 1,
-    "features_root": 4,
-    "shrink_thres": 3,
-    "num_slots": 12,
-    "level": 2,
-    "memory_channel": 144,
-    "dist": True,
-    "initial_combine": 1,
-    "ops": ["concat", "none"],
-    "decoder_memory": [None, None],
-}
-
-
-def image_set(n: int, seed: int = 0, labels: torch.Tensor | None = None) -> ImageSet:
-    images = torch.randint(0, 256, (n, 1, SIDE, SIDE), generator=torch.manual_seed(seed))
-    labels = torch.zeros(n, dtype=torch.int64) if labels is None else labels
-    return ImageSet(images.to(torch.uint8), labels, [str(i) for i in range(n)])
 
 
 @pytest.fixture
 def pair() -> tuple[squid_fast.SQUID, squid_fast.Discriminator]:
-    torch.manual_seed(0)
-    model, discriminator = squid_fast.SQUID(**ARGUMENTS), squid_fast.Discriminator(2)
-    with torch.no_grad():  # a forward in training mode gives the running statistics values
-        model.out_conv.conv.weight *= 30  # else all reconstructions look the same to float32
-        discriminator(model(image_set(8).batch(slice(0, 8)))["recon"])
-    model.inpaint_block.memory.update()
-    return model.eval(), discriminator.eval()
+    return tiny_pair()
 
 
 @pytest.fixture
-def bundle(pair: tuple[squid_fast.SQUID, squid_fast.Discriminator]) -> squid_fast.Bundle:
-    calibration = calibrate(*pair, image_set(30), image_set(40, seed=5), 0.1, "float32", "cpu")
-    return squid_fast.Bundle(*pair, calibration, about={"preset": "test"})
+def bundle() -> squid_fast.Bundle:
+    return tiny_bundle()
 
 
 # --- scores ---------------------------------------------------------------------------------------
 
 
 def test_the_discriminators_scores_are_the_references(bundle: squid_fast.Bundle) -> None:
-    images = image_set(6, seed=9).batch(slice(0, 6))
-    plain = reference.SQUID(**ARGUMENTS).double()
+    images = image_batch(6, seed=9)
+    plain = reference.SQUID(**TINY).double()
     plain.load_state_dict(bundle.model.state_dict())
     judge = reference.Discriminator(2).double()
     judge.load_state_dict(bundle.discriminator.state_dict())
@@ -113,7 +86,7 @@ def test_float32_scores_are_the_same_to_the_bit_in_any_batch_and_order(
     scorer = squid_fast.Scorer(
         bundle.model, bundle.discriminator, bundle.calibration, score, "float32", "cpu"
     )
-    images = image_set(37, seed=2).batch(slice(0, 37))
+    images = image_batch(37, seed=2)
     whole = scorer.score(images).raw
     for size in (1, 2, 3, 7, 8, 9, 16, 36):
         parts = [scorer.score(part).raw for part in images.split(size)]
@@ -128,7 +101,7 @@ def test_bf16_scores_hardly_depend_on_the_batch(bundle: squid_fast.Bundle) -> No
     scorer = squid_fast.Scorer(
         bundle.model, bundle.discriminator, bundle.calibration, precision="bf16", device="cpu"
     )
-    images = image_set(20, seed=2).batch(slice(0, 20))
+    images = image_batch(20, seed=2)
     whole = scorer.score(images).raw
     for size in (1, 3, 8):
         parts = torch.cat([scorer.score(part).raw for part in images.split(size)])
@@ -178,7 +151,10 @@ def test_calibration_of_normal_images(bundle: squid_fast.Bundle) -> None:
     scorer = squid_fast.Scorer(
         bundle.model, bundle.discriminator, bundle.calibration, precision="float32", device="cpu"
     )
-    training, validation = scorer.raw_scores(image_set(30)), scorer.raw_scores(image_set(40, 5))
+    training, validation = (
+        scorer.raw_scores(image_set(30)),
+        scorer.raw_scores(image_set(40, seed=5)),
+    )
     assert bundle.calibration.threshold_images == "validation"
     for name in SCORES:
         z = scorer.z_score(name, training[name])
@@ -205,7 +181,8 @@ def test_too_few_validation_images_leave_the_threshold_to_training(
 
 def test_evaluate_ranks_by_z_score(bundle: squid_fast.Bundle) -> None:
     labels = torch.tensor([0, 1] * 10)
-    images = image_set(20, 4, labels)
+    images = image_set(20, seed=4)
+    images.labels[:] = labels
     images.images[labels == 1] //= 2  # another kind of image
     scorer = squid_fast.Scorer(bundle.model, bundle.discriminator, bundle.calibration, device="cpu")
     evaluations, z = scorer.evaluate(images)
@@ -231,7 +208,7 @@ def test_an_uncalibrated_scorer_says_so(
 
 @needs_bf16
 def test_bf16_stays_close(bundle: squid_fast.Bundle) -> None:
-    images = image_set(4, seed=8).batch(slice(0, 4))
+    images = image_batch(4, seed=8)
     recon = [
         squid_fast.Scorer(
             bundle.model, bundle.discriminator, bundle.calibration, "patch_error", precision, "cpu"
@@ -265,7 +242,7 @@ def test_a_bundle_comes_back_as_it_was(bundle: squid_fast.Bundle, tmp_path: Path
     assert (tmp_path / "b/model.safetensors").stat().st_mode & 0o444 == (
         (tmp_path / "b/config.json").stat().st_mode & 0o444
     )
-    images = image_set(3).batch(slice(0, 3))
+    images = image_batch(3)
     ours = squid_fast.Scorer(bundle.model, bundle.discriminator, bundle.calibration, device="cpu")
     loaded = squid_fast.Scorer.load(tmp_path / "b", device="cpu")
     assert torch.equal(ours.score(images).raw, loaded.score(images).raw)
@@ -312,10 +289,10 @@ def test_a_bundle_of_another_format_is_refused(bundle: squid_fast.Bundle, tmp_pa
 
 def test_published_checkpoints_become_models(tmp_path: Path) -> None:
     torch.manual_seed(3)
-    plain, judge = reference.SQUID(**ARGUMENTS).eval(), reference.Discriminator(2).eval()
+    plain, judge = reference.SQUID(**TINY).eval(), reference.Discriminator(2).eval()
     torch.save({f"module.{k}": v for k, v in plain.state_dict().items()}, tmp_path / "g.pth")
     torch.save(judge.state_dict(), tmp_path / "d.pth")
-    model, discriminator = load_published(tmp_path / "g.pth", tmp_path / "d.pth", ARGUMENTS)
+    model, discriminator = load_published(tmp_path / "g.pth", tmp_path / "d.pth", TINY)
     images = torch.rand(2, 1, SIDE, SIDE)
     with torch.no_grad():
         torch.testing.assert_close(model(images)["recon"], plain(images)["recon"])
@@ -323,19 +300,19 @@ def test_published_checkpoints_become_models(tmp_path: Path) -> None:
 
 
 def test_checkpoints_with_code_or_of_other_models_are_refused(tmp_path: Path) -> None:
-    plain, judge = reference.SQUID(**ARGUMENTS), reference.Discriminator(2)
+    plain, judge = reference.SQUID(**TINY), reference.Discriminator(2)
     torch.save(plain.state_dict(), tmp_path / "g.pth")
     torch.save(judge.state_dict(), tmp_path / "d.pth")
     torch.save(judge, tmp_path / "code.pth")
     with pytest.raises(BundleError, match="cannot be read as a checkpoint of plain tensors"):
-        load_published(tmp_path / "g.pth", tmp_path / "code.pth", ARGUMENTS)
+        load_published(tmp_path / "g.pth", tmp_path / "code.pth", TINY)
     with pytest.raises(BundleError, match="do not fit the configuration"):
-        load_published(tmp_path / "d.pth", tmp_path / "d.pth", ARGUMENTS)
+        load_published(tmp_path / "d.pth", tmp_path / "d.pth", TINY)
     state = judge.state_dict()
     state["regressor.bias"][0] = float("nan")
     torch.save(state, tmp_path / "nan.pth")
     with pytest.raises(BundleError, match=r"NaN or infinite weights in regressor\.bias"):
-        load_published(tmp_path / "g.pth", tmp_path / "nan.pth", ARGUMENTS)
+        load_published(tmp_path / "g.pth", tmp_path / "nan.pth", TINY)
 
 
 # --- on a GPU -------------------------------------------------------------------------------------

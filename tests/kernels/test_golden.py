@@ -27,7 +27,7 @@ def test_gumbel_shrinkage(golden: Load, case: str) -> None:
     # another exponential function loses others.
     assert_close(weights, t["weights"], 1e-3 if case == "nearties" else None, floor=1e-6)
     (grad,) = torch.autograd.grad(weights, logits, t["grad_out"])
-    assert_close(grad, t["grad_logits"], golden_tests.GRADIENT)
+    assert_close(grad, t["grad_logits"], 1e-4)  # another exponential function here too
 
 
 def test_queue(golden: Load) -> None:

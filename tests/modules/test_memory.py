@@ -14,6 +14,7 @@ import squid_fast
 from squid_fast import MemoryMatrix, MemoryQueue, reference
 from squid_fast.modules.memory import BLOCKS, describe_shrinkage
 from squid_fast.reference.memory import BLOCKS as REFERENCE_BLOCKS
+from tests.factories import image_batch, tiny_squid
 from tests.tolerances import assert_close
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -121,8 +122,8 @@ def test_queue_stores_features_of_another_dtype() -> None:
 
 
 def test_training_loops_of_the_published_code_find_every_queue() -> None:
-    model = tiny().train()
-    images = torch.rand(3, 1, 16, 16)
+    model = tiny_squid().train()
+    images = image_batch(3)
     model(images)
     block = model.inpaint_block
     with torch.no_grad():
@@ -134,10 +135,6 @@ def test_training_loops_of_the_published_code_find_every_queue() -> None:
     after = block.memory.slots
     assert_close(after[:, :3], narrow.view(3, 4, -1).transpose(0, 1))
     assert torch.equal(after[:, 3:], before[:, 3:])
-
-
-def tiny() -> squid_fast.SQUID:
-    return squid_fast.SQUID(1, 4, 3, 6, 2, 2, memory_channel=16, dist=False, ops=["concat", "none"])
 
 
 # --- state dicts ----------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import squid_fast
 from squid_fast import PRESETS, SQUID, InpaintBlock, reference
 from squid_fast.modules.unet import to_image, to_patches
+from tests.factories import TINY, open_masks
 from tests.tolerances import assert_close, error
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -29,19 +30,8 @@ def memory(kind: str, multiplier: int, num_memory: int) -> dict[str, Any]:
     return {"type": kind, "multiplier": multiplier, "num_memory": num_memory}
 
 
-BASE: dict[str, Any] = {
-    "num_in_ch": 1,
-    "features_root": 4,
-    "shrink_thres": 3,
-    "num_slots": 9,
-    "num_patch": 2,
-    "level": 2,
-    "ratio": 0.95,
-    "memory_channel": 16,  # maps of 2 x 2 per patch: images of 16 x 16
-    "dist": True,
-    "mem_num_slots": 7,
-    "ops": ["concat", "none"],
-}
+# Maps of 2 x 2 per patch: images of 16 x 16.
+BASE = TINY | {"num_slots": 9, "memory_channel": 16, "initial_combine": None, "mem_num_slots": 7}
 CONFIGS: dict[str, dict[str, Any]] = {
     "combine none": {},
     "combine 1": {"initial_combine": 1},
@@ -97,9 +87,7 @@ def pair(name: str) -> tuple[SQUID, reference.SQUID]:
             norm.momentum = 0.1
         model.inpaint_block.memory.pending = None
     plain.load_state_dict(model.state_dict(), strict=True)
-    for module in (*model.modules(), *plain.modules()):
-        if hasattr(module, "mask_ratio"):
-            module.mask_ratio = 1.0
+    open_masks(model, plain)
     return model, plain
 
 
@@ -346,9 +334,9 @@ def test_a_frozen_block_is_the_same_until_it_changes(shrink_thres: float) -> Non
 def test_block_paints_a_patch_from_its_neighbours_memories() -> None:
     block = InpaintBlock(8, 6, 16, 8, 3).double().eval()
     f = torch.randn(1, 16, 8, dtype=torch.float64)
-    before = block.paint(f)
+    before = block.inpaint(f)
     block.memory.slots[5] += 1.0
-    changed = (block.paint(f) != before).any(dim=-1)[0]
+    changed = (block.inpaint(f) != before).any(dim=-1)[0]
     # Patch 5 itself changes through the residual of its own answer.
     assert set(changed.nonzero().flatten().tolist()) == {0, 1, 2, 4, 5, 6, 8, 9, 10}
 

@@ -19,23 +19,11 @@ from squid_fast import (
     load_bundle,
     save_bundle,
 )
-from squid_fast.data import ImageSet
 from squid_fast.experiments.published import published_way
 from squid_fast.inference import calibrate
 from squid_fast.modules.inpaint import InpaintBlock
+from tests.factories import image_batch, image_set, tiny_squid
 
-SIDE = 48
-ARGUMENTS: dict[str, Any] = {
-    "num_in_ch": 1,
-    "features_root": 4,
-    "shrink_thres": 3,
-    "num_slots": 6,
-    "level": 2,
-    "memory_channel": 144,
-    "dist": True,
-    "initial_combine": 1,
-    "ops": ["concat", "none"],
-}
 ALL: list[Any] = [
     None,
     False,
@@ -47,14 +35,8 @@ ALL: list[Any] = [
 ]
 
 
-def images(n: int) -> ImageSet:
-    pixels = torch.randint(0, 256, (n, 1, SIDE, SIDE), generator=torch.manual_seed(3))
-    return ImageSet(pixels.to(torch.uint8), torch.zeros(n).long(), [str(i) for i in range(n)])
-
-
 def model(inpainting: Any, **others: Any) -> SQUID:
-    torch.manual_seed(0)
-    return SQUID(**{**ARGUMENTS, **others}, inpainting=inpainting)
+    return tiny_squid(inpainting=inpainting, num_slots=6, **others)
 
 
 def block(**variant: str) -> InpaintBlock:
@@ -102,7 +84,7 @@ def test_a_matrix_learns_its_slots_and_is_never_written() -> None:
             kept(features[:, n], memory.slots[n].detach(), 3),
             rtol=1e-4, atol=1e-5,
         )  # fmt: skip
-    network(images(2).batch(slice(0, 2)))["recon"].square().mean().backward()
+    network(image_batch(2))["recon"].square().mean().backward()
     assert float(memory.slots.grad.abs().max()) > 0
 
 
@@ -130,16 +112,16 @@ def test_a_soft_shortcut_blends_everywhere_and_only_in_training() -> None:
     own = block(shortcut="soft")
     own.mask_ratio = 0.8
     x = torch.rand(8, 16, 6, 6)
-    painted: list[Tensor] = []
-    own.bottleneck_conv2.register_forward_hook(lambda m, given, out: painted.append(out))
+    inpainted: list[Tensor] = []
+    own.bottleneck_conv2.register_forward_hook(lambda m, given, out: inpainted.append(out))
     mixed = own.train()(x)
-    torch.testing.assert_close(mixed, 0.8 * painted[0] + 0.2 * x)
-    assert torch.equal(own.eval()(x), painted[1])
+    torch.testing.assert_close(mixed, 0.8 * inpainted[0] + 0.2 * x)
+    assert torch.equal(own.eval()(x), inpainted[1])
 
 
 def test_without_the_block_the_decoder_is_fed_what_the_encoder_found() -> None:
     network = model(False).eval()
-    batch = images(3).batch(slice(0, 3))
+    batch = image_batch(3)
     features, skips = network.encode(batch)
     assert torch.equal(network(batch)["recon"], network.decode(features, skips)[0])
 
@@ -153,22 +135,24 @@ def test_the_published_block_is_what_it_was() -> None:
 
 @pytest.mark.parametrize("inpainting", ALL, ids=str)
 def test_a_variant_is_saved_loaded_and_scored(inpainting: Any, tmp_path: Path) -> None:
-    network, judge = model(inpainting).train(), Discriminator(2).train()
+    network, discriminator = model(inpainting).train(), Discriminator(2).train()
     with torch.no_grad():
         network.out_conv.conv.weight *= 30
-        judge(network(images(8).batch(slice(0, 8)))["recon"])
+        discriminator(network(image_batch(8))["recon"])
     for module in network.modules():
         if isinstance(module, MemoryQueue):
             module.update()
-    calibration = calibrate(network.eval(), judge.eval(), images(20), precision="float32")
-    save_bundle(Bundle(network, judge, calibration), tmp_path)
+    calibration = calibrate(
+        network.eval(), discriminator.eval(), image_set(20), precision="float32"
+    )
+    save_bundle(Bundle(network, discriminator, calibration), tmp_path)
     loaded = load_bundle(tmp_path)
     for name, value in network.state_dict().items():
         assert torch.equal(value, loaded.model.state_dict()[name]), name
     for name, queue in network.named_modules():
         if isinstance(queue, MemoryQueue):
             assert int(queue.ptr) == int(loaded.model.get_submodule(name).ptr) > 0
-    batch = images(5).batch(slice(0, 5))
+    batch = image_batch(5)
     scorer = Scorer.load(tmp_path, precision="float32", device="cpu")
     found = scorer.score(batch, reconstruction=True).reconstruction
     with torch.no_grad():
@@ -181,7 +165,7 @@ def test_a_variant_is_saved_loaded_and_scored(inpainting: Any, tmp_path: Path) -
 @pytest.mark.parametrize("inpainting", ALL, ids=str)
 def test_a_variant_trains(inpainting: Any) -> None:
     network = model(inpainting).train()
-    outputs = network(images(4).batch(slice(0, 4)))
+    outputs = network(image_batch(4))
     (outputs["recon"].square().mean() + outputs["dist_loss"]).backward()
     missing = [n for n, p in network.named_parameters() if p.grad is None and "teacher" not in n]
     assert not missing

@@ -230,7 +230,7 @@ def test_losses_by_hand() -> None:
     }
     logits = torch.tensor([[0.0], [math.log(3)]])  # sigmoid 1/2 and 3/4
     bce_real = -(math.log(1 / 2) + math.log(3 / 4)) / 2
-    bce_painted = -(math.log(1 / 2) + math.log(1 / 4)) / 2
+    bce_reconstruction = -(math.log(1 / 2) + math.log(1 / 4)) / 2
     loss = reference.generator_loss(images, outputs, logits)
     expected = 10 * 0.25 + 0.005 * bce_real + 0.01 * 1 + 0.001 * 3
     assert loss.item() == pytest.approx(expected, rel=1e-6)
@@ -238,7 +238,7 @@ def test_losses_by_hand() -> None:
     loss = reference.generator_loss(images, alone, logits, recon_w=1.0, g_w=2.0)
     assert loss.item() == pytest.approx(0.25 + 2 * bce_real, rel=1e-6)
     loss = reference.discriminator_loss(logits, logits)
-    assert loss.item() == pytest.approx(0.005 * (bce_real + bce_painted), rel=1e-6)
+    assert loss.item() == pytest.approx(0.005 * (bce_real + bce_reconstruction), rel=1e-6)
 
 
 def test_score_is_one_minus_the_sigmoid() -> None:

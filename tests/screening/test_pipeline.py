@@ -21,34 +21,9 @@ from squid_fast.screening.pipeline import score_batch, screen_listing
 from squid_fast.screening.reading import source
 from squid_fast.screening.reading.packing import pack
 from squid_fast.screening.reading.worker import Decoded
+from tests.factories import MeanScorer
 
 SIZE = 8
-
-
-class MeanScorer:
-    """z-score = a tenth of the mean grey level, 0 to 255; notes the batches it was given."""
-
-    image_size = SIZE
-    score_name = "mean"
-    threshold = 5.0
-    false_positive_rate = 0.05
-
-    fingerprint = "mean"
-
-    def __init__(self) -> None:
-        self.batches: list[int] = []
-
-    def prefetch(self, images: torch.Tensor) -> torch.Tensor:
-        assert images.dtype == torch.uint8
-        return images
-
-    def score(self, images: torch.Tensor, reconstruction: bool = False) -> SimpleNamespace:
-        assert images.shape[1:] == (1, SIZE, SIZE)
-        assert images.dtype == torch.uint8
-        self.batches.append(len(images))
-        raw = images.float().mean(dim=(1, 2, 3))
-        z = raw / 10
-        return SimpleNamespace(raw=raw, z_score=z, anomaly_score=z.sigmoid(), reconstruction=None)
 
 
 def write_level(path: Path, level: int) -> str:
@@ -174,17 +149,19 @@ def test_folder_that_cannot_be_listed_gets_a_row(
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_scores_flags_and_order(tmp_path: Path, workers: int) -> None:
-    named = {"c": 25, "a": 75, "b": 50}
+    named = {"c": 51, "a": 153, "b": 102}
     paths = [write_level(tmp_path / f"{name}.npy", level) for name, level in named.items()]
-    rows = list(screen(MeanScorer(), paths, batch_size=2, workers=workers))
+    scorer = MeanScorer()
+    scorer.threshold = 4.0
+    rows = list(screen(scorer, paths, batch_size=2, workers=workers))
     assert [row.path for row in rows] == paths
-    assert [row.raw_score for row in rows] == [25, 75, 50]
-    assert [row.z_score for row in rows] == [2.5, 7.5, 5.0]
+    assert [row.raw_score for row in rows] == [51, 153, 102]
+    assert [row.z_score for row in rows] == [2, 6, 4]
     assert [row.flag for row in rows] == [False, True, False]  # not above: equal is no flag
     assert [row.anomaly_score for row in rows] == pytest.approx(
-        [0.924142, 0.999447, 0.993307], abs=1e-6
+        [0.880797, 0.997527, 0.982014], abs=1e-6
     )
-    assert all(row.error is None and row.threshold == 5.0 for row in rows)
+    assert all(row.error is None and row.threshold == 4.0 for row in rows)
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -449,7 +426,7 @@ def test_what_no_smaller_batch_mends_is_raised(levels: list[str], error: Excepti
 
 
 def test_score_batch_keeps_errors_in_their_places() -> None:
-    image = np.full((SIZE, SIZE), 60, dtype=np.uint8)
+    image = np.full((SIZE, SIZE), 160, dtype=np.uint8)
     items = [
         Decoded("a", None, "bad: 1", "bad: …"),
         Decoded("b", image),
@@ -458,7 +435,7 @@ def test_score_batch_keeps_errors_in_their_places() -> None:
     rows = score_batch(MeanScorer(), items)
     assert [(row.path, row.raw_score, row.flag, row.error, row.error_kind) for row in rows] == [
         ("a", None, None, "bad: 1", "bad: …"),
-        ("b", 60, True, None, None),
+        ("b", 160, True, None, None),
         ("c", None, None, "worse", None),
     ]
     assert score_batch(MeanScorer(), []) == []

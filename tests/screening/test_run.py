@@ -25,33 +25,11 @@ from squid_fast.screening import (
     screen_to_table,
 )
 from squid_fast.screening.journal import Journal
+from tests.factories import MeanScorer
 from tests.screening.limits import file_size_limit
 from tests.screening.test_results import FORMATS, read_table
 
 SIZE = 8
-
-
-class MeanScorer:
-    """z-score = ten times the mean grey value; notes how many images it was given."""
-
-    image_size = SIZE
-    score_name = "mean"
-    threshold = 5.0
-    false_positive_rate = 0.05
-    fingerprint = "mean-1"
-
-    def __init__(self) -> None:
-        self.images = 0
-
-    def prefetch(self, images: torch.Tensor) -> torch.Tensor:
-        return images
-
-    def score(self, images: torch.Tensor, reconstruction: bool = False) -> SimpleNamespace:
-        self.images += len(images)
-        scale = 255 if images.dtype == torch.uint8 else 1
-        raw = images.float().mean(dim=(1, 2, 3)) / scale
-        z = 10 * raw
-        return SimpleNamespace(raw=raw, z_score=z, anomaly_score=z.sigmoid(), reconstruction=None)
 
 
 @pytest.fixture
@@ -157,7 +135,7 @@ def test_stop_and_resume_give_the_table_of_an_uninterrupted_run(
         "going on behind 9 of 30 rows; files that came after the run was started are not in it"
     )
     assert found(out) == found(whole) == expected(images)
-    assert again.images == 27 - 8  # the first nine files hold eight images, scored before
+    assert sum(again.batches) == 27 - 8  # the first nine files hold eight images, scored before
     assert summary is not None
     assert (summary.count, summary.errors, summary.flagged) == (30, 3, 12)
     assert not folder.exists()
@@ -188,7 +166,7 @@ def test_an_unfinished_run_is_not_overwritten(images: Path, tmp_path: Path) -> N
     scorer = MeanScorer()
     with pytest.raises(JournalError, match=r"holds an unfinished run of 'r\.csv': go on with --re"):
         screen_to_table(scorer, images, out, workers=0)
-    assert scorer.images == 0
+    assert not scorer.batches
     screen_to_table(MeanScorer(), images, out, resume=True, workers=0)
     assert found(out) == expected(images)
 
@@ -205,7 +183,7 @@ def test_a_run_that_was_killed_before_its_folder_was_removed_is_finished_again(
     assert rows_in(tmp_path / "r.csv.partial") == 30
     scorer = MeanScorer()
     summary = screen_to_table(scorer, images, out, resume=True, workers=0)
-    assert scorer.images == 0
+    assert not scorer.batches
     assert summary is not None
     assert summary.count == 30
     assert found(out) == expected(images)
@@ -229,7 +207,7 @@ def test_another_run_is_not_mixed_in(
         vars(scorer).update(change)
         with pytest.raises(JournalError, match=rf"is of another run: the {sentence}\. Resume it"):
             screen_to_table(scorer, images, out, resume=True, workers=0)
-        assert scorer.images == 0
+        assert not scorer.batches
     for inputs in ([images, images / "00.npy"], str(tmp_path)):
         with pytest.raises(JournalError, match=r"the inputs was .* or delete that folder"):
             screen_to_table(MeanScorer(), inputs, out, resume=True, workers=0)
@@ -301,7 +279,7 @@ def test_packed_files_are_resumed_in_their_middle(images: Path, tmp_path: Path) 
     scorer, said = MeanScorer(), list[str]()
     screen_to_table(scorer, inputs, out, resume=True, workers=0, say=said.append)
     assert said[0].startswith("going on behind 17 of 31 rows")
-    assert scorer.images == 28 - 16  # the first 17 rows hold one error
+    assert sum(scorer.batches) == 28 - 16  # the first 17 rows hold one error
     assert found(out) == [expected(images)[3], *expected(images)]
 
 
@@ -340,7 +318,7 @@ def test_a_run_of_an_earlier_version_is_refused_and_kept(images: Path, tmp_path:
 def test_a_scorer_that_fails_loses_nothing_before(images: Path, tmp_path: Path) -> None:
     class FailsLater(MeanScorer):
         def score(self, images: torch.Tensor, reconstruction: bool = False) -> SimpleNamespace:
-            if self.images >= 15:
+            if sum(self.batches) >= 15:
                 raise RuntimeError("device-side assert")
             return super().score(images)
 
@@ -350,7 +328,7 @@ def test_a_scorer_that_fails_loses_nothing_before(images: Path, tmp_path: Path) 
     assert rows_in(tmp_path / "r.csv.partial") >= 15
     scorer = MeanScorer()
     screen_to_table(scorer, images, out, resume=True, batch_size=7, workers=0)
-    assert scorer.images <= 27 - 14
+    assert sum(scorer.batches) <= 27 - 14
     assert found(out) == expected(images)
 
 
@@ -394,7 +372,7 @@ def test_full_disk_while_the_table_is_made(
     assert out.read_bytes() == b"the last run"
     scorer = MeanScorer()
     screen_to_table(scorer, images, out, resume=True, workers=0)
-    assert scorer.images == 0
+    assert not scorer.batches
     assert found(out) == expected(images)
 
 
@@ -423,7 +401,7 @@ def test_tables_that_cannot_be_are_refused_before_any_work(
         scorer = MeanScorer()
         with pytest.raises(kind, match=sentence):
             screen_to_table(scorer, images, tmp_path / name, workers=0)
-        assert scorer.images == 0
+        assert not scorer.batches
     assert sorted(os.listdir(tmp_path)) == ["d.csv", "full", "in", "locked"]
 
 

@@ -20,16 +20,16 @@ from PIL import Image
 from torch import Tensor, nn
 
 from squid_fast import SQUID, MemoryQueue
-from squid_fast.data import ImageSet
 from squid_fast.modules import Discriminator
 from squid_fast.presets import Recipe
 from squid_fast.training import Trainer, squid, train
 from squid_fast.training.distributed import Processes, SyncBatchNorm2d
 from squid_fast.training.learner import step_seed
+from tests.factories import image_set, open_masks, tiny_squid
 
 pytest.importorskip("lightning_fabric")
 
-STEPS, STOP, SIDE = 10, 5, 48
+STEPS, STOP = 10, 5
 
 # What both processes of the one launch for the runs do.
 WORKER = """
@@ -40,21 +40,9 @@ work()
 
 def tiny() -> SQUID:
     """A model without masks, which ranks draw for themselves."""
-    torch.manual_seed(0)
-    model = SQUID(
-        1, 4, 3, num_slots=12, level=2, memory_channel=144, dist=True, initial_combine=1,
-        mem_num_slots=6, ops=["concat", "none"],
-    )  # fmt: skip
-    for module in model.modules():
-        if hasattr(module, "mask_ratio"):
-            module.mask_ratio = 1.0
+    model = tiny_squid()
+    open_masks(model)
     return model
-
-
-def images(n: int, anomalous: int = 0) -> ImageSet:
-    pixels = torch.randint(0, 256, (n, 1, SIDE, SIDE), generator=torch.manual_seed(1))
-    labels = (torch.arange(n) < anomalous).long()
-    return ImageSet(pixels.to(torch.uint8), labels, [str(i) for i in range(n)])
 
 
 @contextmanager
@@ -90,8 +78,8 @@ def train_in(folder: Path, stop: int = 99, resume: bool = False) -> str:
     )
     with in_float64():
         result = train(
-            tiny(), images(20), folder, recipe, validation_set=images(8, 4), device="cpu",
-            precision="float32", resume=resume,
+            tiny(), image_set(20), folder, recipe, validation_set=image_set(8, anomalous=4),
+            device="cpu", precision="float32", resume=resume,
             should_stop=lambda: next(asked) >= stop and processes.rank == processes.count - 1,
         )  # fmt: skip
     if not processes.is_main:
@@ -245,7 +233,7 @@ def test_the_verb_leaves_one_bundle(tmp_path: Path) -> None:
         for kind in kinds:
             folder = tmp_path / "data" / split / kind
             folder.mkdir(parents=True)
-            for index, image in enumerate(images(24).images):
+            for index, image in enumerate(image_set(24).images):
                 Image.fromarray(image[0].numpy()).save(folder / f"{index}.png")
     out = launch(
         "-m", "squid_fast", "train", "--preset", "small", "--data", tmp_path / "data",

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from squid_fast import SQUID, Discriminator
-from squid_fast.data import ImageSet
 from squid_fast.presets import Recipe, preset
 from squid_fast.training import make_optimizers, train
 from squid_fast.training.graphs import WARM_UP, Losses, StepGraphs
 from squid_fast.training.step import load_optimizer, set_learning_rate
+from tests.factories import image_set
 
 
 def test_every_kind_is_captured_once_and_replayed_on_the_images_of_its_step() -> None:
@@ -79,21 +79,19 @@ def test_a_state_of_another_device_leaves_the_rates_where_they_are() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 def test_a_run_of_graphs_is_a_run_of_steps(tmp_path: Path) -> None:
-    pixels = torch.randint(0, 256, (64, 1, 48, 48), generator=torch.manual_seed(1))
-    images = ImageSet(pixels.to(torch.uint8), torch.zeros(64).long(), [""] * 64)
     recipe = Recipe(batch_size=8, epochs=3, t_max=3, n_critic=2, validate_every=3, ema_decay=0.9)
     losses = []
     for graphs in (True, False):
         torch.manual_seed(0)
         model = SQUID(**preset("small").model)
         out = tmp_path / str(graphs)
-        train(model, images, out, recipe, device="cuda", precision="float32", graphs=graphs)
+        train(model, image_set(64), out, recipe, device="cuda", precision="float32", graphs=graphs)
         rows = csv.DictReader((out / "metrics.csv").read_text().splitlines())
         losses.append([float(r["value"]) for r in rows if r["name"].startswith("loss/")])
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
     # A stopped run goes on with graphs.
     longer = dataclasses.replace(recipe, epochs=4)
     torch.manual_seed(0)
-    again = SQUID(**preset("small").model)
-    assert train(again, images, tmp_path / "True", longer, device="cuda", precision="float32",
-                 resume=True).step == 32  # fmt: skip
+    again, out = SQUID(**preset("small").model), tmp_path / "True"
+    options = {"device": "cuda", "precision": "float32", "resume": True}
+    assert train(again, image_set(64), out, longer, **options).step == 32

@@ -14,7 +14,6 @@ from torch import Tensor
 
 import squid_fast
 from squid_fast import reference
-from squid_fast.data import ImageSet
 from squid_fast.presets import Recipe
 from squid_fast.training import (
     CheckpointError,
@@ -31,41 +30,16 @@ from squid_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from squid_fast.training.ema import EMA
 from squid_fast.training.losses import discriminator_loss, generator_losses
 from squid_fast.training.state import Run
+from tests.factories import DECODER_MEMORY, image_batch, image_set, open_masks, tiny_squid
 from tests.processor import needs_bf16
 
 pytest.importorskip("lightning_fabric")
 
-SIDE = 48
 RECIPE = Recipe(batch_size=4, epochs=3, t_max=3, lr=1e-3, validate_every=2)
 
 
 def tiny_model() -> squid_fast.SQUID:
-    torch.manual_seed(0)
-    model = squid_fast.SQUID(
-        1,
-        4,
-        3,
-        num_slots=12,
-        level=2,
-        memory_channel=144,
-        dist=True,
-        initial_combine=1,
-        mem_num_slots=6,
-        ops=["concat", "none"],
-        decoder_memory=[
-            None,
-            {"type": "MemoryMatrixBlockV3", "multiplier": 144, "num_memory": 4},
-        ],
-    )
-    assert model.image_size == SIDE
-    return model
-
-
-def image_set(n: int, anomalous: int = 0) -> ImageSet:
-    generator = torch.Generator().manual_seed(1)
-    images = torch.randint(0, 256, (n, 1, SIDE, SIDE), generator=generator)
-    labels = (torch.arange(n) < anomalous).long()
-    return ImageSet(images.to(torch.uint8), labels, [str(i) for i in range(n)])
+    return tiny_squid(decoder_memory=DECODER_MEMORY)
 
 
 def after_steps(count: int) -> Callable[[], bool]:
@@ -123,17 +97,10 @@ def make_trainer(model: squid_fast.SQUID, recipe: Recipe) -> Trainer:
 def test_a_step_moves_what_the_published_loop_moves() -> None:
     """One shared forward gives the parameters of a loop that runs the generator for each loss."""
     recipe = dataclasses.replace(RECIPE, n_critic=1, weight_decay=0.0)
-    model = tiny_model()
-    for module in model.modules():
-        if hasattr(module, "mask_ratio"):
-            module.mask_ratio = 1.0  # without draws the two forwards of the loop are the same
-    published = tiny_model()
-    published.load_state_dict(model.state_dict())
-    for module in published.modules():
-        if hasattr(module, "mask_ratio"):
-            module.mask_ratio = 1.0
+    model, published = tiny_model(), tiny_model()
+    open_masks(model, published)  # without draws the two forwards of the loop are the same
     trainer, other = make_trainer(model, recipe), make_trainer(published, recipe)
-    images = image_set(4).batch(slice(0, 4))
+    images = image_batch(4)
     trainer.step(images, 0)
 
     recon = published(images)["recon"].detach()
@@ -161,7 +128,7 @@ def test_the_average_is_a_mean_at_first_and_an_exponential_one_later() -> None:
     ema = EMA(discriminator, 0.75)
     optimizers = make_optimizers(model, discriminator, RECIPE)
     trainer = Trainer(model, discriminator, optimizers, RECIPE, Tensor.backward, ema)
-    images = image_set(4).batch(slice(0, 4))
+    images = image_batch(4)
     expected = dict.fromkeys(discriminator.state_dict(), torch.zeros((), dtype=torch.float64))
     for index, share in enumerate((1, 1 / 2, 1 / 3, 1 / 4, 1 / 4, 1 / 4)):
         trainer.step(images, index)
@@ -182,7 +149,7 @@ def test_a_decay_outside_its_range_is_refused() -> None:
 def test_only_every_n_critic_th_batch_trains_the_generator() -> None:
     model = tiny_model()
     trainer = make_trainer(model, dataclasses.replace(RECIPE, n_critic=2))
-    images = image_set(4).batch(slice(0, 4))
+    images = image_batch(4)
     assert trainer.step(images, 0).keys() == {
         "discriminator",
         "reconstruction",
@@ -396,9 +363,8 @@ def test_nothing_is_overwritten_and_foreign_runs_are_not_resumed(tmp_path: Path)
 def test_images_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="3 training images, fewer than a batch of 4"):
         train(tiny_model(), image_set(3), tmp_path, RECIPE)
-    small = ImageSet(torch.zeros(8, 1, 40, 40, dtype=torch.uint8), torch.zeros(8).long(), [""] * 8)
     with pytest.raises(ValueError, match="40 pixels wide; the model takes 48"):
-        train(tiny_model(), small, tmp_path, RECIPE)
+        train(tiny_model(), image_set(8, 40), tmp_path, RECIPE)
 
 
 # --- names and formats of earlier versions --------------------------------------------------------
@@ -492,7 +458,7 @@ def test_a_run_by_the_clock_ends_in_time_and_its_rate_falls_to_then(
 ) -> None:
     rates, seen = by_the_clock(monkeypatch), []
     recipe = dataclasses.replace(RECIPE, epochs=100, t_max=100, lr_floor=0.1)
-    options = {"seconds": 60.0, "report": seen.append, "validation_set": image_set(6, 3)}
+    options = {"seconds": 60.0, "report": seen.append, "validation_set": image_set(6, anomalous=3)}
     result = train(tiny_model(), image_set(17), tmp_path, recipe, **options)
     assert (result.finished, result.step, result.epoch) == (True, 10, 3)
     expected = [learning_rate(recipe, 100 * step / 10) for step in range(10)]

@@ -16,7 +16,8 @@ from squid_fast.training import loop, train
 from squid_fast.training.checkpoint import load_checkpoint
 from squid_fast.utils import threads as module
 from squid_fast.utils.threads import SPIN, fastest_threads, limit_spinning, threads, waiting
-from tests.training.test_training import RECIPE, after_steps, image_set, tiny_model
+from tests.factories import image_set
+from tests.training.test_training import RECIPE, after_steps, tiny_model
 
 pytest.importorskip("lightning_fabric")
 

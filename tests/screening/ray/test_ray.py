@@ -16,10 +16,8 @@ import pyarrow as arrow
 import pyarrow.parquet as parquet
 import ray
 
-from squid_fast import PRESETS, SQUID, Discriminator, Scorer, calibrate
-from squid_fast.data import ImageSet
-from squid_fast.inference.bundle import Bundle, BundleError, save_bundle
-from squid_fast.modules import discriminator_size
+from squid_fast import Scorer
+from squid_fast.inference.bundle import BundleError, save_bundle
 from squid_fast.screening import ScreenRow, screen, write_table
 from squid_fast.screening.ray import images as ray_images
 from squid_fast.screening.ray.ray import gather_table, score_dataset, screen_with_ray
@@ -27,6 +25,7 @@ from squid_fast.screening.reading import source
 from squid_fast.screening.reading.packing import pack
 from squid_fast.screening.reading.source import Source
 from squid_fast.screening.results import arrow_batch
+from tests.factories import tiny_bundle
 
 # Batches of other sizes add in another order: a few units in the last place of float32.
 ROUNDING = 1e-5
@@ -44,15 +43,8 @@ def cluster() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(5)
-    model = SQUID(**PRESETS["small"].model)
-    discriminator = Discriminator(discriminator_size(model.image_size))
-    side = model.image_size
-    images = torch.randint(256, (24, 1, side, side), dtype=torch.uint8)
-    normal = ImageSet(images, torch.zeros(24, dtype=torch.int64), ["normal"] * 24)
-    calibration = calibrate(model, discriminator, normal, precision="float32")
     folder = tmp_path_factory.mktemp("bundle")
-    save_bundle(Bundle(model, discriminator, calibration, "patch_error"), folder)
+    save_bundle(tiny_bundle("patch_error"), folder)
     return folder
 
 

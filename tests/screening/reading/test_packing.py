@@ -14,14 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 arrow = pytest.importorskip("pyarrow")
 CliRunner = pytest.importorskip("typer.testing").CliRunner
 
 import squid_fast  # noqa: E402
 from squid_fast.cli import app  # noqa: E402
-from squid_fast.data import ImageSet, load_image  # noqa: E402
+from squid_fast.data import load_image  # noqa: E402
 from squid_fast.screening.reading import packing  # noqa: E402
 from squid_fast.screening.reading.packing import (  # noqa: E402
     count_rows,
@@ -30,6 +29,7 @@ from squid_fast.screening.reading.packing import (  # noqa: E402
     read_shard,
 )
 from squid_fast.screening.reading.worker import Decoded, decode  # noqa: E402
+from tests.factories import tiny_bundle  # noqa: E402
 
 SIZE = 8
 
@@ -381,30 +381,9 @@ def test_what_is_no_shard_is_one_row_that_says_why(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model for images of 48 x 48 that was never trained."""
-    torch.manual_seed(0)
-    model = squid_fast.SQUID(
-        num_in_ch=1,
-        features_root=4,
-        shrink_thres=3,
-        num_slots=12,
-        level=2,
-        memory_channel=144,
-        dist=True,
-        initial_combine=1,
-        ops=["concat", "none"],
-        decoder_memory=[None, None],
-    )
-    discriminator = squid_fast.Discriminator(2)
-    images = torch.randint(0, 256, (24, 1, 48, 48)).to(torch.uint8)
-    normal = ImageSet(images, torch.zeros(24, dtype=torch.int64), list(map(str, range(24))))
-    with torch.no_grad():  # gives the running statistics values
-        discriminator(model(normal.batch(slice(0, 8)))["recon"])
-    model.inpaint_block.memory.update()
-    pair = model.eval(), discriminator.eval()
+    """A model that was never trained."""
     folder = tmp_path_factory.mktemp("bundle")
-    figures = squid_fast.calibrate(*pair, normal, None, 0.1, "float32", "cpu")
-    squid_fast.save_bundle(squid_fast.Bundle(*pair, figures), folder)
+    squid_fast.save_bundle(tiny_bundle(), folder)
     return folder
 
 

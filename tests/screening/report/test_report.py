@@ -19,37 +19,13 @@ import torch
 from squid_fast.data import ImageReadError
 from squid_fast.screening import ScreenRow, Summary, screen, summarise, write_report
 from squid_fast.screening.report.histogram import Histogram, draw_histogram
+from tests.factories import MeanScorer
 
 pytest.importorskip("jinja2")
 pil_image = pytest.importorskip("PIL.Image")
 
-SIZE = 16
+SIZE = 8
 CREATED = datetime(2026, 3, 5, 14, 7, tzinfo=timezone.utc)
-
-
-class MeanScorer:
-    """z-score = ten times the mean; the reconstruction is half as bright."""
-
-    image_size = SIZE
-    score_name = "discriminator"
-    threshold = 5.0
-    false_positive_rate = 0.05
-    fingerprint = "mean"
-
-    def prefetch(self, images: torch.Tensor) -> torch.Tensor:
-        return images
-
-    def score(self, images: torch.Tensor, reconstruction: bool = False) -> SimpleNamespace:
-        if images.dtype == torch.uint8:
-            images = images / 255
-        raw = images.mean(dim=(1, 2, 3))
-        z = 10 * raw
-        return SimpleNamespace(
-            raw=raw,
-            z_score=z,
-            anomaly_score=z.sigmoid(),
-            reconstruction=images / 2 if reconstruction else None,
-        )
 
 
 class WithoutReconstruction(MeanScorer):
@@ -131,7 +107,7 @@ def test_page_says_what_was_found(tmp_path: Path) -> None:
         local,
         "zhanglab",
         "results.csv",
-        "discriminator, on images of 16 × 16 pixels",
+        "mean, on images of 8 × 8 pixels",
         "5 files screened",
         "2 flagged (50.0 %)",
         "2 not flagged",
@@ -160,7 +136,11 @@ def test_pictures_are_image_reconstruction_and_difference(tmp_path: Path) -> Non
     write_report(tmp_path / "r.html", MeanScorer(), screen(MeanScorer(), paths))
     page = Page(tmp_path / "r.html")
     pictures = page.pictures()
-    assert [picture.shape for picture in pictures] == [(16, 16), (16, 16), (16, 16, 3)] * 2
+    assert [picture.shape for picture in pictures] == [
+        (SIZE, SIZE),
+        (SIZE, SIZE),
+        (SIZE, SIZE, 3),
+    ] * 2
     assert [int(picture.flat[0]) for picture in pictures[0:2]] == [204, 102]  # full, and half of it
     assert [int(picture.flat[0]) for picture in pictures[3:5]] == [102, 51]
     assert "0.40 and more" in page.text  # the greatest difference sets the scale for all
@@ -208,16 +188,15 @@ EVIL = "<script>alert('x')</script>&\"><img src=x onerror=y>"
 
 
 def test_everything_foreign_is_escaped(tmp_path: Path) -> None:
-    class Evil(MeanScorer):
-        score_name = EVIL
-
+    scorer = MeanScorer()
+    scorer.score_name = EVIL
     rows = [
         ScreenRow(f"{EVIL}.png", 1.0, 9.0, 0.9, True, 5.0, None),
         ScreenRow(f"bad {EVIL}", None, None, None, None, 5.0, f"reason {EVIL}"),
     ]
     write_report(
         tmp_path / "r.html",
-        Evil(),
+        scorer,
         rows,
         title=EVIL,
         inputs=EVIL,
@@ -289,9 +268,6 @@ def test_100_000_rows_with_the_flagged_and_the_kinds_of_errors(tmp_path: Path) -
 
 
 def test_the_largest_page_is_below_20_mb(tmp_path: Path) -> None:
-    class Large(MeanScorer):
-        image_size = 512
-
     rng = np.random.default_rng(0)
     for i in range(12):
         np.save(tmp_path / f"{i}.npy", rng.random((512, 512), dtype=np.float32))
@@ -306,7 +282,7 @@ def test_the_largest_page_is_below_20_mb(tmp_path: Path) -> None:
             yield ScreenRow(path, None, None, None, None, 5.0, f"{path} is {kind} " + "<" * 2000)
             yield ScreenRow(path, 8.0, 8.0, 0.9, True, 5.0, None)
 
-    write_report(tmp_path / "r.html", Large(), rows())
+    write_report(tmp_path / "r.html", MeanScorer(512), rows())
     assert 5_000_000 < (tmp_path / "r.html").stat().st_size < 20_000_000
     page = Page(tmp_path / "r.html")
     assert len(page.pictures()) == 36
@@ -317,12 +293,11 @@ def test_the_largest_page_is_below_20_mb(tmp_path: Path) -> None:
 
 
 def test_large_images_are_reduced(tmp_path: Path) -> None:
-    class Large(MeanScorer):
-        image_size = 1024
-
     rng = np.random.default_rng(0)
     np.save(tmp_path / "a.npy", rng.random((1024, 1024), dtype=np.float32))
-    write_report(tmp_path / "r.html", Large(), screen(Large(), tmp_path / "a.npy"))
+    write_report(
+        tmp_path / "r.html", MeanScorer(1024), screen(MeanScorer(1024), tmp_path / "a.npy")
+    )
     assert [p.shape[:2] for p in Page(tmp_path / "r.html").pictures()] == [(320, 320)] * 3
 
 

@@ -1,4 +1,4 @@
-"""Handwritten digits from MNIST's files or scikit-learn, divided into splits."""
+"""Handwritten digits from the files of MNIST or from scikit-learn, divided into splits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..utils.extras import require
+from ...utils.extras import require
 
 SPLITS = ("train", "val", "test")
 
@@ -28,9 +28,9 @@ class DigitSourceError(ValueError):
 
 
 def bundled_digits() -> tuple[Bytes, npt.NDArray[np.int64]]:
-    """scikit-learn's digits as :func:`load_mnist` gives others, n = 1797, h = w = 12.
+    """The 1,797 digits of scikit-learn in the form of ``load_mnist``, h = w = 12.
 
-    A margin of 2 pixels around its 8 x 8 makes them fill their frame as MNIST's do.
+    A margin of 2 pixels around the 8 x 8 makes them fill their frame as MNIST's do.
 
     Raises:
         ImportError: scikit-learn is not installed.
@@ -139,7 +139,7 @@ def split_members(classes: torch.Tensor, split: str, seed: int) -> list[torch.Te
         seed: fixes the division.
 
     Returns:
-        for each digit the numbers of its drawings in the source, int64.
+        for each digit the indices of its drawings in the source, int64.
 
     Raises:
         DigitSourceError: a digit has too few drawings for the split.

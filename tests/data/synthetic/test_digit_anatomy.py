@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import os
 import struct
 from collections import Counter
 from functools import cache
@@ -23,17 +22,12 @@ from squid_fast.data import (
     load_images,
     write_digit_anatomy,
 )
-from squid_fast.data.digit_anatomy import _spoil
-from squid_fast.data.handwriting import load_mnist, read_idx
+from squid_fast.data.synthetic.digit_anatomy import _spoil
+from squid_fast.data.synthetic.handwriting import load_mnist, read_idx
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed")
 
 CELL = 16
-MNIST = (
-    Path(os.environ.get("SQUID_FAST_SHARED") or Path(__file__).parents[3] / "shared")
-    / "data"
-    / "mnist"
-)
 
 
 @cache
@@ -288,12 +282,14 @@ def test_idx_errors(tmp_path: Path) -> None:
         load_mnist(tmp_path / "empty")
 
 
-@pytest.mark.skipif(not MNIST.is_dir(), reason=f"MNIST is not at {MNIST} (SQUID_FAST_SHARED)")
-def test_real_mnist() -> None:
-    images, labels = load_mnist(MNIST)
+def test_real_mnist(shared: Path) -> None:
+    folder = shared / "data/mnist"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is missing")
+    images, labels = load_mnist(folder)
     assert images.shape == (10_000, 28, 28)
     assert labels[:8].tolist() == [7, 2, 1, 0, 4, 1, 4, 9]
-    grids = DigitAnatomy(MNIST, split="test").anomalous(40, 0)
+    grids = DigitAnatomy(folder, split="test").anomalous(40, 0)
     assert grids.images.shape == (40, 1, 96, 96)
     assert (
         cells(grids.images)[~cells(grids.masks.byte())[:, :, 0, 0].bool()].amax((1, 2)) > 100

@@ -1,4 +1,4 @@
-"""DigitAnatomy as a data set on disk."""
+"""DigitAnatomy as a dataset on disk."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..utils.extras import require
+from ...utils.extras import require
 from .digit_anatomy import KINDS, DigitAnatomy, DigitGrids
 
 DEFAULT_COUNTS: Mapping[str, tuple[int, int]] = {
@@ -17,7 +17,7 @@ DEFAULT_COUNTS: Mapping[str, tuple[int, int]] = {
     "val": (200, 200),
     "test": (500, 500),
 }
-"""Normal and anomalous grids in each split of a data set that is written."""
+"""Default numbers of normal and anomalous grids in each split."""
 
 _COLUMNS = ("image_path", "label", "split", "kind", "mask_path")
 
@@ -32,7 +32,7 @@ def write_digit_anatomy(
     overwrite: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Write a data set that :func:`squid_fast.data.find_records` reads back.
+    """Write a dataset that ``squid_fast.data.find_records`` reads back.
 
     PNG images go to ``images/{split}/``, the masks of anomalous grids (255 where affected) to
     ``masks/{split}/``, and the table ``labels.csv`` with image_path, label, split, kind, mask_path
@@ -41,7 +41,7 @@ def write_digit_anatomy(
     Args:
         out_dir: created if it is not there.
         counts: (normal, anomalous) grids by split.
-        source, cell, seed: as for :class:`DigitAnatomy`.
+        source, cell, seed: as for ``DigitAnatomy``.
         kinds: the anomalies to draw.
         overwrite: write into a folder that already has a ``labels.csv``.
         on_progress: called with (images written, images in all).
@@ -51,7 +51,12 @@ def write_digit_anatomy(
 
     Raises:
         FileExistsError: there is a ``labels.csv`` and ``overwrite`` is off.
-        DigitSourceError, ImportError, ValueError: as :class:`DigitAnatomy`.
+        DigitSourceError, ImportError, ValueError: as ``DigitAnatomy``.
+
+    >>> from squid_fast.data import find_records
+    >>> table = write_digit_anatomy("digits", {"train": (4, 0), "test": (2, 2)}, cell=8)
+    >>> len(find_records(table))
+    8
     """
     root = Path(out_dir)
     table = root / "labels.csv"

@@ -1,7 +1,7 @@
 """DigitAnatomy, the synthetic data of the SQUID paper (CVPR 2023, section 4).
 
 A grid of 3 x 3 handwritten digits, 1 to 9 in order, stands for the recurring structure of a
-radiograph; what breaks the order is an anomaly, and where it does is known exactly.
+radiograph. What breaks the order is an anomaly, whose place is known exactly.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from dataclasses import dataclass
 
 import torch
 
+from ..images import ImageSet
 from .handwriting import SPLITS, bundled_digits, load_mnist, split_members
-from .images import ImageSet
 
 KINDS = ("missing", "swapped", "flipped", "foreign")
 
 SCALE = (0.6, 1.3)
 """Range of a digit's size; at 1 a drawing's frame fills its cell."""
 
-# Digits that may be mirrored, and how: (digit, left-right, upside-down). What is missing here
-# leaves a digit that passes as one: 1 and 8 either way, 3 upside-down, 4 either way (open-topped
-# fours are their own mirror image; a nearest-neighbour classifier takes more than half of the
-# mirrored ones for a 4). 6 and 9 upside-down look like each other rather than mirrored.
+# Digits that may be mirrored, and how: (digit, left-right, upside-down). What is missing here would
+# still pass for the same digit: 1 and 8 either way, 3 upside-down, 4 either way (open-topped fours
+# are their own mirror image; a nearest-neighbour classifier takes more than half of the mirrored
+# ones for a 4). 6 and 9 upside-down look like each other rather than mirrored.
 _FLIPS = (
     (2, True, False),
     (2, False, True),
@@ -47,6 +47,12 @@ class DigitGrids:
         labels: int64 ``[n]``, 0 normal, 1 anomalous.
         kinds: "normal" or one of ``KINDS`` for each grid.
         masks: bool ``[n, 1, S, S]``, True in the whole of every affected cell.
+
+    >>> grids = DigitAnatomy(cell=16).anomalous(2, kinds=["missing", "swapped"])
+    >>> grids.kinds, grids.labels.tolist()
+    (['missing', 'swapped'], [1, 1])
+    >>> (grids.masks.flatten(1).sum(1) // 16**2).tolist()  # affected cells
+    [1, 2]
     """
 
     images: torch.Tensor
@@ -58,14 +64,14 @@ class DigitGrids:
         return self.images.shape[0]
 
     def as_image_set(self) -> ImageSet:
-        """The grids as training and evaluation take them; paths are ``kind/number``."""
+        """The grids as an ``ImageSet``, for training and evaluation; paths are ``kind/number``."""
         paths = [f"{kind}/{number:05d}" for number, kind in enumerate(self.kinds)]
         return ImageSet(self.images, self.labels, paths)
 
 
 @dataclass
 class _Plan:
-    """What is to be drawn in each cell, all ``[n, 9]``, cells in reading order."""
+    """What to draw in each cell; every tensor is ``[n, 9]``, cells in reading order."""
 
     digit: torch.Tensor  # int64, 0..9
     drawing: torch.Tensor  # float32 in [0, 1), picks one of the digit's drawings
@@ -77,26 +83,31 @@ class _Plan:
 
 
 class DigitAnatomy:
-    """Draws grids of digits; every digit is another drawing, scaled by 0.6 to 1.3 of its cell.
+    """Draws grids of digits, each a drawing of its own, scaled by 0.6 to 1.3 of its cell.
 
     The drawings of each class are divided 60 : 20 : 20 into train, val and test, so that no drawing
     of a test grid was ever seen in training.
 
     Args:
         source: a folder with MNIST's IDX files (``train-images...`` or else ``t10k-images...``,
-            with its labels, gzipped or not), or the images' file; None takes the 1,797 digits of
-            8 x 8 pixels that scikit-learn brings.
+            with its labels, gzipped or not), or the file of the images; None takes the 1,797
+            digits of 8 x 8 pixels that come with scikit-learn.
         cell: side of one cell in pixels; grids are three times as wide.
         split: "train", "val" or "test".
         seed: fixes the division into splits, and the grids that calls without a seed draw.
 
     Attributes:
-        drawings: int64, the numbers of this split's drawings in the source.
+        drawings: int64, the indices of this split's drawings in the source.
 
     Raises:
         DigitSourceError: the source is missing, no IDX file, or lacks a digit.
         ImportError: no source was given and scikit-learn is not installed.
         ValueError: ``cell`` is less than 4 or ``split`` is unknown.
+
+    >>> digits = DigitAnatomy(cell=16, split="test")
+    >>> normal, anomalous = digits.normal(2, seed=0), digits.anomalous(2, seed=0)
+    >>> normal.images.shape, anomalous.kinds
+    (torch.Size([2, 1, 48, 48]), ['missing', 'swapped'])
     """
 
     def __init__(
@@ -125,7 +136,7 @@ class DigitAnatomy:
 
         Args:
             n: how many.
-            seed: the same seed gives the same grids, bit for bit; None goes on in this object's
+            seed: the same seed gives the same grids, bit for bit; None continues this object's
                 own sequence.
         """
         return self._render(self._plan(n, self._random(seed)), ["normal"] * n)
@@ -142,13 +153,13 @@ class DigitAnatomy:
         - ``swapped``: two cells have changed places.
         - ``flipped``: one digit is mirrored, left-right (2, 3, 5, 6, 7, 9) or upside-down
           (2, 5, 7). The others look like themselves when mirrored, or turn into another digit.
-        - ``foreign``: one cell holds another digit than it should, 0 to 9 with equal chances.
+        - ``foreign``: one cell holds a wrong digit, 0 to 9 with equal chances.
 
-        With the same seed, everything outside of the mask is as in :meth:`normal`.
+        With the same seed, everything outside of the mask is as in ``normal``.
 
         Args:
             n: how many.
-            seed: as in :meth:`normal`.
+            seed: as in ``normal``.
             kinds: which kinds, of ``KINDS``.
 
         Raises:

@@ -1,0 +1,1 @@
+"""Synthetic data sets, drawn with their ground truth."""
