@@ -14,18 +14,14 @@ def contaminated(
 ) -> tuple[ImageSet, list[str]]:
     """Mix contaminants into normal images so that they make up ``rate`` of the result.
 
-    Args:
-        normal: all of them stay.
-        contaminants: of any label, drawn without replacement. In the result they are labelled
-            normal, as in an archive that nobody has looked through.
-        rate: share of contaminants in the result, in (0, 1).
-        seed: of the draw.
+    The contaminants, of any label, are drawn without replacement. In the result they are labelled
+    normal, as in an archive that nobody has looked through.
 
     Returns:
         The mixed set and the paths of the contaminants in it.
 
     Raises:
-        ValueError: a rate out of range, or too few contaminants.
+        ValueError: a rate outside (0, 1), or too few contaminants.
 
     >>> pixels = torch.zeros(12, 1, 8, 8, dtype=torch.uint8)
     >>> images = ImageSet(pixels, torch.zeros(12).long(), [f"{i}.png" for i in range(12)])
@@ -50,14 +46,9 @@ def contaminated(
 
 
 def check_apart(contaminants: list[Path], held_out: list[Path]) -> None:
-    """Raise if a contaminant is also a validation or test image.
-
-    Raises:
-        ValueError: there are such files; the message names the first.
-    """
+    """Raise ValueError if a contaminant is also a validation or test image."""
     evaluated = {path.resolve() for path in held_out}
-    both = [path for path in contaminants if path.resolve() in evaluated]
-    if both:
+    if both := [path for path in contaminants if path.resolve() in evaluated]:
         raise ValueError(
             f"{len(both)} of the images to mix in are validation or test images too, the first "
             f"{both[0]}; a model must not be evaluated on images that it was trained on."

@@ -66,29 +66,22 @@ def _luminance(colour: npt.NDArray[Any], top: int) -> FloatImage:
 
 def _first_frame(pydicom: Any, file: BinaryIO, header: Any, path: Path) -> npt.NDArray[Any]:
     """Read the stored values of frame 0: [H, W], or [H, W, 3] in RGB."""
-    pixels = require("pydicom.pixels", "screen")
     source: Any = file
     syntax = getattr(header, "file_meta", {}).get("TransferSyntaxUID")
     if syntax is None:  # a file without its preamble
         source = pydicom.dcmread(file, force=True)
         source.file_meta = pydicom.dataset.FileMetaDataset()
         implicit, little = header.original_encoding
-        source.file_meta.TransferSyntaxUID = (
-            pydicom.uid.ImplicitVRLittleEndian
-            if implicit
-            else pydicom.uid.ExplicitVRLittleEndian
-            if little
-            else pydicom.uid.ExplicitVRBigEndian
-        )
+        name = f"{'Implicit' if implicit else 'Explicit'}VR{'Little' if little else 'Big'}Endian"
+        source.file_meta.TransferSyntaxUID = getattr(pydicom.uid, name)
     elif syntax.is_deflated:  # pydicom finds a single frame only in a file that is not deflated
         source = pydicom.dcmread(file)
     try:
-        frame: npt.NDArray[Any] = pixels.pixel_array(source, index=0)
+        return np.asarray(pydicom.pixels.pixel_array(source, index=0))
     except AttributeError as error:
         raise ImageReadError(
             "{path} is a DICOM file without usable pixel data: {error}", path=path, error=error
         ) from error
-    return frame
 
 
 def _dicom_grey(pydicom: Any, stored: npt.NDArray[Any], header: Any) -> FloatImage:
@@ -102,9 +95,8 @@ def _dicom_grey(pydicom: Any, stored: npt.NDArray[Any], header: Any) -> FloatIma
         grey = np.asarray(values / top, dtype=np.float32)
     elif header.get("WindowCenter") is not None and header.get("WindowWidth") is not None:
         # The window's output range: what values far below and far above it become.
-        ends = pydicom.pixels.apply_windowing(np.array([-np.inf, np.inf]), header)
+        low, high = pydicom.pixels.apply_windowing(np.array([-np.inf, np.inf]), header).tolist()
         windowed = pydicom.pixels.apply_windowing(values, header)
-        low, high = float(ends[0]), float(ends[1])
         if low == high:
             return np.zeros(stored.shape, dtype=np.float32)
         grey = np.asarray((windowed - low) / (high - low), dtype=np.float32)
@@ -112,9 +104,8 @@ def _dicom_grey(pydicom: Any, stored: npt.NDArray[Any], header: Any) -> FloatIma
         grey = stretched(values)
         if not grey.any():
             return grey
-    return (
-        np.float32(1) - grey if header.get("PhotometricInterpretation") == "MONOCHROME1" else grey
-    )
+    inverted = header.get("PhotometricInterpretation") == "MONOCHROME1"
+    return np.float32(1) - grey if inverted else grey
 
 
 def _looked_up(values: npt.NDArray[Any], item: Any) -> tuple[npt.NDArray[Any], int]:

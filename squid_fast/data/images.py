@@ -1,4 +1,4 @@
-"""A whole dataset in memory, as bytes.
+"""A whole dataset in memory, as uint8.
 
 A radiograph of 128 x 128 takes 16 KB, a hundred thousand of them 1.6 GB. Training keeps its images
 in this form, on the device if they fit there, and augments each batch when it draws it.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -73,10 +73,16 @@ class ImageSet:
     ) -> torch.Tensor:
         """Some of the images as a model takes them: float32 ``[b, 1, S, S]`` in [0, 1].
 
-        They are moved to ``device`` as bytes and converted there.
+        They are moved to ``device`` as uint8 and converted there.
         """
-        chosen = self.images[_as_index(indices)]
-        return chosen.to(device).to(torch.float32).div_(255)
+        if not isinstance(indices, slice | torch.Tensor):
+            indices = torch.as_tensor(indices, dtype=torch.int64)
+        return self.images[indices].to(device).to(torch.float32).div_(255)
+
+    def batches(self, size: int) -> Iterator[torch.Tensor]:
+        """All images in their order, as ``batch`` gives them, so many at a time."""
+        for start in range(0, len(self), size):
+            yield self.batch(slice(start, start + size))
 
     def subset(self, mask_or_indices: torch.Tensor | Sequence[int] | Sequence[bool]) -> ImageSet:
         """The images that a boolean mask ``[n]`` marks or that indices name, in their order."""
@@ -90,9 +96,9 @@ class ImageSet:
         index = index.to(self.images.device)
         return ImageSet(self.images[index], self.labels[index.to(self.labels.device)], paths)
 
-    def subsample(self, most: int) -> ImageSet:
-        """At most so many of the images, evenly spaced over the set."""
-        return self.subset(np.unique(np.linspace(0, len(self) - 1, most).astype(int)).tolist())
+    def subsample(self, count: int) -> ImageSet:
+        """Every k-th image, k = n // count, which leaves at least ``count``, or all if fewer."""
+        return self.subset(range(0, len(self), max(1, len(self) // count)))
 
     @property
     def normal(self) -> ImageSet:
@@ -119,12 +125,6 @@ class ImageSet:
         return ImageSet(self.images.to(device), self.labels, self.paths, self.broken)
 
 
-def _as_index(indices: torch.Tensor | Sequence[int] | slice) -> torch.Tensor | slice:
-    if isinstance(indices, slice | torch.Tensor):
-        return indices
-    return torch.as_tensor(indices, dtype=torch.int64)
-
-
 def load_images(
     records: Sequence[Record],
     size: int,
@@ -139,8 +139,7 @@ def load_images(
         size: side of the images in pixels.
         workers: threads that decode; one per processor if None.
         on_progress: called with (images done, images in all) now and then, in this thread.
-        skip_broken: leave out files that cannot be read and list them in ``ImageSet.broken``,
-            instead of raising.
+        skip_broken: list files that cannot be read in ``ImageSet.broken`` instead of raising.
 
     Raises:
         ImageReadError: after all files were tried: how many could not be read, and the first few.
@@ -181,10 +180,8 @@ def load_images(
         shown = "; ".join(problem for _, problem in broken[:_SHOWN])
         more = f"; and {len(broken) - _SHOWN} more" if len(broken) > _SHOWN else ""
         raise ImageReadError(f"{len(broken)} of {total} images could not be read: {shown}{more}")
-    labels = torch.tensor(
-        [UNKNOWN if record.label is None else record.label for record in records],
-        dtype=torch.int64,
-    )
+    known = [UNKNOWN if record.label is None else record.label for record in records]
+    labels = torch.tensor(known, dtype=torch.int64)
     everything = ImageSet(torch.from_numpy(images), labels, [str(r.path) for r in records])
     if not broken:
         return everything

@@ -38,7 +38,6 @@ def find_records(root: str | os.PathLike[str], layout: str = "auto") -> list[Rec
 
     Args:
         root: the dataset's folder, or the CSV of a ``table``.
-        layout: "auto" or one of ``LAYOUTS``.
 
     Returns:
         the records, each image once, sorted by path.
@@ -98,7 +97,6 @@ def _each_once(records: list[Record]) -> list[Record]:
 
 
 def _inventory(root: Path) -> str:
-    """The contents of a folder, for error messages."""
     if root.is_file():
         return f"{root} (a file)"
     entries = sorted(os.scandir(root), key=lambda entry: entry.name)
@@ -146,12 +144,9 @@ def _author_splits(root: Path) -> Iterator[tuple[str, dict[str, Path]]]:
 
 
 def _authors(root: Path) -> Iterator[Record]:
+    labels = {"normal_256": NORMAL, "pneumonia_256": ANOMALOUS, "abnormal_256": ANOMALOUS}
     for split, classes in _author_splits(root):
-        for name, label in (
-            ("normal_256", NORMAL),
-            ("pneumonia_256", ANOMALOUS),
-            ("abnormal_256", ANOMALOUS),
-        ):
+        for name, label in labels.items():
             if name in classes:
                 yield from (Record(path, label, split) for path in _images_under(classes[name]))
 
@@ -161,9 +156,8 @@ def _fits_authors(root: Path) -> bool:
 
 
 def _archive(root: Path) -> Iterator[Record]:
-    for name, folder in _subfolders(root).items():
-        if name not in SPLITS:
-            continue
+    splits = {name: path for name, path in _subfolders(root).items() if name in SPLITS}
+    for name, folder in splits.items():
         loose = [path.name for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
         if loose:
             raise LayoutError(

@@ -12,12 +12,9 @@ from .pixels import FloatImage, ImageReadError, check_pixels, stretched
 
 def read_npy(file: BinaryIO, path: Path) -> FloatImage:
     """Read the array as an image, [H, W] in [0, 1]; see ``read_image``."""
-    version = np.lib.format.read_magic(file)
-    read_header = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }[version]
-    shape, _, dtype = read_header(file)
+    form = np.lib.format
+    headers = {(1, 0): form.read_array_header_1_0, (2, 0): form.read_array_header_2_0}
+    shape, _, dtype = headers[form.read_magic(file)](file)
     if dtype.kind not in "buif":
         raise ImageReadError(
             "{path} holds values of type {dtype}; bool, integers and floats are read",
@@ -35,7 +32,7 @@ def read_npy(file: BinaryIO, path: Path) -> FloatImage:
     check_pixels(sides[1], sides[0], path)
     file.seek(0)
     # Read, not mapped: a mapped file that becomes shorter kills the process.
-    array = np.lib.format.read_array(file, allow_pickle=False).reshape(sides)
+    array = form.read_array(file, allow_pickle=False).reshape(sides)
     if array.dtype.kind == "u" and array.dtype.itemsize <= 2:
         top = 255 if array.dtype.itemsize == 1 else 65535
         return np.asarray(array.astype(np.float32) / top, dtype=np.float32)

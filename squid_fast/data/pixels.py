@@ -38,11 +38,7 @@ class ImageReadError(ValueError):
 
 
 def check_pixels(width: int, height: int, path: Path) -> None:
-    """Refuse images without pixels and those with more than ``MAX_PIXELS``.
-
-    Raises:
-        ImageReadError: the image has no pixels or too many.
-    """
+    """Raise ImageReadError unless there are pixels, and at most ``MAX_PIXELS``."""
     if width < 1 or height < 1:
         raise ImageReadError(
             "{path} has no pixels ({width}x{height})", path=path, width=width, height=height

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import os
 import stat
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,36 +20,21 @@ from .dicom import read_dicom
 from .npy import read_npy
 from .pixels import MAX_PIXELS, FloatImage, ImageReadError, check_pixels, stretched
 
-IMAGE_SUFFIXES = (
-    ".png",
-    ".jpg",
-    ".jpeg",
-    ".tif",
-    ".tiff",
-    ".bmp",
-    ".gif",
-    ".webp",
-    ".npy",
-    ".dcm",
-    ".dicom",
-)
+_DICOM_SUFFIXES = (".dcm", ".dicom")
+_OTHERS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".npy")
+IMAGE_SUFFIXES = _OTHERS + _DICOM_SUFFIXES
 """Suffixes, in lower case, of the files that count as images when a folder is searched."""
 
-_DICOM_SUFFIXES = (".dcm", ".dicom")
 _KNOWN = "PNG, JPEG, TIFF, BMP, GIF, WebP, NPY and DICOM"
 _HEAD_BYTES = 132
-_MAGIC: tuple[tuple[bytes, str], ...] = (
-    (b"\x89PNG\r\n\x1a\n", "PNG"),
-    (b"\xff\xd8\xff", "JPEG"),
-    (b"II*\x00", "TIFF"),
-    (b"MM\x00*", "TIFF"),
-    (b"II+\x00", "TIFF"),
-    (b"MM\x00+", "TIFF"),
-    (b"GIF87a", "GIF"),
-    (b"GIF89a", "GIF"),
-    (b"\x93NUMPY", "NPY"),
-    (b"BM", "BMP"),
-)
+_MAGIC = {
+    "PNG": (b"\x89PNG\r\n\x1a\n",),
+    "JPEG": (b"\xff\xd8\xff",),
+    "TIFF": (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+"),
+    "GIF": (b"GIF87a", b"GIF89a"),
+    "NPY": (b"\x93NUMPY",),
+    "BMP": (b"BM",),
+}
 _MAX_TIFF_BYTES = 2 << 30
 _TIFF_BITS_PER_SAMPLE, _TIFF_PHOTOMETRIC, _TIFF_WHITE_IS_ZERO = 258, 262, 0
 
@@ -69,9 +53,6 @@ def read_image(path: str | os.PathLike[str]) -> FloatImage:
     - **NPY**: ``[H, W]``, ``[1, H, W]`` or ``[H, W, 1]`` of bool, integers or floats.
     - **DICOM**: modality LUT, then VOI LUT or window (the first of several) scaled by its output
       range, or minimum to maximum where there is none; MONOCHROME1 is inverted last.
-
-    Args:
-        path: the file.
 
     Returns:
         float32 ``[H, W]`` in [0, 1].
@@ -97,15 +78,11 @@ def load_image(path: str | os.PathLike[str], size: int) -> FloatImage:
     a quarter or an eighth, so that the resize starts from at least twice the size. In radiographs
     this changed pixels by 0.3/255 on average, and by 2/255 at most.
 
-    Args:
-        path: the file, see ``read_image``.
-        size: side of the result in pixels, at least 1.
-
     Returns:
         float32 ``[size, size]`` in [0, 1].
 
     Raises:
-        ImageReadError: the file cannot be read, see ``read_image``.
+        ImageReadError, ImportError: as ``read_image``.
         ValueError: ``size`` is less than 1.
 
     >>> np.save("scan.npy", np.zeros((40, 30), dtype=np.uint8))
@@ -144,7 +121,12 @@ def _read(path: Path, size: int | None) -> FloatImage:
             try:
                 kind = _kind(file.read(_HEAD_BYTES), path)
                 file.seek(0)
-                image = _READERS[kind](file, path, size)
+                if kind == "DICOM":
+                    image = read_dicom(file, path)
+                elif kind == "NPY":
+                    image = read_npy(file, path)
+                else:
+                    image = _read_pil(file, path, kind, size)
             finally:
                 _check_unchanged(before, os.fstat(file.fileno()), path)
     except (ImageReadError, ImportError):
@@ -152,9 +134,8 @@ def _read(path: Path, size: int | None) -> FloatImage:
     except PermissionError as error:
         raise ImageReadError("{path} may not be read: permission denied", path=path) from error
     except MemoryError as error:
-        raise ImageReadError(
-            "{path} takes more memory to decode than there is", path=path
-        ) from error
+        message = "{path} takes more memory to decode than there is"
+        raise ImageReadError(message, path=path) from error
     except Exception as error:  # decoders raise nearly anything on damaged files
         reason = type(error).__name__ + (": {detail}" if str(error) else "")
         raise ImageReadError(
@@ -164,47 +145,43 @@ def _read(path: Path, size: int | None) -> FloatImage:
             detail=error,
         ) from error
     if not np.isfinite(image).all():
-        raise ImageReadError(
-            "{path} holds NaN or infinite pixels; every pixel must be finite", path=path
-        )
+        message = "{path} holds NaN or infinite pixels; every pixel must be finite"
+        raise ImageReadError(message, path=path)
     # Headers may promise fewer bits than the values have.
     return np.clip(np.ascontiguousarray(image, dtype=np.float32), 0.0, 1.0)
 
 
 def _check_is_file(path: Path) -> None:
     """Refuse what is not a regular file: opening a pipe or device could block for ever."""
+    wanted = "give the path of an image file"
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError as error:
         if path.is_symlink():
-            target = os.readlink(path)
-            raise ImageReadError(
-                "{path} is a link to {target}, which does not exist", path=path, target=target
-            ) from error
-        raise ImageReadError(
-            "{path} does not exist; give the path of an image file", path=path
-        ) from error
+            target, message = (
+                os.readlink(path),
+                "{path} is a link to {target}, which does not exist",
+            )
+            raise ImageReadError(message, path=path, target=target) from error
+        raise ImageReadError(f"{{path}} does not exist; {wanted}", path=path) from error
     except (OSError, ValueError) as error:
         raise ImageReadError("{path} cannot be reached: {error}", path=path, error=error) from error
     if stat.S_ISDIR(mode):
-        raise ImageReadError("{path} is a folder; give the path of an image file", path=path)
+        raise ImageReadError(f"{{path}} is a folder; {wanted}", path=path)
     if not stat.S_ISREG(mode):
-        raise ImageReadError(
-            "{path} is a pipe or device; give the path of an image file", path=path
-        )
+        raise ImageReadError(f"{{path}} is a pipe or device; {wanted}", path=path)
 
 
 def _kind(head: bytes, path: Path) -> str:
     if not head:
-        raise ImageReadError(
-            f"{{path}} is empty (0 bytes); an image file of {_KNOWN} is read", path=path
-        )
+        message = f"{{path}} is empty (0 bytes); an image file of {_KNOWN} is read"
+        raise ImageReadError(message, path=path)
     if head[128:132] == b"DICM":  # first: a DICOM preamble may imitate a TIFF
         return "DICOM"
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "WEBP"
-    for magic, kind in _MAGIC:
-        if head.startswith(magic):
+    for kind, beginnings in _MAGIC.items():
+        if head.startswith(beginnings):
             return kind
     if path.suffix.lower() in _DICOM_SUFFIXES:
         return "DICOM"  # old files lack the preamble
@@ -230,8 +207,14 @@ def _check_unchanged(before: os.stat_result, after: os.stat_result, path: Path) 
 def _read_pil(file: BinaryIO, path: Path, kind: str, size: int | None) -> FloatImage:
     pil = require("PIL.Image", "screen")
     if kind == "TIFF":
+        if (length := os.fstat(file.fileno()).st_size) > _MAX_TIFF_BYTES:
+            raise ImageReadError(
+                f"{{path}} has {{length}} bytes; TIFF files of at most {_MAX_TIFF_BYTES} are read",
+                path=path,
+                length=length,
+            )
         # libtiff maps a file into memory: if the file becomes shorter, the process is killed.
-        file = _in_memory(file, path)
+        file = io.BytesIO(file.read())
     try:
         image = pil.open(file, formats=(kind,))
     except (pil.DecompressionBombError, pil.DecompressionBombWarning) as error:
@@ -250,23 +233,10 @@ def _read_pil(file: BinaryIO, path: Path, kind: str, size: int | None) -> FloatI
         return _grey(image, kind, size, box)
 
 
-def _in_memory(file: BinaryIO, path: Path) -> BinaryIO:
-    if (length := os.fstat(file.fileno()).st_size) > _MAX_TIFF_BYTES:
-        raise ImageReadError(
-            f"{{path}} has {{length}} bytes; TIFF files of at most {_MAX_TIFF_BYTES} are read",
-            path=path,
-            length=length,
-        )
-    return io.BytesIO(file.read())
-
-
 def _grey(
     image: Any, kind: str, size: int | None, box: tuple[float, float, float, float] | None
 ) -> FloatImage:
-    """Reduce a decoded PIL image to luminance in [0, 1]: [H, W], or [size, size] if cheaper.
-
-    ``box`` is the part of the image that is resized, by default all of it.
-    """
+    """Reduce a decoded PIL image to luminance in [0, 1]: [H, W], or [size, size] if cheaper."""
     mode: str = image.mode
     if mode.startswith("I;16") or (mode == "I" and kind == "PNG"):  # older Pillow: 16-bit PNG is I
         tags = image.tag_v2 if kind == "TIFF" else {}
@@ -296,17 +266,3 @@ def _resized(
     """Resize a PIL image of floats, or its part in ``box``, to [size, size]."""
     bilinear = require("PIL.Image", "screen").Resampling.BILINEAR  # antialiased in Pillow
     return np.asarray(image.resize((size, size), bilinear, box), dtype=np.float32)
-
-
-_Reader = Callable[[BinaryIO, Path, int | None], FloatImage]
-
-
-def _pil_reader(kind: str) -> _Reader:
-    return lambda file, path, size: _read_pil(file, path, kind, size)
-
-
-_READERS: dict[str, _Reader] = {
-    **{kind: _pil_reader(kind) for kind in ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP")},
-    "NPY": lambda file, path, size: read_npy(file, path),
-    "DICOM": lambda file, path, size: read_dicom(file, path),
-}

@@ -32,7 +32,10 @@ def medianomaly(root: Path) -> Iterator[Record]:
     "unlabeled" and keeps the labels that the JSON gives.
     """
     table = root / "data.json"
-    content = _json(table)
+    try:
+        content = json.loads(table.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise LayoutError(f"{table} is not valid JSON: {error}") from error
     if not isinstance(content, dict) or not set(content) & set(SPLITS):
         raise LayoutError(f"{table} has no 'train' or 'test' on its first level")
     for key, classes in content.items():
@@ -55,13 +58,6 @@ def _by_class(root: Path, classes: Any, split: str, origin: str) -> Iterator[Rec
             raise LayoutError(f"{origin} holds {name!r}; 0 and 1 with lists of file names are read")
         for file in files:
             yield Record(_inside(root / "images", str(file), origin), label, split)
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise LayoutError(f"{path} is not valid JSON: {error}") from error
 
 
 def _fits_medianomaly(root: Path) -> bool:
@@ -100,8 +96,7 @@ def chexpert(root: Path) -> Iterator[Record]:
 def _chexpert_rows(table: Path) -> list[dict[str, str]]:
     if not table.is_file():
         return []
-    missing = _CHEXPERT_COLUMNS - set(_columns(table))
-    if missing:
+    if missing := _CHEXPERT_COLUMNS - set(_columns(table)):
         raise LayoutError(f"{table} lacks the columns {', '.join(sorted(missing))}")
     rows = _read_csv(table)
     frontal = [row for row in rows if row.get("frontal/lateral", "").strip().lower() == "frontal"]
@@ -111,12 +106,9 @@ def _chexpert_rows(table: Path) -> list[dict[str, str]]:
 
 
 def _patient(path: str, table: Path) -> str:
-    match = re.search(r"patient\d+", path)
-    if match is None:
-        raise LayoutError(
-            f"{table} names {path!r}, which contains no patient number (patient00001)"
-        )
-    return match.group()
+    if match := re.search(r"patient\d+", path):
+        return match.group()
+    raise LayoutError(f"{table} names {path!r}, which contains no patient number (patient00001)")
 
 
 def _patient_split(patient: str, with_test: bool) -> str:
@@ -182,12 +174,11 @@ def _covidx_lists(root: Path) -> dict[str, Path]:
 
 
 def _covidx_entry(table: Path, number: int, line: str) -> tuple[str, str]:
-    match = _COVIDX_LINE.fullmatch(line)
-    if match is None:
-        raise LayoutError(
-            f"{table}, line {number} is {line[:80]!r}; 'patient filename label source' is read"
-        )
-    return match["file"], match["label"].lower()
+    if match := _COVIDX_LINE.fullmatch(line):
+        return match["file"], match["label"].lower()
+    raise LayoutError(
+        f"{table}, line {number} is {line[:80]!r}; 'patient filename label source' is read"
+    )
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -240,10 +231,6 @@ def _tables(root: Path) -> list[Path]:
     return [path for path in files if path.is_file() and "image_path" in _columns(path)]
 
 
-def _fits_table(root: Path) -> bool:
-    return bool(_tables(root))
-
-
 def _inside(folder: Path, name: str, origin: str) -> Path:
     """A listed path relative to its folder; absolute ones are taken as they are."""
     if not posixpath.isabs(name) and posixpath.normpath(name).split("/")[0] == "..":
@@ -291,6 +278,6 @@ TABLE_LAYOUTS: dict[str, Layout] = {
     "medianomaly": (_fits_medianomaly, medianomaly),
     "chexpert": (_fits_chexpert, chexpert),
     "covidx": (_fits_covidx, covidx),
-    "table": (_fits_table, table),
+    "table": (lambda root: bool(_tables(root)), table),
 }
 """Layouts by name, in the order in which they are tried."""

@@ -73,7 +73,7 @@ class MemoryUse:
 
 @torch.no_grad()
 def memory_use(model: SQUID, images: ImageSet) -> dict[str, MemoryUse]:
-    """Measure on up to 64 of the images how the model uses its memories.
+    """Measure on some 64 of the images how the model uses its memories.
 
     Returns:
         the use of each memory by the name of its module; empty for a model without memories. The
@@ -91,7 +91,7 @@ def memory_use(model: SQUID, images: ImageSet) -> dict[str, MemoryUse]:
 
     for name, memory in memories.items():
         memory.register_forward_pre_hook(remember(name))
-    own(images.subsample(_IMAGES).batch(slice(0, _IMAGES), device), teacher=False)
+    own(images.subsample(_IMAGES).batch(slice(None), device), teacher=False)
     return {name: _use(memories[name], query) for name, query in queries.items()}
 
 
@@ -161,7 +161,9 @@ class TrainingSnapshots:
         self.images = images
         kinds = [images.labels == label for label in sorted(set(images.labels.tolist()))]
         chosen = [images.subset(kind).subsample(_SHOWN) for kind in kinds]
-        self.shown = ImageSet.concatenate(*chosen)
+        self.shown = ImageSet.concatenate(
+            *(some.subset(range(len(some))[:_SHOWN]) for some in chosen)
+        )
 
     def add(self, model: SQUID, epoch: int) -> dict[str, float]:
         """Draw the model after an epoch, counted from 0, and return figures for the log."""

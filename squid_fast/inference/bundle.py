@@ -35,7 +35,7 @@ class Bundle:
 
     Attributes:
         score: name of the score that screening uses, see ``squid_fast.inference.scores.SCORES``.
-        about: free facts for people: preset, recipe, machine.
+        about: facts for people, such as preset, recipe and machine.
 
     Example:
         >>> model, discriminator = SQUID.from_preset("small"), Discriminator(2)
@@ -116,12 +116,12 @@ def load_bundle(folder: str | Path) -> Bundle:
         raise BundleError(f"{folder / 'config.json'} names the unknown score {score!r}.")
     _load_weights(model, folder / "model.safetensors")
     _load_weights(discriminator, folder / "discriminator.safetensors")
-    calibration = None
-    if (folder / "calibration.json").exists():
+    calibration, path = None, folder / "calibration.json"
+    if path.exists():
         try:
-            calibration = Calibration.from_json(read_json(folder / "calibration.json"))
+            calibration = Calibration.from_json(read_json(path))
         except (KeyError, TypeError) as error:
-            raise BundleError(f"{folder / 'calibration.json'} is damaged: {error}") from error
+            raise BundleError(f"{path} is damaged: {error}") from error
     return Bundle(model.eval(), discriminator.eval(), calibration, score, about)
 
 
@@ -141,9 +141,8 @@ def load_published(
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # the unpickler raises many kinds
-            raise BundleError(
-                f"{path} cannot be read as a checkpoint of plain tensors: {error}"
-            ) from error
+            message = f"{path} cannot be read as a checkpoint of plain tensors: {error}"
+            raise BundleError(message) from error
         if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
             raise BundleError(f"{path} holds no state dict; a dictionary of tensors would fit.")
         # Checkpoints of models that were wrapped for several GPUs carry the wrapper's name.
@@ -165,10 +164,8 @@ def save_weights(state: dict[str, Tensor], path: Path) -> None:
     """Write tensors as safetensors; the file is replaced whole or not at all."""
     # The memories are slices of one tensor and convolutions may be channels-last; the format wants
     # each tensor to stand alone and contiguous.
-    plain = {
-        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, value in state.items()
-    }
+    layout = torch.contiguous_format
+    plain = {key: value.detach().cpu().clone(memory_format=layout) for key, value in state.items()}
     with replacing(path) as file:  # save_file would leave it readable to its owner alone
         file.write(save(plain))
 

@@ -26,6 +26,7 @@ from .scores import (
     z_score,
 )
 
+_NOTHING = Calibration({}, [], [], "")
 _IMAGES = 2000  # of the training set; more do not move mean and deviation
 _RANGE_IMAGES = 96
 _AGREEMENT_IMAGES = 128
@@ -45,7 +46,7 @@ def calibrate(
 
     Mean and deviation come from training images, as in the paper (some 2,000, evenly chosen), the
     thresholds from validation images. On CPUs with int8 products, the ranges for scoring in int8
-    are found too, and how well it ranks the same images.
+    are found too, and how far its ranking agrees with that of float32.
 
     Args:
         normal_training, normal_validation: normal images only; too few validation images for the
@@ -57,7 +58,6 @@ def calibrate(
         ValueError: no training images, or a rate outside (0, 1).
 
     Example:
-        >>> from squid_fast import SQUID, Discriminator, calibrate
         >>> model = SQUID(1, 8, 3, level=2, memory_channel=200, ops=["none", "none"])
         >>> pixels = torch.randint(0, 256, (20, 1, 40, 40), dtype=torch.uint8)
         >>> normal = ImageSet(pixels, torch.zeros(20, dtype=torch.int64), [""] * 20)
@@ -69,16 +69,13 @@ def calibrate(
         raise ValueError(
             f"the false-positive rate is {false_positive_rate}; it must lie in (0, 1)."
         )
-    training = _spread(normal_training, _IMAGES)
+    training = normal_training.subsample(_IMAGES)
     if len(training) < 2:
-        raise ValueError(
-            f"{len(training)} normal images cannot calibrate a score; give at least 2."
-        )
-    known = Calibration({}, [], [], "")
+        raise ValueError(f"{len(training)} normal images cannot calibrate a score; give 2 or more.")
+    known = _NOTHING
     if has_int8() and choose_layout(model.config["features_root"]) is torch.channels_last:
-        known = dataclasses.replace(
-            known, quantization=_quantization(model, discriminator, training)
-        )
+        quantization = _quantization(model, discriminator, training)
+        known = dataclasses.replace(known, quantization=quantization)
     scorer = Scorer(model, discriminator, known, PAPER_SCORE, precision, device)
     logits, errors = scorer.model.measure_set(training, SCORES)
     scorer.calibration = _with_patches(known, errors)
@@ -94,10 +91,8 @@ def calibrate_scores(
 ) -> Calibration:
     """The scorer's calibration with mean, deviation and threshold of its raw scores.
 
-    Args:
-        training: raw scores [n] of normal training images, by name.
-        normal_validation: give the thresholds; the training images do where these are too few.
-        false_positive_rate: share of normal images that a threshold may flag, in (0, 1).
+    ``training`` are raw scores [n] of normal training images by name; the other arguments are those
+    of ``calibrate``.
     """
     held_out, source = training, "training"
     if normal_validation is not None and len(normal_validation) * false_positive_rate >= 1:
@@ -109,7 +104,7 @@ def calibrate_scores(
         threshold = threshold_at_false_positive_rate(z, false_positive_rate)
         reference = z.astype(float).round(4).tolist()
         scores[name] = ScoreCalibration(mean, std, threshold, false_positive_rate, reference)
-    known = scorer.calibration or Calibration({}, [], [], "")
+    known = scorer.calibration or _NOTHING
     return dataclasses.replace(known, scores=scores, threshold_images=source)
 
 
@@ -121,8 +116,8 @@ def _quantization(model: SQUID, discriminator: Discriminator, normal: ImageSet) 
     least are taken first, as far as ``_NOISE`` allows.
     """
     exact = FrozenModel(model, discriminator)
-    ranges = observe_ranges(exact, _spread(normal, _RANGE_IMAGES))
-    images = _spread(normal, _AGREEMENT_IMAGES)
+    ranges = observe_ranges(exact, normal.subsample(_RANGE_IMAGES))
+    images = normal.subsample(_AGREEMENT_IMAGES)
     logits, errors = exact.measure_set(images, SCORES)
 
     def quantized(stages: list[str]) -> FrozenModel:
@@ -143,7 +138,7 @@ def _quantization(model: SQUID, discriminator: Discriminator, normal: ImageSet) 
         if total <= _NOISE:
             stages.append(name)
     stages.sort()
-    patches = _with_patches(Calibration({}, [], [], ""), errors)
+    patches = _with_patches(_NOTHING, errors)
     values = raw_scores(SCORES, logits, errors, patches)
     others = raw_scores(SCORES, *quantized(stages).measure_set(images, SCORES), patches)
     agreement = {name: rank_correlation(values[name], others[name]) for name in SCORES}
@@ -162,11 +157,6 @@ def _with_patches(calibration: Calibration, errors: Tensor) -> Calibration:
     """With mean and deviation of the patch errors [n, N]."""
     mean, std = errors.mean(dim=0), errors.std(dim=0).clamp_min(1e-12)
     return dataclasses.replace(calibration, patch_mean=mean.tolist(), patch_std=std.tolist())
-
-
-def _spread(images: ImageSet, least: int) -> ImageSet:
-    """Every k-th image, with a k that leaves at least ``least``; all where there are fewer."""
-    return images.subset(list(range(0, len(images), max(1, len(images) // least))))
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> float:

@@ -21,12 +21,7 @@ def has_onednn() -> bool:
 
 
 class FoldedConv(nn.Module):
-    """``ReLU(conv(x) + residual)``, with a batch norm folded into the weights.
-
-    Args:
-        weight, bias: [Cout, Cin, h, w], [Cout], of the dtype of the maps.
-        stride, padding: as of ``nn.Conv2d``.
-    """
+    """``ReLU(conv(x) + residual)``, with a batch norm folded into the weights [Cout, Cin, h, w]."""
 
     weight: Tensor
     bias: Tensor
@@ -152,10 +147,8 @@ class ResizedConv(nn.Module):
         # Each pixel by itself, resized, and what lies under each tap of each pixel of the result.
         pixels = torch.eye(side * side).view(-1, 1, side, side)
         wide = F.interpolate(pixels, scale_factor=2, mode="bilinear", align_corners=False)
-        spread = (
-            F.unfold(wide, 3, padding=1).permute(2, 0, 1).flatten(1)
-        )  # [4 * side**2, (side**2, 9)]
-        self.register_buffer("spread", spread.bfloat16())
+        spread = F.unfold(wide, 3, padding=1).permute(2, 0, 1).flatten(1)
+        self.register_buffer("spread", spread.bfloat16())  # [4 * side**2, (side**2, 9)]
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
         """bfloat16 [B, Cin, h, w], [B, Cskip, 2h, 2w] to [B, Cout, 2h, 2w], channels-last."""

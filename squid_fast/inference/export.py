@@ -62,8 +62,7 @@ def write_export(scorer: Scorer, path: str | Path) -> None:
 
 def _metadata(scorer: Scorer) -> dict[str, str]:
     """What somebody who has nothing but the file needs to know of it."""
-    side = scorer.image_size
-    known = scorer.calibration
+    side, known = scorer.image_size, scorer.calibration
     assert known is not None
     return {
         "notice": _NOTICE,
@@ -88,7 +87,6 @@ def _metadata(scorer: Scorer) -> dict[str, str]:
 
 
 def _onnx(program: ExportedProgram, metadata: dict[str, str]) -> bytes:
-    """The program as an ONNX model."""
     held = (*program.state_dict.values(), *program.constants.values())
     size = sum(tensor.nbytes for tensor in held if isinstance(tensor, Tensor))
     if size >= _LARGEST_ONNX:
@@ -98,11 +96,7 @@ def _onnx(program: ExportedProgram, metadata: dict[str, str]) -> bytes:
         )
     with quiet():
         found = torch.onnx.export(
-            program,
-            input_names=["images"],
-            output_names=list(OUTPUTS),
-            dynamo=True,
-            verbose=False,
+            program, input_names=["images"], output_names=list(OUTPUTS), dynamo=True, verbose=False
         )
     assert found is not None
     model = found.model_proto
@@ -110,8 +104,8 @@ def _onnx(program: ExportedProgram, metadata: dict[str, str]) -> bytes:
     for value in (*graph.input, *graph.output):
         value.type.tensor_type.shape.dim[0].dim_param = "batch"
     del graph.value_info[:]  # calls it by another name, and runtimes find it out for themselves
-    for item in metadata.items():
-        model.metadata_props.add(key=item[0], value=item[1])
+    for key, text in metadata.items():
+        model.metadata_props.add(key=key, value=text)
     model.producer_name, model.producer_version = "squid_fast", __version__
     model.doc_string = f"SQUID anomaly scores ({metadata['score']}). {_NOTICE}"
     return model.SerializeToString()

@@ -19,9 +19,7 @@ Result = TypeVar("Result")
 def capture(call: Callable[[], Result], device: torch.device) -> tuple[Callable[[], None], Result]:
     """Capture the kernels of a call as a CUDA graph, without running them.
 
-    Args:
-        call: what to capture; it must have run before, and read no tensor on the host.
-        device: that the call computes on.
+    The call must have run before, and read no tensor on the host.
 
     Returns:
         A function that replays the graph, and the call's result, whose tensors a replay overwrites.

@@ -50,7 +50,6 @@ class FrozenModel(nn.Module):
         model, discriminator: trained; they are not changed.
         precision: of the convolutions, everything else being float32. In "int8" the stages that
             ``quantization`` names are quantized, the others in bf16 where the hardware has it.
-        device: to compute on.
         quantization: needed for "int8" alone.
     """
 
@@ -77,9 +76,8 @@ class FrozenModel(nn.Module):
             least=_CPU_BATCH if on_cpu and precision == "float32" else 1,
         ).to(self.device)
         plain = to_layout(copy.deepcopy(discriminator).float().eval().to(self.device), layout)
-        self.discriminators = nn.ModuleDict(
-            {"instance": plain, "running": fold_discriminator(plain)}
-        )
+        folded = fold_discriminator(plain)
+        self.discriminators = nn.ModuleDict({"instance": plain, "running": folded})
         self._graphs = Graphs()
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
@@ -95,9 +93,8 @@ class FrozenModel(nn.Module):
         for source, mode in (LOGITS[name] for name in names):
             discriminator = self.discriminators[mode]
             assert isinstance(discriminator, Discriminator)
-            logits.append(
-                discriminator.score(recon if source == "reconstruction" else images, mode)
-            )
+            shown = recon if source == "reconstruction" else images
+            logits.append(discriminator.score(shown, mode))
         return recon, errors, *logits
 
     @torch.inference_mode()
@@ -127,20 +124,12 @@ class FrozenModel(nn.Module):
 
     def measure_set(self, images: ImageSet, names: Collection[str]) -> Measurements:
         """Measurements of a whole set, in batches."""
-        parts = [
-            self.measure(images.batch(slice(start, start + BATCH)), names)[0]
-            for start in range(0, len(images), BATCH)
-        ]
-        logits = {
-            name: torch.cat([part.logits[name] for part in parts]) for name in parts[0].logits
-        }
+        parts = [self.measure(batch, names)[0] for batch in images.batches(BATCH)]
+        logits = {key: torch.cat([part.logits[key] for part in parts]) for key in parts[0].logits}
         return Measurements(logits, torch.cat([part.patch_errors for part in parts]))
 
     def prefetch(self, images: Tensor) -> Tensor:
-        """Start to copy images to a GPU while it computes; ``measure`` takes the result.
-
-        On a CPU the images themselves.
-        """
+        """Images for ``measure``, on their way to a GPU while it computes; on a CPU as they are."""
         if self._copies is None:
             return images
         with torch.cuda.stream(self._copies):

@@ -20,12 +20,9 @@ _SMALL = 8  # side of the maps up to which ``ResizedConv`` is faster, measured o
 
 def _folded(block: DoubleConv) -> tuple[FoldedConv, FoldedConv, FoldedConv]:
     """The three convolutions of a block, in float32."""
-    first, second, third = (
-        (block.conv1[0], block.conv1[1]),
-        (block.conv2[0], block.conv2[1]),
-        (block.conv2[3], block.conv2[4]),
-    )
-    return fold(*first), fold(*second), fold(*third)  # type: ignore[arg-type]
+    conv1, norm1, _ = block.conv1
+    conv2, norm2, _, conv3, norm3 = block.conv2
+    return fold(conv1, norm1), fold(conv2, norm2), fold(conv3, norm3)  # type: ignore[arg-type]
 
 
 def _resized(x: Tensor) -> Tensor:
@@ -38,9 +35,7 @@ class Stage(nn.Module):
     """A residual double convolution in floats, in the decoder with the resize in front of it.
 
     Args:
-        block: trained.
-        dtype: of the maps.
-        image: whether the input are images, in float32.
+        image: whether the input is images, in float32.
         side: of the decoder's maps before they are resized; None in the encoder.
         concat: channels of the skip that is concatenated in front of the maps, 0 for none.
     """
@@ -87,11 +82,10 @@ class QuantizedStage(nn.Module):
     """A residual double convolution in int8, in the decoder with the resize in front of it.
 
     Args:
-        block: trained.
-        ranges: of its convolutions: "first", "second", "third", and "first.input".
+        ranges: of the block's convolutions: "first", "second", "third", and "first.input".
         source: parameters of the input, where it is quantized already.
         target: float dtype of the output; None to quantize it by ``output``.
-        resizes: whether the input is resized first, as in the decoder.
+        resizes: as in the decoder.
         skip: parameters of the skip, where it is quantized.
     """
 
@@ -137,7 +131,6 @@ class FrozenGenerator(nn.Module):
     Args:
         model: trained; it is not changed.
         dtype: of the convolutions.
-        layout: of the maps.
         onednn: whether to call oneDNN's fused convolutions.
         quantization: the stages to compute in int8, with the ranges of their convolutions.
         least: memories and in-painting are given at least so many images, padded with zeros where
@@ -161,17 +154,16 @@ class FrozenGenerator(nn.Module):
         self.combine = model.initial_combine or 0
         self.concat = [op == "concat" for op in model.config["ops"]]
         self.in_conv = Stage(model.in_conv.conv, dtype, layout, onednn, image=True)
-        self.downs, self.ups = nn.ModuleList(), nn.ModuleList()
         downs = [down.mpconv for down in model.down_blocks if isinstance(down, Down)]
         ups = [up.conv for up in model.up_blocks if isinstance(up, Up)]
-        self.downs.extend(Stage(block, dtype, layout, onednn) for block in downs)
+        self.downs = nn.ModuleList(Stage(block, dtype, layout, onednn) for block in downs)
+        self.ups = nn.ModuleList()
         for i, block in enumerate(ups):
             deep = self.level - 1 - i
             side = model.image_size >> deep + 1
             if self.combine < deep + 1:
                 side //= self.num_patch
-            width = model.config["features_root"] << deep  # of the skip
-            concat = width if self.concat[i] else 0
+            concat = model.config["features_root"] << deep if self.concat[i] else 0
             self.ups.append(Stage(block, dtype, layout, onednn, side=side, concat=concat))
         if quantization is not None:
             self._quantize(downs, ups, model.memory_blocks, dtype, quantization)

@@ -56,18 +56,15 @@ def choose_scoring_precision(
         ValueError: the name is unknown, or the hardware or the calibration do not allow it.
     """
     check_hardware(precision, device)
-    if precision == "auto":
-        known = calibration.quantization if calibration else None
-        alike = known is not None and known.agreement.get(score, 0) >= AGREEMENT
-        if alike and can_use_int8(calibration, device):
-            return "int8"
-        return choose_precision("auto", device)
-    if precision != "int8":
-        return choose_precision(precision, device)
-    if not can_use_int8(calibration, device):
+    able = can_use_int8(calibration, device)
+    if precision == "int8" and not able:
         raise ValueError(
             "precision is 'int8', but the calibration holds no ranges for it: it is missing, or "
             "was made on a processor without VNNI. squid_fast.calibrate adds them on this machine; "
             "'bf16' and 'float32' need none."
         )
-    return "int8"
+    known = calibration.quantization if calibration else None
+    alike = known is not None and known.agreement.get(score, 0) >= AGREEMENT
+    if precision == "int8" or (precision == "auto" and able and alike):
+        return "int8"
+    return choose_precision(precision, device)

@@ -29,12 +29,11 @@ from .scores import Calibration, raw_scores, z_score
 def trace(model: FrozenModel, score: str, calibration: Calibration) -> ExportedProgram:
     """The program of a float32 model on the CPU and one of its calibrated scores."""
     side = model.image_size
+    images = torch.rand(2, 1, side, side)  # a batch of 1 would be taken for a constant
+    shapes = {"images": {0: Dim("batch", min=1)}}
     with torch.no_grad():  # with gradients the projections of the memory slots would not be used
-        program = torch.export.export(
-            _Program(model, score, calibration).eval(),
-            (torch.rand(2, 1, side, side),),  # a size of 1 would be taken for a constant
-            dynamic_shapes={"images": {0: Dim("batch", min=1)}},
-        )
+        own = _Program(model, score, calibration).eval()
+        program = torch.export.export(own, (images,), dynamic_shapes=shapes)
     with quiet():
         program = program.run_decompositions(ops.DECOMPOSITIONS)
     for node in program.graph.nodes:

@@ -63,13 +63,12 @@ class MinMaxObserver:
         self._hooks: list[RemovableHandle] = []
         for name, module in network.named_modules():
             if isinstance(module, FoldedConv):
-                self._attach(name, module)
-
-    def _attach(self, name: str, module: nn.Module) -> None:
-        self._hooks += [
-            module.register_forward_pre_hook(lambda _, args: self._add(f"{name}.input", args[0])),
-            module.register_forward_hook(lambda _, args, output: self._add(name, output)),
-        ]
+                self._hooks += [
+                    module.register_forward_pre_hook(
+                        lambda _, given, name=name: self._add(f"{name}.input", given[0])
+                    ),
+                    module.register_forward_hook(lambda _, x, y, name=name: self._add(name, y)),
+                ]
 
     def close(self) -> None:
         """Stop observing."""

@@ -57,7 +57,6 @@ class BaseScorer(ABC):
     Args:
         score: name of the score of ``score``, one of ``score_names``, which ``measure`` knows.
         image_size: S.
-        precision, device: of the computation.
         calibration: of the scores; without one only ``raw_scores`` can be used.
     """
 
@@ -95,10 +94,7 @@ class BaseScorer(ABC):
         return self.calibration_of().reference_z
 
     def prefetch(self, images: Tensor) -> Tensor:
-        """Start to copy images to a GPU while it computes; give the result to ``score``.
-
-        On a CPU the images themselves.
-        """
+        """Images for ``score``, on their way to a GPU while it computes; on a CPU as they are."""
         return images
 
     def score(self, images: Tensor, reconstruction: bool = False) -> Scores:
@@ -118,10 +114,7 @@ class BaseScorer(ABC):
     ) -> dict[str, Tensor]:
         """Raw values [n] of several scores at once, of all unless named."""
         names = self.score_names if names is None else names
-        parts = [
-            self.measure(images.batch(slice(start, start + self.batch_size)), names)[0]
-            for start in range(0, len(images), self.batch_size)
-        ]
+        parts = [self.measure(batch, names)[0] for batch in images.batches(self.batch_size)]
         return {name: torch.cat([part[name] for part in parts]) for name in names}
 
     def evaluate(self, images: ImageSet) -> tuple[dict[str, Evaluation], dict[str, np.ndarray]]:
@@ -133,16 +126,13 @@ class BaseScorer(ABC):
         known = self.calibration.scores if self.calibration else self.score_names
         raw = self.raw_scores(images, [name for name in self.score_names if name in known])
         z = {name: self.z_score(name, values).numpy() for name, values in raw.items()}
-        evaluations = {
-            name: evaluate(
-                images.labels.numpy(),
-                values,
-                score_name=name,
-                threshold=self.calibration_of(name).threshold,
-                false_positive_rate=self.calibration_of(name).false_positive_rate,
+        labels, evaluations = images.labels.numpy(), {}
+        for name, values in z.items():
+            own = self.calibration_of(name)
+            rate = own.false_positive_rate
+            evaluations[name] = evaluate(
+                labels, values, score_name=name, threshold=own.threshold, false_positive_rate=rate
             )
-            for name, values in z.items()
-        }
         return evaluations, z
 
     def z_score(self, name: str, raw: Tensor) -> Tensor:
@@ -192,7 +182,7 @@ class Scorer(BaseScorer):
         ValueError: no such score, precision or device; or the hardware does not compute in it.
 
     Example:
-        >>> from squid_fast import SQUID, Discriminator, Scorer, calibrate
+        >>> from squid_fast import calibrate
         >>> model = SQUID(1, 8, 3, level=2, memory_channel=200, ops=["none", "none"])
         >>> images = torch.randint(0, 256, (20, 1, 40, 40), dtype=torch.uint8)
         >>> normal = ImageSet(images, torch.zeros(20, dtype=torch.int64), [""] * 20)
@@ -238,14 +228,8 @@ class Scorer(BaseScorer):
         """
         check_hardware(precision, choose_device(device))
         loaded = load_bundle(bundle)
-        return cls(
-            loaded.model,
-            loaded.discriminator,
-            loaded.calibration,
-            score or loaded.score,
-            precision,
-            device,
-        )
+        pair, score = (loaded.model, loaded.discriminator), score or loaded.score
+        return cls(*pair, loaded.calibration, score, precision, device)
 
     @cached_property
     def fingerprint(self) -> str:

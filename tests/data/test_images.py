@@ -92,20 +92,19 @@ def test_batch_and_subset() -> None:
         assert part.labels.tolist() == [1, 1]
         assert torch.equal(part.images, whole.images[[1, 3]])
     assert len(whole.subset([])) == 0
+    assert whole.normal.paths == ["a", "c"]
+    assert [len(part) for part in whole.batches(2)] == [2, 2, 1]
+    assert torch.equal(torch.cat([*whole.batches(2)]), whole.batch(slice(None)))
     assert whole.to("cpu").paths == whole.paths
     with pytest.raises(ValueError, match=r"shape \(2,\), not \[5\]"):
         whole.subset(torch.tensor([True, False]))
 
 
 @pytest.mark.parametrize(
-    ("most", "paths"), [(1, "a"), (2, "ae"), (3, "ace"), (5, "abcde"), (9, "abcde")]
+    ("count", "paths"), [(1, "a"), (2, "ace"), (3, "abcde"), (5, "abcde"), (9, "abcde")]
 )
-def test_a_subsample_is_spread_over_the_set(most: int, paths: str) -> None:
-    assert image_set().subsample(most).paths == list(paths)
-
-
-def test_normal_images_are_those_labelled_so() -> None:
-    assert image_set().normal.paths == ["a", "c"]
+def test_a_subsample_is_spread_over_the_set(count: int, paths: str) -> None:
+    assert image_set().subsample(count).paths == list(paths)
 
 
 @pytest.mark.parametrize(

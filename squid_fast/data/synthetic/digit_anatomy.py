@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from ..images import ImageSet
 from .handwriting import SPLITS, bundled_digits, load_mnist, split_members
@@ -25,16 +26,9 @@ SCALE = (0.6, 1.3)
 # are their own mirror image; a nearest-neighbour classifier takes more than half of the mirrored
 # ones for a 4). 6 and 9 upside-down look like each other rather than mirrored.
 _FLIPS = (
-    (2, True, False),
-    (2, False, True),
-    (3, True, False),
-    (5, True, False),
-    (5, False, True),
-    (6, True, False),
-    (7, True, False),
-    (7, False, True),
-    (9, True, False),
-)
+    (2, True, False), (2, False, True), (3, True, False), (5, True, False), (5, False, True),
+    (6, True, False), (7, True, False), (7, False, True), (9, True, False),
+)  # fmt: skip
 _GRIDS_AT_ONCE = 256  # keeps the float cells of a chunk within the cache
 
 
@@ -83,14 +77,14 @@ class _Plan:
 
 
 class DigitAnatomy:
-    """Draws grids of digits, each a drawing of its own, scaled by 0.6 to 1.3 of its cell.
+    """Draws grids of digits, each a drawing of its own, scaled by 0.6 to 1.3.
 
     The drawings of each class are divided 60 : 20 : 20 into train, val and test, so that no drawing
     of a test grid was ever seen in training.
 
     Args:
         source: a folder with MNIST's IDX files (``train-images...`` or else ``t10k-images...``,
-            with its labels, gzipped or not), or the file of the images; None takes the 1,797
+            with its labels, gzipped or not), or the file of the images; unless given, the 1,797
             digits of 8 x 8 pixels that come with scikit-learn.
         cell: side of one cell in pixels; grids are three times as wide.
         split: "train", "val" or "test".
@@ -134,18 +128,13 @@ class DigitAnatomy:
     def normal(self, n: int, seed: int | torch.Generator | None = None) -> DigitGrids:
         """Draw n grids in order.
 
-        Args:
-            n: how many.
-            seed: the same seed gives the same grids, bit for bit; None continues this object's
-                own sequence.
+        The same seed gives the same grids, bit for bit; without one, the next of this object's own
+        sequence.
         """
         return self._render(self._plan(n, self._random(seed)), ["normal"] * n)
 
     def anomalous(
-        self,
-        n: int,
-        seed: int | torch.Generator | None = None,
-        kinds: Sequence[str] = KINDS,
+        self, n: int, seed: int | torch.Generator | None = None, kinds: Sequence[str] = KINDS
     ) -> DigitGrids:
         """Draw n grids with one anomaly each, the kinds in turn and so in equal shares.
 
@@ -157,13 +146,8 @@ class DigitAnatomy:
 
         With the same seed, everything outside of the mask is as in ``normal``.
 
-        Args:
-            n: how many.
-            seed: as in ``normal``.
-            kinds: which kinds, of ``KINDS``.
-
         Raises:
-            ValueError: ``kinds`` is empty or names something else.
+            ValueError: ``kinds`` is empty or names one that is not in ``KINDS``.
         """
         unknown = sorted(set(kinds) - set(KINDS))
         if unknown or not kinds:
@@ -211,20 +195,18 @@ class DigitAnatomy:
 
 def _spoil(plan: _Plan, kinds: list[str], generator: torch.Generator) -> None:
     """Put one anomaly of its kind into each grid of the plan."""
-    n = len(kinds)
-    grids = torch.arange(n)
+    n, grids = len(kinds), torch.arange(len(kinds))
     place = torch.randint(9, (n,), generator=generator)
     other = (place + torch.randint(1, 9, (n,), generator=generator)) % 9
     wrong = (place + 1 + torch.randint(1, 10, (n,), generator=generator)) % 10
     flip = torch.tensor(_FLIPS)[torch.randint(len(_FLIPS), (n,), generator=generator)]
-    of_kind = {
-        kind: torch.tensor([name == kind for name in kinds], dtype=torch.bool) for kind in KINDS
-    }
-    place = torch.where(of_kind["flipped"], flip[:, 0] - 1, place)
+    missing, swapped, flipped, foreign = (
+        torch.tensor([i for i, name in enumerate(kinds) if name == kind], dtype=torch.int64)
+        for kind in KINDS
+    )
+    place[flipped] = flip[flipped, 0] - 1
 
     plan.affected[grids, place] = True
-    missing, swapped = grids[of_kind["missing"]], grids[of_kind["swapped"]]
-    flipped, foreign = grids[of_kind["flipped"]], grids[of_kind["foreign"]]
     plan.empty[missing, place[missing]] = True
     plan.affected[swapped, other[swapped]] = True
     plan.digit[swapped, place[swapped]] = other[swapped] + 1
@@ -257,9 +239,7 @@ def _assembled(cells: torch.Tensor) -> torch.Tensor:
 def _resized(drawings: torch.Tensor, cell: int) -> torch.Tensor:
     """uint8 [m, h, w] -> uint8 [m, cell, cell], antialiased."""
     resized = [
-        torch.nn.functional.interpolate(
-            part[:, None].float(), (cell, cell), mode="bilinear", antialias=True
-        )
+        F.interpolate(part[:, None].float(), (cell, cell), mode="bilinear", antialias=True)
         for part in torch.split(drawings, 4096)
     ]
     return torch.cat(resized)[:, 0].add_(0.5).clamp_(0, 255).to(torch.uint8)

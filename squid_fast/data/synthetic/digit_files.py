@@ -12,11 +12,7 @@ import numpy as np
 from ...utils.extras import require
 from .digit_anatomy import KINDS, DigitAnatomy, DigitGrids
 
-DEFAULT_COUNTS: Mapping[str, tuple[int, int]] = {
-    "train": (2000, 0),
-    "val": (200, 200),
-    "test": (500, 500),
-}
+DEFAULT_COUNTS = {"train": (2000, 0), "val": (200, 200), "test": (500, 500)}
 """Default numbers of normal and anomalous grids in each split."""
 
 _COLUMNS = ("image_path", "label", "split", "kind", "mask_path")
@@ -39,10 +35,8 @@ def write_digit_anatomy(
     (empty for normal grids) is written last.
 
     Args:
-        out_dir: created if it is not there.
         counts: (normal, anomalous) grids by split.
-        source, cell, seed: as for ``DigitAnatomy``.
-        kinds: the anomalies to draw.
+        source, cell, seed, kinds: as for ``DigitAnatomy``.
         overwrite: write into a folder that already has a ``labels.csv``.
         on_progress: called with (images written, images in all).
 
@@ -50,7 +44,7 @@ def write_digit_anatomy(
         the path of the table.
 
     Raises:
-        FileExistsError: there is a ``labels.csv`` and ``overwrite`` is off.
+        FileExistsError: there is a ``labels.csv`` already.
         DigitSourceError, ImportError, ValueError: as ``DigitAnatomy``.
 
     >>> from squid_fast.data import find_records

@@ -55,13 +55,10 @@ def load_mnist(source: str | os.PathLike[str]) -> tuple[Bytes, npt.NDArray[np.in
         DigitSourceError: a file is missing or is not what its name says.
     """
     images_path = _images_file(Path(source))
-    stem = re.sub(r"\.gz$", "", images_path.name).replace("images", "labels")
-    stem = stem.replace("idx3", "idx1")
-    labels_path = next(
-        (path for name in (stem, stem + ".gz") if (path := images_path.with_name(name)).is_file()),
-        None,
-    )
-    if labels_path is None or labels_path == images_path:
+    stem = images_path.name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
+    candidates = (images_path.with_name(name) for name in (stem, stem + ".gz"))
+    labels_path = next((path for path in candidates if path.is_file()), images_path)
+    if labels_path == images_path:
         raise DigitSourceError(f"{images_path} has no labels: {stem} or {stem}.gz is not beside it")
     images, labels = read_idx(images_path), read_idx(labels_path)
     if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
@@ -92,14 +89,10 @@ def _images_file(source: Path) -> Path:
 
 
 def read_idx(path: str | os.PathLike[str]) -> Bytes:
-    """Read an IDX file of bytes, gzipped or not (told by its content).
-
-    Returns:
-        uint8 of the shape that the header gives.
+    """Read an IDX file of unsigned bytes, gzipped or not, in the shape that its header gives.
 
     Raises:
-        DigitSourceError: it cannot be read, is no IDX file of unsigned bytes, or its size does not
-            fit its header.
+        DigitSourceError: it cannot be read, is no such file, or its size does not fit its header.
     """
     path = Path(path)
     try:
@@ -123,23 +116,22 @@ def read_idx(path: str | os.PathLike[str]) -> Bytes:
     except (OSError, EOFError, zlib.error, MemoryError, OverflowError, ValueError) as error:
         raise DigitSourceError(f"{path} cannot be read: {error}") from error
     if len(data) != expected:
+        held = "more" if len(data) > expected else len(data)
         raise DigitSourceError(
-            f"{path} promises {expected} bytes in the shape {shape} and holds "
-            f"{'more' if len(data) > expected else len(data)}"
+            f"{path} promises {expected} bytes in the shape {shape} and holds {held}"
         )
     return np.frombuffer(bytearray(data), dtype=np.uint8).reshape(shape)
 
 
 def split_members(classes: torch.Tensor, split: str, seed: int) -> list[torch.Tensor]:
-    """The drawings of each class, 0 to 9, that belong to a split: 60 : 20 : 20, shuffled by seed.
+    """The drawings of each digit that belong to a split: 60 : 20 : 20, shuffled by seed.
 
     Args:
         classes: int64 ``[n]``, the digit of each drawing in the source.
         split: one of ``SPLITS``.
-        seed: fixes the division.
 
     Returns:
-        for each digit the indices of its drawings in the source, int64.
+        for each digit, 0 to 9, the indices of its drawings in the source, int64.
 
     Raises:
         DigitSourceError: a digit has too few drawings for the split.
