@@ -90,23 +90,13 @@ def image_auprc(labels: ArrayLike, z: ArrayLike) -> float:
 
 
 def bootstrap_auroc_interval(
-    labels: ArrayLike,
-    z: ArrayLike,
-    confidence: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
+    labels: ArrayLike, z: ArrayLike, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of the AUROC, stratified by label.
 
-    Perfectly separated classes give (1, 1), and a handful of images an interval that is too narrow:
-    resampling cannot know of images that were never seen.
-
-    Args:
-        labels: 0 for normal, 1 for anomalous.
-        z: z-scores, larger is less normal.
-        confidence: share of intervals that should cover the true AUROC, in (0, 1).
-        resamples: number of bootstrap samples.
-        seed: of the draw; the same seed gives the same interval.
+    The share ``confidence`` of such intervals should cover the true AUROC. Perfectly separated
+    classes give (1, 1), and a handful of images an interval that is too narrow: resampling cannot
+    know of images that were never seen.
 
     Raises:
         ValueError: as for ``image_auroc``, or ``confidence`` or ``resamples`` out of range.
@@ -123,16 +113,13 @@ def bootstrap_auroc_interval(
     distinct, rank = np.unique(scores, return_inverse=True)
     rng = np.random.default_rng(seed)
     chunk = max(1, _CHUNK // len(scores))
-    areas = np.concatenate(
-        [
-            _areas(
-                _resampled_counts(rank[~anomalous], len(distinct), rows, rng),
-                _resampled_counts(rank[anomalous], len(distinct), rows, rng),
-            )
-            for rows in (min(chunk, resamples - done) for done in range(0, resamples, chunk))
-        ]
-    )
-    low, high = np.quantile(areas, [(1 - confidence) / 2, (1 + confidence) / 2])
+    areas = []
+    for done in range(0, resamples, chunk):
+        rows = min(chunk, resamples - done)
+        ranks = rank[~anomalous], rank[anomalous]
+        areas.append(_areas(*(_resampled_counts(part, len(distinct), rows, rng) for part in ranks)))
+    quantiles = [(1 - confidence) / 2, (1 + confidence) / 2]
+    low, high = np.quantile(np.concatenate(areas), quantiles)
     return float(low), float(high)
 
 
@@ -161,11 +148,10 @@ def threshold_at_false_positive_rate(normal_z: ArrayLike, rate: float = 0.05) ->
 
     Args:
         normal_z: z-scores of normal images that were used neither for training nor for testing.
-        rate: false-positive rate, in (0, 1).
 
     Raises:
         ValueError: fewer than ``1 / rate`` scores, which say nothing about so small a rate; a score
-            that is not finite; a rate out of range.
+            that is not finite; a rate outside (0, 1).
 
     >>> threshold_at_false_positive_rate([-1.0, -0.5, 0.0, 0.5, 1.0], rate=0.2)
     0.5
@@ -197,8 +183,7 @@ def operating_point(labels: ArrayLike, z: ArrayLike, threshold: float) -> Operat
     if not np.isfinite(threshold):
         raise ValueError(f"the threshold is {threshold}; it must be a finite number")
     flagged = scores > threshold
-    hits = int((flagged & anomalous).sum())
-    alarms = int(flagged.sum())
+    hits, alarms = int((flagged & anomalous).sum()), int(flagged.sum())
     positives = int(anomalous.sum())
     negatives = len(scores) - positives
     rejected = negatives - (alarms - hits)
@@ -249,11 +234,8 @@ def evaluate(
     """All figures of one score.
 
     Args:
-        labels: 0 for normal, 1 for anomalous.
-        z: z-scores, larger is less normal.
         score_name: what ``z`` is, for tables and files.
-        threshold: one chosen beforehand on other images, by
-            ``threshold_at_false_positive_rate``.
+        threshold: one chosen beforehand on other images, by ``threshold_at_false_positive_rate``.
         false_positive_rate: the rate that the threshold was calibrated for.
         seed: of the bootstrap.
 
@@ -287,7 +269,7 @@ def plot_roc(path: str | PathLike[str], curves: Mapping[str, tuple[ArrayLike, Ar
     """Draw ROC curves into a picture.
 
     Args:
-        path: of the picture; its ending chooses the format (``.png``, ``.svg``, ``.pdf``).
+        path: its ending chooses the format (``.png``, ``.svg``, ``.pdf``).
         curves: name of each score to its (labels, z).
 
     Raises:
@@ -301,9 +283,6 @@ def plot_roc(path: str | PathLike[str], curves: Mapping[str, tuple[ArrayLike, Ar
     # Without pyplot: no window system, and no state between calls.
     figure = require("matplotlib.figure", "train").Figure(figsize=(5.6, 5.6), layout="constrained")
     axes = figure.add_subplot()
-    axes.plot(
-        [0, 1], [0, 1], color="0.6", linestyle=(0, (4, 3)), linewidth=1, label="chance  0.500"
-    )
     for name, (labels, z) in curves.items():
         try:
             anomalous, scores = _checked(labels, z)
@@ -312,29 +291,15 @@ def plot_roc(path: str | PathLike[str], curves: Mapping[str, tuple[ArrayLike, Ar
         false_positive_rate, sensitivity, _ = metrics.roc_curve(anomalous, scores)
         area = metrics.roc_auc_score(anomalous, scores)
         axes.plot(false_positive_rate, sensitivity, linewidth=1.8, label=f"{name}  {area:.3f}")
-    axes.set(
-        xlim=(-0.01, 1.01),
-        ylim=(-0.01, 1.01),
-        aspect="equal",
-        xlabel="false-positive rate (1 − specificity)",
-        ylabel="sensitivity",
-    )
-    axes.set_xticks(np.linspace(0, 1, 6))
-    axes.set_yticks(np.linspace(0, 1, 6))
+    chance = {"color": "0.6", "linestyle": (0, (4, 3)), "linewidth": 1, "zorder": 1}  # lowest
+    axes.plot([0, 1], [0, 1], label="chance  0.500", **chance)
+    axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
+    axes.set(xlabel="false-positive rate (1 − specificity)", ylabel="sensitivity")
+    axes.set(xticks=np.linspace(0, 1, 6), yticks=np.linspace(0, 1, 6))
     axes.grid(color="0.92", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    handles, names = axes.get_legend_handles_labels()
-    axes.legend(
-        handles[1:] + handles[:1],  # chance last
-        names[1:] + names[:1],
-        title="AUROC",
-        loc="lower right",
-        alignment="left",
-        frameon=True,
-        framealpha=0.9,
-        edgecolor="0.9",
-    )
+    axes.legend(title="AUROC", loc="lower right", alignment="left", framealpha=0.9, edgecolor="0.9")
     figure.savefig(path, dpi=150)
 
 
@@ -347,8 +312,7 @@ def _checked(labels: ArrayLike, z: ArrayLike) -> tuple[Bools, Floats]:
             f"labels have the shape {given.shape} and z has {scores.shape}; each image needs one "
             "label and one score"
         )
-    strange = given[~np.isin(given, (0, 1))]
-    if len(strange):
+    if len(strange := given[~np.isin(given, (0, 1))]):
         raise ValueError(
             f"labels contain {strange[0]}; they must be 0 for normal and 1 for anomalous images"
         )
@@ -365,13 +329,10 @@ def _checked(labels: ArrayLike, z: ArrayLike) -> tuple[Bools, Floats]:
 def _finite(z: ArrayLike, name: str) -> Floats:
     scores = np.asarray(z, dtype=np.float64)
     if scores.ndim != 1:
-        raise ValueError(
-            f"{name} has the shape {scores.shape}; it must hold one score per image, [n]"
-        )
+        raise ValueError(f"{name} has the shape {scores.shape}; it must hold one score per image")
     if not len(scores):
         raise ValueError(f"{name} is empty; there is no image to evaluate")
-    bad = np.flatnonzero(~np.isfinite(scores))
-    if len(bad):
+    if len(bad := np.flatnonzero(~np.isfinite(scores))):
         raise ValueError(
             f"{len(bad)} of {len(scores)} scores in {name} are not finite, the first at position "
             f"{bad[0]}: {scores[bad[0]]}"

@@ -45,10 +45,7 @@ def check_hardware(precision: ScoringPrecision, device: torch.device) -> None:
 
 
 def choose_scoring_precision(
-    precision: ScoringPrecision,
-    device: torch.device,
-    calibration: Calibration | None,
-    score: str,
+    precision: ScoringPrecision, device: torch.device, calibration: Calibration | None, score: str
 ) -> Literal["int8", "bf16", "float32"]:
     """The precision to compute in, where ``"auto"`` is resolved as described in ``Scorer``.
 

@@ -29,8 +29,7 @@ class _Memory(nn.Module):
     """Slots [N, M, C] and their lookup.
 
     Args:
-        num_slots: M.
-        slot_dim: C.
+        num_slots, slot_dim: M and C.
         shrink_thres: int k > 0 Gumbel shrinkage, float > 0 hard shrinkage, 0 none.
         num_memory: N; None for a single memory with queries [B, C], whose state dict has the one
             key ``memMatrix``, as the published class.
@@ -112,12 +111,12 @@ class _Memory(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        published = self._keys(prefix)
+        published, shape = self._keys(prefix), self.slots.shape[1:]
         absent = [key for key in published if key not in state_dict]
         wrong = [
-            f"{key} is {list(state_dict[key].shape)}, the model's is {list(self.slots.shape[1:])}"
+            f"{key} is {list(state_dict[key].shape)}, the model's is {list(shape)}"
             for key in published
-            if key in state_dict and state_dict[key].shape != self.slots.shape[1:]
+            if key in state_dict and state_dict[key].shape != shape
         ]
         missing_keys.extend(absent)
         error_msgs.extend(wrong)
@@ -187,11 +186,8 @@ class MemoryQueue(_Memory):
         M, B = self.slots.shape[1], features.shape[0]
         # All B features pass through the ring, of which the newest M stay.
         newest = torch.arange(max(B - M, 0), B, device=self.ptr.device)
-        self.slots.index_copy_(
-            1,
-            (self.ptr + newest) % M,
-            features[-M:].transpose(0, 1).to(self.slots.dtype),
-        )
+        features = features[-M:].transpose(0, 1).to(self.slots.dtype)
+        self.slots.index_copy_(1, (self.ptr + newest) % M, features)
         self.ptr.add_(B).remainder_(M)
 
     @staticmethod
@@ -250,10 +246,7 @@ class _MemoryBlock(nn.Module):
     """Look up a decoder map and, in training, mix the answer with it by a masked shortcut.
 
     Args:
-        num_slots: M of each matrix.
-        slot_dim: C.
         num_memory: windows or patches of a map, a square number.
-        shrink_thres: see ``MemoryMatrix``.
         ratio: chance that a position takes the answer in training, kept as ``mask_ratio``. The
             published models have 0.95 here whatever their own ``ratio`` is.
     """

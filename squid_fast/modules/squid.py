@@ -20,9 +20,7 @@ _log = logging.getLogger("squid_fast")
 
 
 class SQUID(nn.Module):
-    """Drop-in replacement for the published auto-encoder.
-
-    Constructor, outputs, parameter names and state dict are the same.
+    """Drop-in for the published auto-encoder: the same constructor, outputs and state dict.
 
     Args:
         num_in_ch: channels of the images.
@@ -94,15 +92,9 @@ class SQUID(nn.Module):
         self.inpaint_block: nn.Module = nn.Identity()
         if inpainting is not False:
             self.inpaint_block = InpaintBlock(
-                widths[level],
-                num_slots,
-                num_patch**2,
-                memory_channel,
-                shrink_thres,
-                ratio,
-                drop,
+                widths[level], num_slots, num_patch**2, memory_channel, shrink_thres, ratio, drop,
                 **(inpainting or {}),
-            )
+            )  # fmt: skip
         self.up_blocks = _decoder(widths, level, ops)
         self.memory_blocks = nn.ModuleList(
             nn.Identity()
@@ -214,11 +206,9 @@ def _mean_squared(difference: Tensor) -> Tensor:
 
 def check_images(images: Tensor, config: dict[str, Any], side: int, training: bool = False) -> None:
     """Raise ValueError unless a model of that configuration and image side takes the images."""
+    fitting = f"[B, {config['num_in_ch']}, {side}, {side}]"
     if images.dim() != 4 or images.shape[1] != config["num_in_ch"]:
-        raise ValueError(
-            f"images are {list(images.shape)}; this model takes [B, {config['num_in_ch']}, {side}, "
-            f"{side}]."
-        )
+        raise ValueError(f"images are {list(images.shape)}; this model takes {fitting}.")
     if images.shape[2] != side or images.shape[3] != side:
         raise ValueError(
             f"images are {images.shape[2]} x {images.shape[3]}; with num_patch="
@@ -239,13 +229,10 @@ def check_images(images: Tensor, config: dict[str, Any], side: int, training: bo
 
 
 def _decoder(widths: list[int], level: int, ops: Sequence[str]) -> nn.ModuleList:
+    widths = widths[level::-1]  # deepest first
     return nn.ModuleList(
-        Up(
-            widths[level - i] + (widths[level - 1 - i] if op == "concat" else 0),
-            widths[level - 1 - i],
-            op,
-        )
-        for i, op in enumerate(ops)
+        Up(deep + fine if op == "concat" else deep, fine, op)
+        for deep, fine, op in zip(widths, widths[1:], ops, strict=False)
     )
 
 

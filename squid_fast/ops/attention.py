@@ -67,13 +67,8 @@ def _neighbourhood_attention_backward_cpu(
     grad_scores = (grad_scores / math.sqrt(C // num_heads)).to(q.dtype)
     grad_q = _merge_heads(grad_scores @ k)
     grad_k = _merge_heads(grad_scores.transpose(-2, -1) @ q)
-    return (
-        grad_q,
-        grad_k[:, :N].contiguous(),
-        grad_v[:, :N].contiguous(),
-        grad_k[:, N].sum(dim=0),
-        grad_v[:, N].sum(dim=0),
-    )
+    of_pads = grad_k[:, N].sum(dim=0), grad_v[:, N].sum(dim=0)
+    return grad_q, grad_k[:, :N].contiguous(), grad_v[:, :N].contiguous(), *of_pads
 
 
 @operator(_neighbourhood_attention_cpu)
@@ -131,9 +126,8 @@ def neighbourhood_attention(
         ValueError: a shape does not fit, N is no square, or C is not divisible by ``num_heads``.
 
     Example:
-        >>> zeros, ones = torch.zeros(1, 4, 1), torch.ones(1, 4, 1)
-        >>> pad_key = pad_value = torch.zeros(1)
-        >>> answer = neighbourhood_attention(zeros, zeros, ones, pad_key, pad_value, num_heads=1)
+        >>> zeros, ones, pad = torch.zeros(1, 4, 1), torch.ones(1, 4, 1), torch.zeros(1)
+        >>> answer = neighbourhood_attention(zeros, zeros, ones, pad, pad, num_heads=1)
         >>> answer.flatten()  # three of eight neighbours lie inside a grid of 2 x 2
         tensor([0.3750, 0.3750, 0.3750, 0.3750])
     """

@@ -126,11 +126,8 @@ def gumbel_shrinkage(logits: Tensor, top_k: int) -> Tensor:
     """Weights [..., M] of memory slots: the softmax strictly above its k-th largest, renormalised.
 
     The gradient is the softmax's own (straight through). Paper section 3.2; as published, k keeps
-    k - 1 slots, fewer with ties, k = 1 gives zeros, and no noise is drawn.
-
-    Args:
-        logits: [..., M], any floating dtype; selection happens in float32 or wider.
-        top_k: k, 1 to M.
+    k - 1 slots, fewer with ties, k = 1 gives zeros, and no noise is drawn. Selection happens in
+    float32 or wider, whatever the floating dtype of the logits.
 
     Raises:
         ValueError: ``top_k`` is not between 1 and M, or ``logits`` is not floating point.
@@ -150,11 +147,8 @@ def gumbel_shrinkage(logits: Tensor, top_k: int) -> Tensor:
 def hard_shrinkage(logits: Tensor, threshold: float) -> Tensor:
     """Weights [..., M]: logits above ``threshold``, L1-normalised, all of it differentiated.
 
-    As in MemAE (Gong et al. 2019); the logits are raw dot products, no softmax.
-
-    Args:
-        logits: [..., M], any floating dtype.
-        threshold: lambda > 0.
+    As in MemAE (Gong et al. 2019); the logits are raw dot products of any floating dtype, no
+    softmax.
 
     Raises:
         ValueError: ``threshold`` is not positive and finite, or ``logits`` is not floating point.

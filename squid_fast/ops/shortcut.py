@@ -112,7 +112,7 @@ def masked_shortcut(
     norm of known statistics and the activation behind it.
 
     Args:
-        inpainted, shortcut: [B, C, H, W], same shape, dtype and device.
+        inpainted, shortcut: [B, C, H, W], same dtype and device.
         keep_probability: chance of ``inpainted``, 0 to 1.
         seed: int64 [] on the same device; drawn from PyTorch's generator unless given.
         scale, shift: [C] each, or neither; computed with in float32.

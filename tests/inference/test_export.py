@@ -212,10 +212,7 @@ def test_the_verb_writes_a_program_that_runs_without_squid_fast(
     alone = ["-c", ALONE, path, tmp_path / "images.pt", tmp_path / "found.pt"]
     written = squid("export", tmp_path / "bundle", "--out", path, "--score", score)
     ran = subprocess.run(
-        [sys.executable, *map(str, alone)],
-        capture_output=True,
-        text=True,
-        timeout=300,
+        [sys.executable, *map(str, alone)], capture_output=True, text=True, timeout=300
     )
     for done in (written, ran):
         assert done.returncode == 0, done.stderr
