@@ -205,16 +205,15 @@ def table(root: Path) -> Iterator[Record]:
     """
     candidates = _tables(root)
     if len(candidates) != 1:
-        names = [path.name for path in candidates]
+        found = enumerated([path.name for path in candidates], "tables")
         raise LayoutError(
-            f"{root} is not a table and holds {enumerated(names, 'tables')} with the column "
-            "image_path; exactly one is needed, or its path"
+            f"{root} is not a table and holds {found} with the column image_path; exactly one is "
+            "needed, or its path"
         )
     source = candidates[0]
     for number, row in enumerate(_read_csv(source), start=1):
         name = row.get("image_path", "").strip()
-        label = row.get("label", "").strip().lower()
-        split = row.get("split", "").strip().lower()
+        label, split = (row.get(key, "").strip().lower() for key in ("label", "split"))
         origin = f"{source}, row {number}"
         if not name:
             raise LayoutError(f"{origin} has no image_path")

@@ -54,8 +54,7 @@ def save_bundle(bundle: Bundle, folder: str | Path) -> None:
     """Write a bundle into a folder; each file is replaced whole or not at all.
 
     Example:
-        >>> bundle = Bundle(SQUID.from_preset("small"), Discriminator(2))
-        >>> save_bundle(bundle, "model")
+        >>> save_bundle(Bundle(SQUID.from_preset("small"), Discriminator(2)), "model")
         >>> sorted(path.name for path in Path("model").iterdir())
         ['config.json', 'discriminator.safetensors', 'model.safetensors']
     """

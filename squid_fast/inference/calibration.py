@@ -61,8 +61,8 @@ def calibrate(
         >>> model = SQUID(1, 8, 3, level=2, memory_channel=200, ops=["none", "none"])
         >>> pixels = torch.randint(0, 256, (20, 1, 40, 40), dtype=torch.uint8)
         >>> normal = ImageSet(pixels, torch.zeros(20, dtype=torch.int64), [""] * 20)
-        >>> calibration = calibrate(model, Discriminator(2), normal, device="cpu")
-        >>> calibration.scores["patch_error"].false_positive_rate, calibration.threshold_images
+        >>> known = calibrate(model, Discriminator(2), normal, device="cpu")
+        >>> known.scores["patch_error"].false_positive_rate, known.threshold_images
         (0.05, 'training')
     """
     if not 0 < false_positive_rate < 1:
@@ -111,9 +111,8 @@ def calibrate_scores(
 def _quantization(model: SQUID, discriminator: Discriminator, normal: ImageSet) -> Quantization:
     """Ranges of all convolutions, and the stages that can be quantized without moving scores.
 
-    Every stage is tried by itself. What it adds to the variance of the paper's score, measured in
-    the variance that the score has among normal images, is nearly additive; the stages that add
-    least are taken first, as far as ``_NOISE`` allows.
+    What a stage adds to the variance of the paper's score, as a share of the variance among normal
+    images, is nearly additive: the stages that add least are taken, as far as ``_NOISE`` allows.
     """
     exact = FrozenModel(model, discriminator)
     ranges = observe_ranges(exact, normal.subsample(_RANGE_IMAGES))
@@ -125,8 +124,8 @@ def _quantization(model: SQUID, discriminator: Discriminator, normal: ImageSet) 
         return FrozenModel(model, discriminator, "int8", quantization=chosen)
 
     def noise(stages: list[str]) -> float:
-        found = quantized(stages).measure_set(images, [PAPER_SCORE]).logits[PAPER_SCORE]
         right = logits[PAPER_SCORE]
+        found = quantized(stages).measure_set(images, [PAPER_SCORE]).logits[PAPER_SCORE]
         return float((found - right).double().var() / right.double().var())
 
     floor = noise([])

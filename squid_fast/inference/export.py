@@ -33,9 +33,8 @@ _NOTICE = (
 def write_export(scorer: Scorer, path: str | Path) -> None:
     """Write the scorer as a graph: ``.onnx``, or ``.pt2``, which ``torch.export.load`` reads.
 
-    The file explains itself: score, threshold, image size and more stand in the properties of the
-    ONNX model, or as JSON in the extra file ``METADATA_FILE`` of the ``.pt2``. It appears whole
-    or not at all.
+    Score, threshold, image size and more stand in the properties of the ONNX model, or as JSON in
+    the extra file ``METADATA_FILE`` of the ``.pt2``. The file appears whole or not at all.
 
     Raises:
         ValueError: another suffix, a scorer that cannot be exported (see
@@ -49,8 +48,8 @@ def write_export(scorer: Scorer, path: str | Path) -> None:
             f"{path} ends in {path.suffix!r}; .onnx or .pt2 says which kind of graph to write."
         )
     if path.suffix == ".onnx":
-        for module in ("onnx", "onnxscript"):
-            require(module, "export")
+        require("onnx", "export")
+        require("onnxscript", "export")
     with replacing(path) as file:
         program = scorer.to_torch_export()
         if path.suffix == ".onnx":

@@ -124,9 +124,9 @@ class QuantizedStage(nn.Module):
 class FrozenGenerator(nn.Module):
     """Images to reconstructions, as a trained ``SQUID`` makes them in evaluation mode.
 
-    Everything that can be done once is done here: the teacher is left out, batch norm folded into
-    the convolutions, slots projected. Memories and in-painting stay in float32, whatever the
-    convolutions compute in: which slots are the k best depends on small differences.
+    The teacher is left out, batch norm folded into the convolutions, slots projected. Memories and
+    in-painting stay in float32, whatever the convolutions compute in: which slots are the k best
+    depends on small differences.
 
     Args:
         model: trained; it is not changed.
@@ -213,7 +213,7 @@ class FrozenGenerator(nn.Module):
             )
 
     def forward(self, images: Tensor) -> Tensor:
-        """float32 [B, Cin, H, W] in [0, 1] to float32 [B, Cin, H, W]."""
+        """float32 [B, Cin, H, W] to float32 of the same shape, both in [0, 1]."""
         x = to_patches(images, self.num_patch).contiguous(memory_format=self.layout)
         x = self.in_conv(x)
         skips: list[Tensor | None] = []

@@ -34,14 +34,13 @@ class Scores:
         raw: [B], in the unit of the score.
         z_score: [B], standard deviations from the mean of normal training images; greater is
             less normal. Rank by this one.
-        anomaly_score: [B], sigmoid(z_score): 1 is anomalous. The paper's ``1 - sigmoid((s - mean)
-            / std)``; in float32 it saturates and ties where z_score does not.
+        anomaly_score: [B], the paper's, ``sigmoid(z_score)``: 1 is anomalous. In float32 it
+            saturates and ties where z_score does not.
         reconstruction: [B, 1, H, W], where asked for.
 
     Example:
         >>> z_score = torch.tensor([-1.0, 0.0, 2.0])
-        >>> scores = Scores(-z_score, z_score, torch.sigmoid(z_score))
-        >>> scores.anomaly_score
+        >>> Scores(-z_score, z_score, torch.sigmoid(z_score)).anomaly_score
         tensor([0.2689, 0.5000, 0.8808])
     """
 
@@ -188,10 +187,7 @@ class Scorer(BaseScorer):
         >>> normal = ImageSet(images, torch.zeros(20, dtype=torch.int64), [""] * 20)
         >>> calibration = calibrate(model, Discriminator(2), normal, device="cpu")
         >>> scorer = Scorer(model, Discriminator(2), calibration, "patch_error", device="cpu")
-        >>> scores = scorer.score(images, reconstruction=True)
-        >>> scores.z_score.shape, scores.reconstruction.shape
-        (torch.Size([20]), torch.Size([20, 1, 40, 40]))
-        >>> (scores.z_score > scorer.threshold).sum()  # 5% of the normal images
+        >>> (scorer.score(images).z_score > scorer.threshold).sum()  # 5% of the normal images
         tensor(1)
     """
 
@@ -223,8 +219,7 @@ class Scorer(BaseScorer):
         """The scorer of a bundle folder; its configured score unless another is named.
 
         Raises:
-            BundleError: the folder is no bundle, or damaged.
-            ValueError: as of the constructor.
+            BundleError: the folder is no bundle, or damaged; ValueError as of the constructor.
         """
         check_hardware(precision, choose_device(device))
         loaded = load_bundle(bundle)
