@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from squid_fast import SQUID, Bundle, Discriminator
+from squid_fast import SQUID, Bundle, Discriminator, Scorer
 from squid_fast.data import ImageSet
 from squid_fast.inference import calibrate
 from squid_fast.inference.scores import PAPER_SCORE
+from squid_fast.modules import discriminator_size
+from squid_fast.utils.devices import ScoringPrecision
 
 SIDE = 48
 TINY: dict[str, Any] = {
@@ -31,7 +33,13 @@ TINY: dict[str, Any] = {
 }
 """Arguments of a model for images of ``SIDE`` x ``SIDE`` without memories in its decoder."""
 
-DECODER_MEMORY = [None, {"type": "MemoryMatrixBlockV3", "multiplier": 144, "num_memory": 4}]
+
+def decoder_memory(kind: str, multiplier: int, num_memory: int) -> list[dict[str, Any] | None]:
+    """The argument of a model of two levels with memories in the coarser one."""
+    return [None, {"type": kind, "multiplier": multiplier, "num_memory": num_memory}]
+
+
+DECODER_MEMORY = decoder_memory("MemoryMatrixBlockV3", 144, 4)
 """What gives it one: ``tiny_squid(decoder_memory=DECODER_MEMORY)``."""
 
 
@@ -106,6 +114,14 @@ def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def trained_discriminator(images: Tensor) -> Discriminator:
+    """In evaluation mode, with the statistics of these images."""
+    discriminator = Discriminator(discriminator_size(images.shape[-1]))
+    with torch.no_grad():
+        discriminator(images)
+    return discriminator.eval()
+
+
 def tiny_pair() -> tuple[SQUID, Discriminator]:
     """A model and a discriminator in evaluation mode, whose statistics and queues are of images."""
     model, discriminator = tiny_squid(), Discriminator(2)
@@ -121,6 +137,17 @@ def tiny_bundle(score: str = PAPER_SCORE) -> Bundle:
     pair = tiny_pair()
     calibration = calibrate(*pair, image_set(30), image_set(40, seed=5), 0.1, "float32", "cpu")
     return Bundle(*pair, calibration, score, about={"preset": "test"})
+
+
+def scorer_of(
+    bundle: Bundle,
+    score: str | None = None,
+    precision: ScoringPrecision = "float32",
+    device: str = "cpu",
+) -> Scorer:
+    """The scorer of a bundle, of its own score unless named."""
+    pair = bundle.model, bundle.discriminator
+    return Scorer(*pair, bundle.calibration, score or bundle.score, precision, device)
 
 
 class MeanScorer:

@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import math
 import time
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -47,10 +49,9 @@ def tied_scores(draw: st.DrawFn) -> tuple[list[int], list[float]]:
 
 
 class TestRanking:
-    def test_auroc_by_hand(self):
+    def test_by_hand(self):
         assert image_auroc(LABELS, Z) == pytest.approx(8 / 9)
-
-    def test_auprc_by_hand(self):
+        assert image_auroc(np.array(LABELS, dtype=bool), Z) == pytest.approx(8 / 9)
         # precision at the three anomalous images: 1/1, 2/2, 3/4
         assert image_auprc(LABELS, Z) == pytest.approx((1 + 1 + 3 / 4) / 3)
 
@@ -67,9 +68,6 @@ class TestRanking:
         saturated = np.float32(1) / (np.float32(1) + np.exp(-z))
         assert image_auroc([0, 1], saturated) == 0.5
         assert image_auroc([0, 1], z) == 1.0
-
-    def test_labels_may_be_booleans(self):
-        assert image_auroc(np.array(LABELS, dtype=bool), Z) == pytest.approx(8 / 9)
 
 
 class TestRefusals:
@@ -89,15 +87,10 @@ class TestRefusals:
     @pytest.mark.parametrize(
         "function",
         [
-            image_auroc,
-            image_auprc,
-            bootstrap_auroc_interval,
-            best_test_accuracy,
-            lambda labels, z: operating_point(labels, z, 0.0),
-            lambda labels, z: evaluate(labels, z, score_name="any"),
+            image_auroc, image_auprc, bootstrap_auroc_interval, best_test_accuracy,
+            partial(operating_point, threshold=0.0), partial(evaluate, score_name="any"),
         ],
-        ids=["auroc", "auprc", "bootstrap", "best_test_accuracy", "operating_point", "evaluate"],
-    )
+    )  # fmt: skip
     def test_what_cannot_be_evaluated(self, function, labels, z, sentence):
         with pytest.raises(ValueError, match=sentence):
             function(labels, z)
@@ -108,11 +101,9 @@ class TestRefusals:
         with pytest.raises(ValueError, match="resamples is 0; it must be at least 1"):
             bootstrap_auroc_interval(LABELS, Z, resamples=0)
 
-    def test_threshold_that_is_not_a_number(self):
+    def test_other_arguments(self):
         with pytest.raises(ValueError, match="threshold is nan; it must be a finite number"):
             operating_point(LABELS, Z, math.nan)
-
-    def test_rate_without_its_threshold(self):
         with pytest.raises(ValueError, match=r"false_positive_rate is 0.1, but there is no thresh"):
             evaluate(LABELS, Z, score_name="any", false_positive_rate=0.1)
 
@@ -158,8 +149,9 @@ class TestBootstrap:
 
     def test_seed_decides(self):
         labels, z = shifted_normals(np.random.default_rng(1), 30, 40)
-        assert bootstrap_auroc_interval(labels, z) == bootstrap_auroc_interval(labels, z, seed=0)
-        assert bootstrap_auroc_interval(labels, z) != bootstrap_auroc_interval(labels, z, seed=1)
+        first, again, other = (bootstrap_auroc_interval(labels, z, seed=s) for s in (0, 0, 1))
+        assert bootstrap_auroc_interval(labels, z) == first == again != other
+        assert evaluate(labels, z, score_name="instance", seed=1).auroc_interval == other
 
     def test_separated_classes(self):
         assert bootstrap_auroc_interval([0, 0, 1, 1], [0, 1, 2, 3]) == (1.0, 1.0)
@@ -236,15 +228,9 @@ class TestCalibration:
 class TestOperatingPoints:
     def test_by_hand(self):
         # flagged: 3.0 (right), 2.0 (right), 1.5 (wrong); missed: 1.0, which is not above itself
-        point = operating_point(LABELS, Z, 1.0)
-        assert point == OperatingPoint(
-            threshold=1.0,
-            accuracy=pytest.approx(4 / 6),
-            f1=pytest.approx(2 / 3),
-            precision=pytest.approx(2 / 3),
-            sensitivity=pytest.approx(2 / 3),
-            specificity=pytest.approx(2 / 3),
-        )
+        share = pytest.approx(2 / 3)
+        expected = OperatingPoint(1.0, share, share, share, sensitivity=share, specificity=share)
+        assert operating_point(LABELS, Z, 1.0) == expected
 
     def test_nothing_flagged(self):
         assert operating_point([0, 1, 1], [1.0, 2.0, 3.0], 3.0) == OperatingPoint(
@@ -256,16 +242,15 @@ class TestOperatingPoints:
     def test_agrees_with_sklearn(self, sample, threshold):
         labels, z = np.array(sample[0]), np.array(sample[1])
         flagged = (z > threshold).astype(int)
-        point = operating_point(labels, z, threshold)
-        assert point.accuracy == pytest.approx(metrics.accuracy_score(labels, flagged))
-        assert point.f1 == pytest.approx(metrics.f1_score(labels, flagged, zero_division=0))
-        assert point.precision == pytest.approx(
-            metrics.precision_score(labels, flagged, zero_division=0)
-        )
-        assert point.sensitivity == pytest.approx(metrics.recall_score(labels, flagged))
-        assert point.specificity == pytest.approx(
-            metrics.recall_score(labels, flagged, pos_label=0)
-        )
+        expected = {
+            "threshold": threshold,
+            "accuracy": metrics.accuracy_score(labels, flagged),
+            "f1": metrics.f1_score(labels, flagged, zero_division=0),
+            "precision": metrics.precision_score(labels, flagged, zero_division=0),
+            "sensitivity": metrics.recall_score(labels, flagged),
+            "specificity": metrics.recall_score(labels, flagged, pos_label=0),
+        }
+        assert vars(operating_point(labels, z, threshold)) == pytest.approx(expected)
 
     def test_best_test_accuracy_by_hand(self):
         # 1 1 0 1 0 0 from the top: flagging two or four images is right for five of six; the
@@ -309,38 +294,20 @@ class TestEvaluate:
         assert result.calibrated == operating_point(LABELS, Z, threshold)
         assert result.calibrated.threshold == pytest.approx(1.4)
         assert result.false_positive_rate == 0.05
-
-    def test_without_calibration(self):
-        result = evaluate(LABELS, Z, score_name="running")
-        assert result.calibrated is None
-        assert result.false_positive_rate is None
-
-    def test_seed_reaches_the_bootstrap(self):
-        labels, z = shifted_normals(np.random.default_rng(1), 30, 40)
-        result = evaluate(labels, z, score_name="instance", seed=7)
-        assert result.auroc_interval == bootstrap_auroc_interval(labels, z, seed=7)
+        plain = evaluate(LABELS, Z, score_name="instance")
+        assert plain == replace(result, calibrated=None, false_positive_rate=None)
 
     def test_json(self):
+        labels, z, threshold = np.array(LABELS), np.array(Z, dtype=np.float32), np.float32(1.0)
         result = evaluate(
-            np.array(LABELS),
-            np.array(Z, dtype=np.float32),
-            score_name="instance",
-            threshold=np.float32(1.0),
-            false_positive_rate=0.05,
+            labels, z, score_name="instance", threshold=threshold, false_positive_rate=0.05
         )
         back = json.loads(json.dumps(result.to_json(), allow_nan=False))
         assert back == result.to_json()
         assert list(back) == [
-            "score_name",
-            "n_normal",
-            "n_anomalous",
-            "auroc",
-            "auroc_interval",
-            "auprc",
-            "paper_best_test_accuracy",
-            "calibrated",
-            "false_positive_rate",
-        ]
+            "score_name", "n_normal", "n_anomalous", "auroc", "auroc_interval", "auprc",
+            "paper_best_test_accuracy", "calibrated", "false_positive_rate",
+        ]  # fmt: skip
         assert back["auroc_interval"] == list(result.auroc_interval)
         assert back["calibrated"]["threshold"] == 1.0
         assert back["calibrated"]["accuracy"] == pytest.approx(4 / 6)
@@ -365,8 +332,7 @@ class TestPicture:
         pixels = evaluation.require("matplotlib.image", "train").imread(path)[..., :3]
         colour = np.array([31, 119, 180]) / 255  # the first of matplotlib's cycle
         rows, columns = np.nonzero(np.abs(pixels - colour).max(-1) < 0.02)
-        height = rows.max() - rows.min()
-        width = columns.max() - columns.min()
+        height, width = np.ptp(rows), np.ptp(columns)
         assert min(height, width) > 0.7 * pixels.shape[0]  # along the left and the top, full length
         assert height == pytest.approx(width, abs=5)  # one unit is as long on both axes
 

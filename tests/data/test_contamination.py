@@ -70,8 +70,7 @@ def test_the_verb_mixes_says_so_and_does_not_resume_with_another_mixture(tmp_pat
     squid(*command, "--contamination-rate", 0.1)
     about = json.loads((tmp_path / "run/config.json").read_text())["about"]
     assert about["training_images"] == 30
-    assert about["contamination"]["images"] == 3
-    assert about["contamination"]["rate"] == 0.1
+    assert about["contamination"].items() >= {"images": 3, "rate": 0.1}.items()
     for file in (tmp_path / "odd/B").iterdir():  # other images, as many
         Image.new("L", (48, 48), 9).save(file)
     other = squid(*command, "--contamination-rate", 0.1, "--resume", check=False)

@@ -57,95 +57,82 @@ def lookup_table(values: list[int], first: int, bits: int) -> Any:
     return pydicom.Sequence([item])
 
 
-def test_without_a_window_minimum_to_maximum(tmp_path: Path) -> None:
-    image = read_image(dicom(tmp_path / "a.dcm"))
-    assert image.dtype == np.float32
-    np.testing.assert_allclose(image, STORED / 500, atol=1e-6)
+COLOUR = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 255]]], dtype=np.uint8)
+INVERTED = {"PhotometricInterpretation": "MONOCHROME1"}
+WINDOW = {"WindowCenter": 200.5, "WindowWidth": 201}
+WINDOWED = np.clip((STORED - 100.0) / 200, 0, 1)
 
-
-def test_monochrome1_is_inverted_last(tmp_path: Path) -> None:
-    image = read_image(dicom(tmp_path / "a.dcm", PhotometricInterpretation="MONOCHROME1"))
-    np.testing.assert_allclose(image, 1 - STORED / 500, atol=1e-6)
-    tags: dict[str, Any] = {"WindowCenter": 200.5, "WindowWidth": 201}
-    plain = read_image(dicom(tmp_path / "b.dcm", **tags))
-    inverted = read_image(
-        dicom(tmp_path / "c.dcm", PhotometricInterpretation="MONOCHROME1", **tags)
-    )
-    np.testing.assert_allclose(inverted, 1 - plain, atol=1e-6)
-
-
-def test_the_window_sees_rescaled_values(tmp_path: Path) -> None:
+# The tags of a file with the values STORED, and what is read of it: to 1e-6, integers exactly.
+VALUES: dict[str, tuple[dict[str, Any], Any]] = {
+    "minimum to maximum without a window": ({}, STORED / 500),
+    "inverted": (INVERTED, 1 - STORED / 500),
+    "windowed": (WINDOW, WINDOWED),
+    "inverted behind the window": (INVERTED | WINDOW, 1 - WINDOWED),
     # stored 0..500 -> modality -1000..0; the window spans -800..-400 with its ends at 0 and 1
-    tags: dict[str, Any] = {"RescaleSlope": 2, "RescaleIntercept": -1000}
-    path = dicom(tmp_path / "a.dcm", WindowCenter=-599.5, WindowWidth=401, **tags)
-    expected = np.clip((STORED * 2.0 - 1000 + 800) / 400, 0, 1)
-    np.testing.assert_allclose(read_image(path), expected, atol=1e-6)
+    "the window sees rescaled values": (
+        {"RescaleSlope": 2, "RescaleIntercept": -1000, "WindowCenter": -599.5, "WindowWidth": 401},
+        np.clip((STORED * 2.0 - 1000 + 800) / 400, 0, 1),
+    ),
+    "a linear window without the half pixels": (
+        {"WindowCenter": 250, "WindowWidth": 500, "VOILUTFunction": "LINEAR_EXACT"},
+        STORED / 500,
+    ),
+    "a sigmoid": (
+        {"WindowCenter": 200, "WindowWidth": 100, "VOILUTFunction": "SIGMOID"},
+        1 / (1 + np.exp(-4 * (STORED.astype(float) - 200) / 100)),
+    ),
+    "the first of several windows": (
+        {"WindowCenter": [200.5, 40], "WindowWidth": [201, 2]},
+        WINDOWED,
+    ),
+    "a negative slope turns the picture once": (
+        {"RescaleSlope": -1, "RescaleIntercept": 500, "WindowCenter": 250.5, "WindowWidth": 501},
+        1 - STORED / 500,
+    ),
+    # Entries of 8 bits, indexed by values beyond 255.
+    "a table narrower than the pixels": (
+        {"VOILUTSequence": lookup_table([0, 51, 102, 255], first=199, bits=8)},
+        [[0.0, 0.0, 0.2], [1.0, 1.0, 1.0]],
+    ),
+    "a table of 16 bits": (
+        {"VOILUTSequence": lookup_table([0, 65535], first=399, bits=16)},
+        [[0, 0, 0], [0, 1, 1]],
+    ),
+    "a table whose entries exceed its 12 bits": (
+        {"VOILUTSequence": lookup_table([0, 4095, 65535], first=399, bits=12)},
+        [[0, 0, 0], [0, 1, 1]],
+    ),
+    # value v -> 1000 - v
+    "a modality table before the window": (
+        {"ModalityLUTSequence": lookup_table(list(range(1000, 0, -1)), first=0, bits=16)}
+        | {"WindowCenter": 750.5, "WindowWidth": 501},
+        (500 - STORED) / 500,
+    ),
+    "signed": ({"stored": np.array([[-100, 0, 100]], dtype=np.int16)}, [[0, 0.5, 1]]),
+    "the first of two frames": (
+        {"stored": np.stack([STORED[:, :2], STORED[::-1, :2]])},
+        STORED[:, :2] / 400,
+    ),
+    "constant": ({"stored": np.full((2, 2), 9, np.uint16)}, [[0, 0], [0, 0]]),
+    "constant and inverted": (
+        {"stored": np.full((2, 2), 9, np.uint16)} | INVERTED,
+        [[0, 0], [0, 0]],
+    ),
+    "colour becomes luminance": (
+        {"stored": COLOUR, "PhotometricInterpretation": "RGB", "PlanarConfiguration": 0},
+        [[0.299, 0.587], [0.114, 1.0]],
+    ),
+    "more frames claimed than there are": ({"NumberOfFrames": 2**31 - 1}, STORED / 500),
+}
 
 
-def test_window_functions_and_alternatives(tmp_path: Path) -> None:
-    exact = dicom(
-        tmp_path / "a.dcm", WindowCenter=250, WindowWidth=500, VOILUTFunction="LINEAR_EXACT"
-    )
-    np.testing.assert_allclose(read_image(exact), STORED / 500, atol=1e-6)
-    sigmoid = dicom(tmp_path / "b.dcm", WindowCenter=200, WindowWidth=100, VOILUTFunction="SIGMOID")
-    expected = 1 / (1 + np.exp(-4 * (STORED.astype(float) - 200) / 100))
-    np.testing.assert_allclose(read_image(sigmoid), expected, atol=1e-6)
-    several = dicom(tmp_path / "c.dcm", WindowCenter=[200.5, 40], WindowWidth=[201, 2])
-    expected = np.clip((STORED - 100.0) / 200, 0, 1)
-    np.testing.assert_allclose(read_image(several), expected, atol=1e-6)
-
-
-def test_a_negative_slope_turns_the_picture_once(tmp_path: Path) -> None:
-    path = dicom(
-        tmp_path / "a.dcm",
-        RescaleSlope=-1,
-        RescaleIntercept=500,
-        WindowCenter=250.5,
-        WindowWidth=501,
-    )
-    np.testing.assert_allclose(read_image(path), 1 - STORED / 500, atol=1e-6)
-
-
-def test_lookup_tables_may_be_narrower_than_the_pixels(tmp_path: Path) -> None:
-    # 8-bit entries indexed by values beyond 255
-    table = lookup_table([0, 51, 102, 255], first=199, bits=8)
-    image = read_image(dicom(tmp_path / "a.dcm", VOILUTSequence=table))
-    np.testing.assert_allclose(image, [[0.0, 0.0, 0.2], [1.0, 1.0, 1.0]], atol=1e-6)
-    sixteen = lookup_table([0, 65535], first=399, bits=16)
-    image = read_image(dicom(tmp_path / "b.dcm", VOILUTSequence=sixteen))
-    np.testing.assert_array_equal(image, [[0, 0, 0], [0, 1, 1]])
-    beyond = lookup_table([0, 4095, 65535], first=399, bits=12)  # its entries exceed 12 bits
-    image = read_image(dicom(tmp_path / "c.dcm", VOILUTSequence=beyond))
-    np.testing.assert_array_equal(image, [[0, 0, 0], [0, 1, 1]])
-
-
-def test_a_modality_table_before_the_window(tmp_path: Path) -> None:
-    table = lookup_table(list(range(1000, 0, -1)), first=0, bits=16)  # value v -> 1000 - v
-    path = dicom(tmp_path / "a.dcm", ModalityLUTSequence=table, WindowCenter=750.5, WindowWidth=501)
-    np.testing.assert_allclose(read_image(path), (500 - STORED) / 500, atol=1e-6)
-
-
-def test_signed_multiframe_and_constant(tmp_path: Path) -> None:
-    signed = np.array([[-100, 0, 100]], dtype=np.int16)
-    np.testing.assert_allclose(
-        read_image(dicom(tmp_path / "a.dcm", signed)), [[0, 0.5, 1]], atol=1e-6
-    )
-    first = STORED[:, :2]
-    frames = np.stack([first, first[::-1]])
-    np.testing.assert_allclose(
-        read_image(dicom(tmp_path / "b.dcm", frames)), first / 400, atol=1e-6
-    )
-    for polarity in ("MONOCHROME1", "MONOCHROME2"):
-        flat = dicom(
-            tmp_path / "c.dcm", np.full((2, 2), 9, np.uint16), PhotometricInterpretation=polarity
-        )
-        np.testing.assert_array_equal(read_image(flat), np.zeros((2, 2)))
-
-
-def test_colour_becomes_luminance(tmp_path: Path) -> None:
-    colour = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 255]]], dtype=np.uint8)
-    path = dicom(tmp_path / "a.dcm", colour, PhotometricInterpretation="RGB", PlanarConfiguration=0)
-    np.testing.assert_allclose(read_image(path), [[0.299, 0.587], [0.114, 1.0]], atol=1e-6)
+@pytest.mark.parametrize("case", VALUES)
+def test_values(tmp_path: Path, case: str) -> None:
+    tags, expected = VALUES[case]
+    image = read_image(dicom(tmp_path / "a.dcm", **tags))
+    assert image.dtype == np.float32
+    exact = np.asarray(expected).dtype.kind == "i"
+    np.testing.assert_allclose(image, expected, rtol=0, atol=0 if exact else 1e-6)
 
 
 def test_files_without_suffix_or_preamble(tmp_path: Path) -> None:
@@ -156,22 +143,17 @@ def test_files_without_suffix_or_preamble(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_read(tmp_path: Path) -> None:
-    report = dicom(tmp_path / "sr.dcm", None, Modality="SR")
-    with pytest.raises(ImageReadError, match=r"without an image.*Modality is SR"):
-        read_image(report)
-    header = dicom(tmp_path / "header.dcm", None, Rows=4, Columns=4)
-    with pytest.raises(ImageReadError, match=r"header.dcm"):
-        read_image(header)
-    huge = dicom(tmp_path / "huge.dcm", Rows=30_000, Columns=30_000)
-    with pytest.raises(ImageReadError, match="30000x30000"):
-        read_image(huge)
     text = tmp_path / "text.dcm"
     text.write_text("this is no DICOM file, though it says so " * 10)
-    with pytest.raises(ImageReadError, match=r"text.dcm"):
-        read_image(text)
-    window = dicom(tmp_path / "window.dcm", WindowCenter=100, WindowWidth=0)
-    with pytest.raises(ImageReadError, match="Window Width"):
-        read_image(window)
+    for path, reason in (
+        (dicom(tmp_path / "sr.dcm", None, Modality="SR"), "without an image.*Modality is SR"),
+        (dicom(tmp_path / "header.dcm", None, Rows=4, Columns=4), r"header.dcm"),
+        (dicom(tmp_path / "huge.dcm", Rows=30_000, Columns=30_000), "30000x30000"),
+        (text, r"text.dcm"),
+        (dicom(tmp_path / "window.dcm", WindowCenter=100, WindowWidth=0), "Window Width"),
+    ):
+        with pytest.raises(ImageReadError, match=reason):
+            read_image(path)
     whole = dicom(tmp_path / "cut.dcm", np.zeros((64, 64), np.uint16)).read_bytes()
     for share in (0.2, 0.6, 0.99):
         (tmp_path / "cut.dcm").write_bytes(whole[: int(len(whole) * share)])
@@ -209,8 +191,3 @@ def test_a_deflated_file_is_not_inflated_without_limit(
 def test_sizes_that_are_only_claimed(tmp_path: Path, claim: dict[str, int], reason: str) -> None:
     with pytest.raises(ImageReadError, match=reason):
         read_image(dicom(tmp_path / "a.dcm", **claim))
-
-
-def test_frames_that_are_only_claimed_do_not_matter(tmp_path: Path) -> None:
-    path = dicom(tmp_path / "a.dcm", NumberOfFrames=2**31 - 1)
-    np.testing.assert_allclose(read_image(path), STORED / 500, atol=1e-6)

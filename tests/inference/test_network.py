@@ -20,21 +20,16 @@ from squid_fast.inference.convolution import (
     fold_discriminator,
 )
 from squid_fast.inference.network import FrozenGenerator
-from tests.factories import trained_squid
+from tests.factories import decoder_memory, trained_squid
 from tests.processor import needs_bf16, needs_onednn
 
 CONFIGS: dict[str, dict[str, Any]] = {
-    "published shape": {
-        "decoder_memory": [None, {"type": "MemoryMatrixBlock", "multiplier": 64, "num_memory": 4}],
-    },
+    "published shape": {"decoder_memory": decoder_memory("MemoryMatrixBlock", 64, 4)},
     "patches to the end": {"initial_combine": None, "ops": ["concat", "concat"]},
     "whole from the start": {"initial_combine": 2, "ops": ["none", "concat"]},
     "nine patches": {
         "num_patch": 3,
-        "decoder_memory": [
-            None,
-            {"type": "MemoryMatrixBlockV3", "multiplier": 256, "num_memory": 9},
-        ],
+        "decoder_memory": decoder_memory("MemoryMatrixBlockV3", 256, 9),
     },
     "hard shrinkage": {"shrink_thres": 0.001, "ops": ["none", "none"]},
     "two channels": {"num_in_ch": 2},
@@ -161,14 +156,14 @@ def test_a_convolution_before_the_resize_is_the_convolution_behind_it(side: int,
 
 def test_running_statistics_become_part_of_the_discriminator() -> None:
     torch.manual_seed(5)
-    judge = squid_fast.Discriminator(2)
+    discriminator = squid_fast.Discriminator(2)
     images = torch.rand(6, 1, 48, 48)
     with torch.no_grad():
         for _ in range(3):
-            judge(images)
-        judge.eval()
-        folded = fold_discriminator(judge)
+            discriminator(images)
+        discriminator.eval()
+        folded = fold_discriminator(discriminator)
         assert not any(isinstance(layer, nn.BatchNorm2d) for layer in folded.modules())
-        expected = judge.score(images, "running")
+        expected = discriminator.score(images, "running")
         torch.testing.assert_close(folded.score(images, "running"), expected, rtol=1e-5, atol=1e-6)
-        assert not torch.allclose(expected, judge.score(images, "instance"), atol=1e-3)
+        assert not torch.allclose(expected, discriminator.score(images, "instance"), atol=1e-3)
