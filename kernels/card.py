@@ -38,7 +38,7 @@ class Card:
         return "ieee" if self.is_amd else "tf32x3"
 
 
-# Kernels are compiled for these without having them: bench.machine_code.compile_report.
+# Kernels are compiled for these without having them: bench.machine_code.
 A100 = Card("sm_80", multiprocessors=108, shared_memory=163 * 1024)
 H100 = Card("sm_90", multiprocessors=132, shared_memory=227 * 1024)
 MI300X = Card("gfx942", multiprocessors=304, shared_memory=64 * 1024)
