@@ -43,8 +43,7 @@ def find_records(root: str | os.PathLike[str], layout: str = "auto") -> list[Rec
         the records, each image once, sorted by path.
 
     Raises:
-        LayoutError: nothing is there, no layout fits, or one image is listed with two labels or in
-            two splits.
+        LayoutError: nothing is there, no layout fits, or an image has two labels or two splits.
         ValueError: ``layout`` is not a known name.
 
     >>> from pathlib import Path

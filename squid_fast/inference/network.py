@@ -85,7 +85,7 @@ class QuantizedStage(nn.Module):
         ranges: of the block's convolutions: "first", "second", "third", and "first.input".
         source: parameters of the input, where it is quantized already.
         target: float dtype of the output; None to quantize it by ``output``.
-        resizes: as in the decoder.
+        resizes: whether the input is resized first, as in the decoder.
         skip: parameters of the skip, where it is quantized.
     """
 

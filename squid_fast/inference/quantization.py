@@ -87,19 +87,16 @@ class MinMaxObserver:
         A few large values would make the scale coarse for all others; they are clipped where that
         lowers the error.
         """
-        return {name: self._best(name) for name in self.min_max}
-
-    def _best(self, name: str) -> Range:
-        values = torch.cat(self._samples[name])
-        low, high = self.min_max[name]
-        shares = torch.linspace(0.1, 1, 37).tolist()
-        candidates = [QuantParams.from_range(low * share, high * share) for share in shares]
-        errors = [
-            (params.dequantize(params.quantize(values), torch.float32) - values).square().mean()
-            for params in candidates
-        ]
-        share = shares[int(torch.stack(errors).argmin())]
-        return low * share, high * share
+        shares, best = torch.linspace(0.1, 1, 37).tolist(), {}
+        for name, (low, high) in self.min_max.items():
+            values, errors = torch.cat(self._samples[name]), []
+            for share in shares:
+                params = QuantParams.from_range(low * share, high * share)
+                found = params.dequantize(params.quantize(values), torch.float32)
+                errors.append((found - values).square().mean())
+            share = shares[int(torch.stack(errors).argmin())]
+            best[name] = low * share, high * share
+        return best
 
 
 class QuantizedConv(nn.Module):

@@ -80,14 +80,14 @@ class Discriminator(nn.Module):
         return (x.flatten(1) * self.regressor.weight).sum(dim=1) + self.regressor.bias
 
     def _check(self, images: Tensor) -> None:
-        sides = range(32 * self.size - 31, 32 * self.size + 1)
+        most = 32 * self.size
+        sides = range(most - 31, most + 1)
         one_channel = images.dim() == 4 and images.shape[1] == 1
-        if one_channel and images.shape[2] in sides and images.shape[3] in sides:
-            return
-        raise ValueError(
-            f"images are {list(images.shape)}; a Discriminator(size={self.size}) takes "
-            f"[B, 1, {32 * self.size}, {32 * self.size}] (sides from {sides[0]} on)."
-        )
+        if not (one_channel and images.shape[2] in sides and images.shape[3] in sides):
+            raise ValueError(
+                f"images are {list(images.shape)}; a Discriminator(size={self.size}) takes "
+                f"[B, 1, {most}, {most}] (sides from {sides[0]} on)."
+            )
 
 
 def discriminator_size(image_size: int) -> int:

@@ -43,10 +43,9 @@ def bundled_digits() -> tuple[Bytes, npt.NDArray[np.int64]]:
 def load_mnist(source: str | os.PathLike[str]) -> tuple[Bytes, npt.NDArray[np.int64]]:
     """Read MNIST's images and labels.
 
-    Args:
-        source: the images' file, or the folder that holds it; of several pairs "train" comes
-            before "t10k". The labels' file has the same name with "labels" for "images" and "idx1"
-            for "idx3". Either may be gzipped.
+    ``source`` is the images' file or the folder that holds it, where "train" comes before "t10k".
+    The labels' file has the same name with "labels" for "images" and "idx1" for "idx3". Either may
+    be gzipped.
 
     Returns:
         uint8 ``[n, h, w]``, white ink on black, and int64 ``[n]`` in 0..9.
@@ -126,12 +125,7 @@ def read_idx(path: str | os.PathLike[str]) -> Bytes:
 def split_members(classes: torch.Tensor, split: str, seed: int) -> list[torch.Tensor]:
     """The drawings of each digit that belong to a split: 60 : 20 : 20, shuffled by seed.
 
-    Args:
-        classes: int64 ``[n]``, the digit of each drawing in the source.
-        split: one of ``SPLITS``.
-
-    Returns:
-        for each digit, 0 to 9, the indices of its drawings in the source, int64.
+    From the digit of each drawing, int64 ``[n]``; for each digit, 0 to 9, indices into them, int64.
 
     Raises:
         DigitSourceError: a digit has too few drawings for the split.
