@@ -114,8 +114,9 @@ def fit(
             order = torch.randperm(len(images), generator=generator)
             for index in range(first, per_epoch):
                 chooser.choose()
-                position = epoch if seconds is None else over() * recipe.epochs
-                set_learning_rate(learner.optimizers[0], learning_rate(recipe, position))
+                if seconds is not None or index == first:
+                    position = epoch if seconds is None else over() * recipe.epochs
+                    set_learning_rate(learner.optimizers[0], learning_rate(recipe, position))
                 batch = order[index * recipe.batch_size : (index + 1) * recipe.batch_size]
                 torch.manual_seed(step_seed(seed, run.step))
                 run.add(step(batch.to(device), run.step))

@@ -442,7 +442,17 @@ def test_training_in_bf16_keeps_weights_in_float32(tmp_path: Path) -> None:
     assert difference.abs().max() < 0.02
 
 
-# --- by the clock ---------------------------------------------------------------------------------
+# --- the rate, and runs by the clock --------------------------------------------------------------
+
+
+def test_the_rate_of_a_run_by_epochs_is_set_once_an_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+    monkeypatch.setattr(loop, "set_learning_rate", lambda _, rate: rates.append(rate))
+    train(tiny_model(), image_set(8), tmp_path, RECIPE, should_stop=after_steps(3))
+    train(tiny_model(), image_set(8), tmp_path, RECIPE, resume=True)  # from within the second
+    assert rates == [learning_rate(RECIPE, epoch) for epoch in (0, 1, 1, 2)]
 
 
 def by_the_clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
