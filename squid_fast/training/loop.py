@@ -205,9 +205,8 @@ def _end_epoch(
         figures: dict[str, float] = {}
         if validation_set is not None and len(set(validation_set.labels.tolist())) == 2:
             found = run.learner.validate(validation_set)
-            validation = found.get("validation")
-            if validation is not None:
-                run.validated(epoch + 1, validation)
+            validation = found["validation"]
+            run.validated(epoch + 1, validation)
             figures = {f"{of}/{k}": v for of, values in found.items() for k, v in values.items()}
         run.log(figures | observe(epoch))
     run.to_validate = False
