@@ -27,11 +27,11 @@ from .step import Trainer, make_optimizers
 class SquidLearner(Learner):
     """A SQUID and a new discriminator in training; Lightning Fabric carries device and precision.
 
+    ``sync_batch_norm`` and ``graphs`` are those of ``squid_fast.training.train``.
+
     Args:
         model: its weights are what training starts from.
         device: device to train on; with several processes Fabric chooses one for each.
-        sync_batch_norm: normalise over the batches of all processes.
-        graphs: capture the steps as CUDA graphs, on one GPU.
         fabric: Lightning's ``Fabric``, of another learner; a new one unless given.
     """
 
