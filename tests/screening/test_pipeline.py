@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from squid_fast.screening import find_files, pipeline, screen
-from squid_fast.screening.pipeline import score_batch, screen_listing
+from squid_fast.screening.pipeline import score_batch
 from squid_fast.screening.reading import source
 from squid_fast.screening.reading.packing import pack
 from squid_fast.screening.reading.worker import Decoded
@@ -231,10 +231,10 @@ def test_every_broken_file_gets_a_row_with_its_reason(tmp_path: Path, workers: i
 
 
 def test_a_file_cut_short_after_it_was_listed(levels: list[str]) -> None:
-    files = find_files(levels)
+    found = screen(MeanScorer(), levels[:4], workers=1)
     os.truncate(levels[1], 140)
     os.remove(levels[2])
-    rows = list(screen_listing(MeanScorer(), files[:4], workers=1))
+    rows = list(found)
     assert [row.raw_score for row in rows] == [0, None, None, 3]
     assert "could not be decoded as NPY, it is damaged or truncated" in (rows[1].error or "")
     assert "does not exist" in (rows[2].error or "")
@@ -337,7 +337,7 @@ def test_rows_go_on_behind_those_that_are_skipped(levels: list[str], tmp_path: P
     assert [row.raw_score for row in every] == [0, 5, 6, 7, 8, None, 1, 9, 10, 11, 2]
     assert [row.path for row in every[1:5]] == levels[5:9]
     for skip in range(len(every) + 2):
-        rows = list(screen_listing(MeanScorer(), files, 3, 0, skip=skip))
+        rows = list(screen(MeanScorer(), files, 3, 0, skip=skip))
         assert rows == every[skip:], skip
     with pytest.raises(ValueError, match="skip must be at least 0, not -1"):
         screen(MeanScorer(), [], skip=-1)

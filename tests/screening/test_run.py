@@ -283,36 +283,28 @@ def test_packed_files_are_resumed_in_their_middle(images: Path, tmp_path: Path) 
     assert found(out) == [expected(images)[3], *expected(images)]
 
 
-def test_a_damaged_journal_is_refused_and_kept(images: Path, tmp_path: Path) -> None:
-    out = tmp_path / "r.csv"
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("journal.sqlite", "cannot be read: .* Delete the folder to start"),
+        ("run.json", r"holds 'run\.json', which is of no unfinished run of this version"),
+    ],
+)
+def test_what_is_no_journal_is_refused_and_kept(
+    images: Path, tmp_path: Path, name: str, sentence: str
+) -> None:
+    out, file = tmp_path / "r.csv", tmp_path / "r.csv.partial" / name
     stopped(images, out, 3)
-    journal = tmp_path / "r.csv.partial" / "journal.sqlite"
-    content = journal.read_bytes()
+    content = (file.parent / "journal.sqlite").read_bytes()
     damaged = content[:4096] + bytes(len(content) - 4096)
-    journal.write_bytes(damaged)
-    for resume in (True, False):
-        with pytest.raises(JournalError, match=r"cannot be read: .* Delete the folder to start"):
-            screen_to_table(MeanScorer(), images, out, resume=resume, workers=0)
-    with pytest.raises(JournalError, match=r"cannot be read: .* Delete the folder to start"):
-        check_output(out)
-    assert journal.read_bytes() == damaged
-    assert not out.exists()
-
-
-def test_a_run_of_an_earlier_version_is_refused_and_kept(images: Path, tmp_path: Path) -> None:
-    """Its journal was a folder of text files."""
-    out, folder = tmp_path / "r.csv", tmp_path / "r.csv.partial"
-    folder.mkdir()
-    files = {"run.json": b"{}", "files.bin": b"a.png\0", "rows.jsonl": b'["a.png"'}
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
-    sentence = "of an earlier version of squid_fast: finish it with that version, or start anew"
+    file.write_bytes(damaged)
     for resume in (True, False):
         with pytest.raises(JournalError, match=sentence):
             screen_to_table(MeanScorer(), images, out, resume=resume, workers=0)
     with pytest.raises(JournalError, match=sentence):
         check_output(out)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
+    assert file.read_bytes() == damaged
+    assert not out.exists()
 
 
 def test_a_scorer_that_fails_loses_nothing_before(images: Path, tmp_path: Path) -> None:
