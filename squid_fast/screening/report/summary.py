@@ -176,10 +176,11 @@ def summarise(rows: Iterable[ScreenRow], top_k: int = 12) -> Summary:
 
 
 def _without_path(error: str, path: str) -> str:
-    """The sentence with "the file" in place of its path, or with nothing if a colon follows it."""
+    """The sentence with "the file" where its path first is, or with nothing if a colon follows."""
+    found = []
     for name in (os.path.abspath(path), path):
-        for spelled in (repr(name), name, one_line(name)):
-            before, found, after = error.partition(spelled) if spelled else (error, "", "")
-            if found and not (before[-1:].isalnum() or after[:1].isalnum()):
-                return f"{before}the file{after}".removeprefix("the file: ")
-    return error
+        for spelled in filter(None, (repr(name), name, one_line(name))):
+            before, spelled, after = error.partition(spelled)
+            if spelled and not (before[-1:].isalnum() or after[:1].isalnum()):
+                found.append((len(before), len(after), f"{before}the file{after}"))
+    return min(found)[-1].removeprefix("the file: ") if found else error
