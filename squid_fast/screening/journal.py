@@ -53,20 +53,14 @@ class JournalError(RuntimeError):
 
 @dataclass(frozen=True)
 class Run:
-    """What is being run. Rows of runs that differ in any of it do not belong in one table.
-
-    Attributes:
-        inputs: the first of the inputs as the user named them, for messages.
-        inputs_sha256: hash of all inputs.
-        folder: the folder in which relative inputs start, or None if all are absolute.
-    """
+    """What is being run. Rows of runs that differ in any of it do not belong in one table."""
 
     fingerprint: str
     score_name: str
     threshold: float
-    inputs: list[str]
-    inputs_sha256: str
-    folder: str | None
+    inputs: list[str]  # the first of them, for messages
+    inputs_sha256: str  # of all of them
+    folder: str | None  # in which relative inputs start; None if all are absolute
 
 
 class Journal:
@@ -87,7 +81,8 @@ class Journal:
 
     Raises:
         JournalError: the folder cannot be written or locked, is in use, is damaged, or holds
-            something other than a journal of this version.
+            something other than a journal of this version. All methods raise it when the journal
+            cannot be read or written.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -105,12 +100,7 @@ class Journal:
             raise
 
     def start(self, run: Run, files: Iterable[str], packed: Mapping[int, int]) -> None:
-        """Begin a run.
-
-        Raises:
-            ValueError: a path cannot be the name of a file.
-            JournalError: the journal cannot be written.
-        """
+        """Begin a run; raises ValueError if a path cannot be the name of a file."""
         paths = ((_path_bytes(path),) for path in files)
         with self._explained("cannot be written"):
             with self._database as database:
@@ -124,12 +114,7 @@ class Journal:
         self._set_listing(count, packed)
 
     def append(self, rows: Sequence[ScreenRow]) -> None:
-        """Write the next rows in one transaction.
-
-        Raises:
-            RuntimeError: a row is not that of the next file.
-            JournalError: they cannot be written; the rows written before are kept.
-        """
+        """Write the next rows in one transaction; raises RuntimeError if they are other rows."""
         for done, row in enumerate(rows, start=self.count):
             if done == self.total:
                 raise RuntimeError(f"all {done} files have their rows, and then came {row.path!r}")
@@ -153,11 +138,7 @@ class Journal:
             self._synced = now
 
     def rows(self) -> Iterator[ScreenRow]:
-        """All rows, as a stream.
-
-        Raises:
-            JournalError: the journal is damaged.
-        """
+        """All rows, as a stream."""
         try:
             lines = _read(self._database, "SELECT fields FROM rows", self.count)
             for line, wanted in zip(lines, self._paths_of_rows(), strict=False):
@@ -188,13 +169,13 @@ class Journal:
 
     def failure(self, problem: str, error: OSError | sqlite3.Error) -> JournalError:
         """The error to raise when something of the run cannot be written."""
-        reason = f"{problem}: {getattr(error, 'strerror', None) or error}."
-        if not self.run:
-            return JournalError(f"{reason} No file has been scored yet.")
-        return JournalError(
-            f"{reason} {self.count:,} of {self.total:,} rows are safe in {str(self.folder)!r}; "
-            "once it can be, go on with --resume."
-        )
+        safe = "No file has been scored yet."
+        if self.run:
+            safe = (
+                f"{self.count:,} of {self.total:,} rows are safe in {str(self.folder)!r}; once it "
+                "can be, go on with --resume."
+            )
+        return JournalError(f"{problem}: {getattr(error, 'strerror', None) or error}. {safe}")
 
     @contextmanager
     def _explained(self, problem: str) -> Iterator[None]:

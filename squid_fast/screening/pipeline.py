@@ -128,17 +128,13 @@ def screen(
         Exception: whatever the scorer raises, after the rows of earlier batches.
 
     >>> from types import SimpleNamespace
-    >>> def mean_grey(images):
+    >>> def score(images):
     ...     z = images.float().mean(dim=(1, 2, 3)) / 100
     ...     return SimpleNamespace(raw=z, z_score=z, anomaly_score=z.sigmoid())
-    >>> scorer = SimpleNamespace(
-    ...     image_size=32, threshold=1.64, prefetch=lambda images: images, score=mean_grey
-    ... )
+    >>> scorer = SimpleNamespace(image_size=32, threshold=1.64, prefetch=torch.clone, score=score)
     >>> np.save("scan.npy", np.full((40, 30), 200, dtype=np.uint8))
-    >>> for row in screen(scorer, ["scan.npy", "missing.png"], workers=0):
-    ...     print(row.path, row.z_score, row.flag, row.error)
-    scan.npy 2.0 True None
-    missing.png None None missing.png does not exist; give the path of an image file
+    >>> [(row.path, row.z_score, row.flag) for row in screen(scorer, "scan.npy", workers=0)]
+    [('scan.npy', 2.0, True)]
     """
     source = Source(find_files(inputs))
     batches = screen_batches(scorer, source, batch_size, workers, timeout, skip)

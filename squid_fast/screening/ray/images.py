@@ -17,14 +17,8 @@ if TYPE_CHECKING:
 arrow = require("pyarrow", "ray")
 
 _ROWS_PER_BLOCK = 512
-_SCHEMA = arrow.schema(
-    [
-        ("index", arrow.int64()),
-        ("path", arrow.binary()),
-        ("image", arrow.binary()),
-        ("error", arrow.string()),
-    ]
-)
+_COLUMNS = {"index": "int64", "path": "binary", "image": "binary", "error": "string"}
+_SCHEMA = arrow.schema(list(_COLUMNS.items()))
 
 
 def cut_listing(source: Source, per_part: int) -> Iterator[Table]:
@@ -59,8 +53,7 @@ def decode(part: Table, size: int, timeout: float, folder: str) -> Iterator[Tabl
         folder: the folder in which relative paths start. It becomes the current folder.
 
     Yields:
-        Tables of ``_SCHEMA``: numbers of images, names of files, uint8 pixels [size, size] or null,
-        errors or null.
+        Numbers of images, names of files, uint8 pixels [size, size] or null, errors or null.
 
     Raises:
         ValueError: a packed file no longer holds as many images as when the files were listed.

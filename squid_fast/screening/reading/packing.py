@@ -130,9 +130,7 @@ def pack(
     missing = [path for path in plan if path not in errors]
     done = sum(plan[path].rows for path in errors)
     parts = (plan[path] for path in missing)
-    wanted = (
-        file for part in parts for file in files[part.first_row : part.first_row + part.rows]
-    )
+    wanted = (file for part in parts for file in files[part.first_row : part.first_row + part.rows])
     folder.mkdir(parents=True, exist_ok=True)
     with closing(read_ahead(wanted, size, workers=workers, timeout=timeout)) as decoded:
         rows = _reporting(decoded, done, len(files), on_progress)
