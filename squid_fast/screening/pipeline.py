@@ -138,21 +138,17 @@ def screen(
     """
     source = Source(find_files(inputs))
     batches = screen_batches(scorer, source, batch_size, workers, timeout, skip)
-    return _one_by_one(batches, skip, source, on_progress)
 
+    def one_by_one() -> Generator[ScreenRow, None, None]:
+        done = skip
+        with closing(batches):
+            for rows in batches:
+                done += len(rows)
+                if on_progress is not None:
+                    on_progress(done, len(source))
+                yield from rows
 
-def _one_by_one(
-    batches: Generator[list[ScreenRow], None, None],
-    done: int,
-    source: Source,
-    on_progress: Callable[[int, int], None] | None,
-) -> Generator[ScreenRow, None, None]:
-    with closing(batches):
-        for rows in batches:
-            done += len(rows)
-            if on_progress is not None:
-                on_progress(done, len(source))
-            yield from rows
+    return one_by_one()
 
 
 def screen_batches(

@@ -64,7 +64,7 @@ class ShardHeader:
 
 @dataclass(frozen=True)
 class Packed:
-    """What ``pack`` wrote: how many rows, errors among them, shards, and bytes of all shards.
+    """What ``pack`` wrote: a row for each file, ``errors`` of which hold no image; size in bytes.
 
     >>> packed = Packed(files=1000, errors=2, shards=1, bytes=16_800_000)
     >>> packed.files - packed.errors
