@@ -92,11 +92,8 @@ def check_is_file(path: str) -> None:
         try:
             os.scandir(path).close()
         except OSError as error:
-            raise ImageReadError(
-                "{path} is a directory that cannot be listed: {reason}",
-                path=repr(path),
-                reason=error.strerror,
-            ) from error
+            problem = f"{{path}} is a directory that cannot be listed: {error.strerror}"
+            raise ImageReadError(problem, path=repr(path)) from error
         raise ImageReadError("{path} is a directory without image files", path=repr(path))
     elif glob.has_magic(path) and not os.path.lexists(path):
         raise ImageReadError("no file matches the pattern {path}", path=repr(path))
@@ -122,7 +119,6 @@ def _expand(path: str) -> list[str]:
 
 
 def _files_in(folder: str) -> list[str]:
-    """Paths in ``folder`` that get a row, sorted; see ``find_files``."""
     found = []
     for path, kind in _walk(folder):
         name = os.path.basename(path).lower()
