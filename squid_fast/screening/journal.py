@@ -19,7 +19,7 @@ import os
 import sqlite3
 import sys
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from operator import attrgetter
@@ -40,6 +40,17 @@ _SCHEMA = f"""
     CREATE TABLE rows (number INTEGER PRIMARY KEY, fields TEXT NOT NULL);
     COMMIT;
 """
+_FOUND = """
+    CREATE TABLE found (
+        input INTEGER, matched BLOB, path BLOB, PRIMARY KEY (input, matched, path)
+    ) WITHOUT ROWID
+"""
+_SORT = (  # what was found, each file once
+    "CREATE UNIQUE INDEX once ON files (absolute(path))",
+    "INSERT OR IGNORE INTO files (path) SELECT path FROM found ORDER BY input, matched, path",
+    "DROP INDEX once",
+    "DROP TABLE found",
+)
 _COUNTS = "SELECT count(*), coalesce(max(number), 0), (SELECT count(*) FROM files) FROM rows"
 _AT_ONCE = 1000  # paths or rows that are read from the database together
 _UNREADABLE = (sqlite3.Error, ValueError, TypeError, KeyError, RecursionError)
@@ -99,19 +110,39 @@ class Journal:
             self._database.close()
             raise
 
-    def start(self, run: Run, files: Iterable[str], packed: Mapping[int, int]) -> None:
-        """Begin a run; raises ValueError if a path cannot be the name of a file."""
-        paths = ((_path_bytes(path),) for path in files)
+    def start(
+        self,
+        run: Run,
+        found: Iterable[tuple[int, str, str]],
+        packed: Callable[[Collection[str]], Mapping[int, int]],
+    ) -> None:
+        """Begin a run.
+
+        Args:
+            run: what is being run.
+            found: its files, see ``search_files``. The database sorts them, on the disk.
+            packed: returns the number of images in each packed file of a listing, by its index.
+
+        Raises:
+            ValueError: a path cannot be the name of a file.
+        """
+        keys = ((index, _encoded(match), _encoded(path)) for index, match, path in found)
         with self._explained("cannot be written"):
+            self._database.create_function("absolute", 1, _absolute, deterministic=True)
             with self._database as database:
-                database.executemany("INSERT INTO files (path) VALUES (?)", paths)
+                database.execute("BEGIN")
+                database.execute(_FOUND)
+                database.executemany("INSERT OR IGNORE INTO found VALUES (?, ?, ?)", keys)
+                for statement in _SORT:
+                    database.execute(statement)
                 (count,) = database.execute("SELECT count(*) FROM files").fetchone()
                 about = {"squid_fast": __version__, "run": asdict(run), "files": count}
-                record = json.dumps(about | {"packed": sorted(packed.items())}, allow_nan=False)
+                images = packed(_Listing(database, count))
+                record = json.dumps(about | {"packed": sorted(images.items())}, allow_nan=False)
                 database.execute("INSERT INTO run VALUES (?)", [record])
             sync_folder(self.folder.parent)
         self.run = run
-        self._set_listing(count, packed)
+        self._set_listing(count, images)
 
     def append(self, rows: Sequence[ScreenRow]) -> None:
         """Write the next rows in one transaction; raises RuntimeError if they are other rows."""
@@ -227,7 +258,7 @@ class _Listing(Collection[str]):
         return self._count
 
     def __iter__(self) -> Iterator[str]:
-        return map(os.fsdecode, _read(self._database, "SELECT path FROM files", self._count))
+        return map(_decoded, _read(self._database, "SELECT path FROM files", self._count))
 
     def __contains__(self, path: object) -> bool:
         return any(path == listed for listed in self)
@@ -315,8 +346,20 @@ def _damaged(folder: Path, error: Exception) -> JournalError:
     )
 
 
-def _path_bytes(path: str) -> bytes:
-    with suppress(UnicodeEncodeError):
-        if "\0" not in path:
-            return os.fsencode(path)
-    raise ValueError(f"{path!r} cannot be the name of a file")
+def _encoded(path: str) -> bytes:
+    """A path as UTF-8, in which also names that are not UTF-8 sort as in Python."""
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{path!r} cannot be the name of a file") from error
+    if "\0" in path:
+        raise ValueError(f"{path!r} cannot be the name of a file: it holds a NUL")
+    return path.encode("utf-8", "surrogatepass")
+
+
+def _decoded(path: bytes) -> str:
+    return path.decode("utf-8", "surrogatepass")
+
+
+def _absolute(path: bytes) -> bytes:
+    return os.path.abspath(_decoded(path)).encode("utf-8", "surrogatepass")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .journal import Journal, JournalError, Run
 from .pipeline import ScorerLike, ScreenRow, screen_batches
-from .reading.files import PathInput, as_paths, find_files
+from .reading.files import PathInput, as_paths, search_files
 from .reading.pool import TIMEOUT
 from .reading.source import Source
 from .report.summary import Summary
@@ -102,7 +102,7 @@ def screen_to_table(
         else:
             if resume:
                 say(f"there is no unfinished run of {str(out)!r}: starting at the beginning")
-            _start(journal, run, named)
+            journal.start(run, search_files(named), lambda files: Source(files).packed)
         source = Source(journal.files)
         batches = screen_batches(scorer, source, batch_size, workers, timeout, journal.count)
         if not _score(batches, journal, on_progress, should_stop):
@@ -191,12 +191,6 @@ def _score(
             f"shorter while it was read. Delete {str(journal.folder)!r} and start again."
         )
     return True
-
-
-def _start(journal: Journal, run: Run, named: list[str]) -> None:
-    """List the files and begin the run; the list is not kept in memory."""
-    source = Source(find_files(named))
-    journal.start(run, source.paths, source.packed)
 
 
 def _describe(scorer: ScorerLike, named: list[str]) -> Run:
