@@ -38,10 +38,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "without the in-painting block: the decoder gets the features of the encoder",
         {"inpainting": False},
     ),
-    "memory_matrix": (
-        "learned slots in place of the queue",
-        {"inpainting": {"memory": "matrix"}},
-    ),
+    "memory_matrix": ("learned slots in place of the queue", {"inpainting": {"memory": "matrix"}}),
     "hard_shrinkage": (
         "hard shrinkage in place of Gumbel shrinkage",
         {"shrink_thres": HARD_THRESHOLD},
