@@ -14,8 +14,10 @@ from ..presets import PRESETS
 from ..utils import devices
 from .console import say
 
-ALL_SCORES = (*SCORES, *sorted({kind.score_name for kind, _ in METHODS.values()} - set(SCORES)))
-"""Scores of SQUID, then those that only baselines have."""
+_LAYOUTS = ("auto", *LAYOUTS)
+_METHODS = ("squid", *METHODS)
+_OF_BASELINES = {kind.score_name for kind, _ in METHODS.values()}
+_SCORES = (*SCORES, *sorted(_OF_BASELINES - SCORES.keys()))
 
 if TYPE_CHECKING:  # a type checker takes no Literal whose values are computed
     PresetName = str
@@ -25,10 +27,10 @@ if TYPE_CHECKING:  # a type checker takes no Literal whose values are computed
     AnyScoreName = str
 else:
     PresetName = Literal[tuple(PRESETS)]
-    LayoutName = Literal[tuple(["auto", *LAYOUTS])]
-    MethodName = Literal[tuple(["squid", *METHODS])]
+    LayoutName = Literal[_LAYOUTS]
+    MethodName = Literal[_METHODS]
     ScoreName = Literal[tuple(SCORES)]
-    AnyScoreName = Literal[ALL_SCORES]
+    AnyScoreName = Literal[_SCORES]
 
 BundleFolder = Annotated[Path, Argument(help="Folder of a trained model.")]
 Data = Annotated[
@@ -92,7 +94,7 @@ AnyScore = Annotated[
     AnyScoreName | None,
     Option(
         metavar="<name>",
-        help=f"Score to rank and flag images by: {', '.join(ALL_SCORES)}.",
+        help=f"Score to rank and flag images by: {', '.join(_SCORES)}.",
         show_default="the one chosen in training",
     ),
 ]
