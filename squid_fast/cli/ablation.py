@@ -29,7 +29,7 @@ def ablate(
             help="Folder or CSV table of labelled images.", show_default="synthetic DigitAnatomy"
         ),
     ] = None,
-    preset: Annotated[options.PresetName, Option(help="Network and training settings.")] = "small",
+    preset: options.Preset = "small",
     variants: Annotated[
         str, Option(help=f"Comma-separated names of: {', '.join(VARIANTS)}.", show_default="all")
     ] = ",".join(VARIANTS),

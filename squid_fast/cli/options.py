@@ -36,6 +36,7 @@ BundleFolder = Annotated[Path, Argument(help="Folder of a trained model.")]
 Data = Annotated[
     Path, Option("--data", help="Folder of images, or CSV table with a column image_path.")
 ]
+Preset = Annotated[PresetName, Option(help="Network and training settings.")]
 Layout = Annotated[LayoutName, Option(help="Layout of the data; auto recognises it.")]
 Device = Annotated[
     str | None,

@@ -28,9 +28,7 @@ from .console import print_json, progress_bar, say, stop_on_signals, training_re
 def train(
     data: options.Data,
     out: Annotated[Path, Option(help="Folder for checkpoints, logs and the trained model.")],
-    preset: Annotated[
-        options.PresetName, Option(help="Network and training settings.")
-    ] = "zhanglab",
+    preset: options.Preset = "zhanglab",
     method: Annotated[
         options.MethodName,
         Option(metavar="<name>", help=f"squid, or a baseline: {', '.join(METHODS)}."),

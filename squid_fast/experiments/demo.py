@@ -41,16 +41,9 @@ WHY_NOT_THE_PAPERS = (
 )
 _RESULT = "demo.json"
 _REPLACED = (
-    "checkpoint.pt",
-    "config.json",
-    "calibration.json",
-    "model.safetensors",
-    "discriminator.safetensors",
-    "results.csv",
-    "results.csv.partial",
-    "report.html",
-    "grids",
-)
+    "checkpoint.pt", "config.json", "calibration.json", "model.safetensors",
+    "discriminator.safetensors", "results.csv", "results.csv.partial", "report.html", "grids",
+)  # fmt: skip
 """Files of an earlier demo, which the next one in the same folder deletes."""
 
 
@@ -115,9 +108,6 @@ def run_demo(
             in that time; on any, the learning rate falls with the time that is left.
         source: folder of MNIST's IDX files; by default the digits bundled with scikit-learn.
         seed: seed of data, weights and training.
-        device: "cpu", "cuda", ...; by default a GPU if there is one.
-        say: is given remarks on what happens.
-        report: is given the progress of training.
         should_stop: once true, ends the training; the model is then evaluated as it is.
 
     Raises:
@@ -125,27 +115,18 @@ def run_demo(
     """
     started = time.perf_counter()
     chosen = preset(PRESET)
-    cell = chosen.image_size // 3
-    say(
-        f"drawing {TRAINING_GRIDS} normal grids of {chosen.image_size} x {chosen.image_size} pixels"
-    )
+    size, cell = chosen.image_size, chosen.image_size // 3
+    say(f"drawing {TRAINING_GRIDS} normal grids of {size} x {size} pixels")
     training = DigitAnatomy(source, cell, "train", seed).normal(TRAINING_GRIDS, seed)
     validation = DigitAnatomy(source, cell, "val", seed).normal(HELD_OUT_GRIDS, seed + 1)
     say(f"training until {minutes:g} minutes are over; Ctrl-C ends it earlier")
     begun = time.perf_counter()
     given = max(60 * minutes - (begun - started), 0.0)
     result = train_bundle(
-        chosen,
-        training.as_image_set(),
-        out,
-        validation_set=validation.as_image_set(),
-        seconds=given,
-        score=SCORE,
-        seed=seed,
-        device=device,
-        report=report,
-        should_stop=should_stop,
-    )
+        chosen, training.as_image_set(), out,
+        validation_set=validation.as_image_set(), seconds=given, score=SCORE, seed=seed,
+        device=device, report=report, should_stop=should_stop,
+    )  # fmt: skip
     seconds = time.perf_counter() - begun
 
     say("evaluating and screening unseen grids")
@@ -205,18 +186,15 @@ def auroc_by_kind(
     scorer: Scorer, normal: DigitGrids, anomalous: DigitGrids
 ) -> dict[str, dict[str, float]]:
     """AUROC of every score for each kind of anomaly, against the same normal grids."""
+    raw = [scorer.raw_scores(grids.as_image_set()) for grids in (normal, anomalous)]
     kinds = np.array(anomalous.kinds)
-    raw_normal = scorer.raw_scores(normal.as_image_set())
-    raw_anomalous = scorer.raw_scores(anomalous.as_image_set())
-    aurocs: dict[str, dict[str, float]] = {}
-    for name in SHOWN:
-        normal_z = scorer.z_score(name, raw_normal[name]).numpy()
-        anomalous_z = scorer.z_score(name, raw_anomalous[name]).numpy()
-        aurocs[name] = {}
+    aurocs: dict[str, dict[str, float]] = {name: {} for name in SHOWN}
+    for name, by_kind in aurocs.items():
+        normal_z, anomalous_z = (scorer.z_score(name, values[name]).numpy() for values in raw)
         for kind in KINDS:
             z = np.concatenate([normal_z, anomalous_z[kinds == kind]])
             labels = np.arange(len(z)) >= len(normal_z)
-            aurocs[name][kind] = round(image_auroc(labels, z), 4)
+            by_kind[kind] = round(image_auroc(labels, z), 4)
     return aurocs
 
 
@@ -226,15 +204,9 @@ def _screen(scorer: Scorer, images: Path, out: Path) -> tuple[dict[str, Any], Pa
     summary = screen_to_table(scorer, images, table)
     assert summary is not None  # nothing stops it
     write_report(
-        page,
-        scorer,
-        summary,
-        title="DigitAnatomy screening report",
-        inputs=images,
-        model_name=PRESET,
-        results=table,
-        reference_z=scorer.reference_z,
-    )
+        page, scorer, summary, title="DigitAnatomy screening report", inputs=images,
+        model_name=PRESET, results=table, reference_z=scorer.reference_z,
+    )  # fmt: skip
     return summary.as_dict(), table, page
 
 
