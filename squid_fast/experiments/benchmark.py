@@ -93,7 +93,7 @@ class Benchmark:
         parts: Collection[str] = PARTS,
         progress: Progress = lambda part: nullcontext(lambda done, total: None),
     ) -> dict[str, Any]:
-        """Measure, and return figures for JSON.
+        """Measure some of ``PARTS``, and return figures for JSON.
 
         Keys: those of ``describe``, precision, image_size, batch, rounds, and each part with its
         rows by name (see ``figures``). The part "evaluation" scores images from memory, including
@@ -103,10 +103,6 @@ class Benchmark:
         Rows of "evaluation" have ``ratio_at_equal_batch`` if the published way is timed at the
         same batch size. The row of ``screen`` has ``share_of_scorer``, its rate as a share of the
         rate at which the same scorer takes the same images from memory.
-
-        Args:
-            parts: the parts to measure, of ``PARTS``.
-            progress: takes the name of a part and gives a context with an ``OnProgress``.
 
         Raises:
             ValueError: none of the files in ``data`` can be read.
@@ -204,10 +200,7 @@ class Benchmark:
 def compare(
     contenders: Contenders, rounds: int, on_progress: OnProgress = lambda done, total: None
 ) -> Seconds:
-    """Time the contenders in turn, ``rounds`` times, after an untimed call of each.
-
-    Returns:
-        the seconds for one image by contender and round.
+    """Seconds for one image by contender and round; they take turns after an untimed call of each.
 
     Example:
         >>> seconds = compare({"sum": (100, lambda: sum(range(100)))}, rounds=3)

@@ -84,7 +84,7 @@ def memory_use(model: SQUID, images: ImageSet) -> dict[str, MemoryUse]:
         memory.register_forward_pre_hook(
             lambda module, given: queries.__setitem__(module, given[0].detach().float())
         )
-    own(images.subsample(_IMAGES).batch(slice(0, _IMAGES), device), teacher=False)
+    own(images.subsample(_IMAGES).batch(slice(None), device), teacher=False)
     return {name: _use(m, queries[m]) for name, m in memories.items() if m in queries}
 
 
