@@ -31,7 +31,7 @@ def ablate(
     ] = None,
     preset: options.Preset = "small",
     variants: Annotated[
-        str, Option(help=f"Comma-separated names of: {', '.join(VARIANTS)}.", show_default="all")
+        str, Option(help=f"Variants, comma-separated: {', '.join(VARIANTS)}.", show_default="all")
     ] = ",".join(VARIANTS),
     seeds: Annotated[int, Option(min=1, help="Number of runs of each variant.")] = 1,
     epochs: Annotated[int, Option(min=1, help="Number of epochs of each run.")] = 10,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Argument, Option
 
@@ -31,6 +32,13 @@ else:
     MethodName = Literal[_METHODS]
     ScoreName = Literal[tuple(SCORES)]
     AnyScoreName = Literal[_SCORES]
+
+
+def score_option(names: Iterable[str], default: str | bool) -> Any:
+    """The option ``--score``; it has too many names for the column of the option itself."""
+    text = f"Score to rank and flag images by: {', '.join(names)}."
+    return Option(metavar="<name>", help=text, show_default=default)
+
 
 BundleFolder = Annotated[Path, Argument(help="Folder of a trained model.")]
 Data = Annotated[
@@ -83,22 +91,8 @@ Workers = Annotated[
         show_default="one for each core, at most 16",
     ),
 ]
-Score = Annotated[
-    ScoreName | None,
-    Option(
-        metavar="<name>",
-        help=f"Score to rank and flag images by: {', '.join(SCORES)}.",
-        show_default="the one chosen in training",
-    ),
-]
-AnyScore = Annotated[
-    AnyScoreName | None,
-    Option(
-        metavar="<name>",
-        help=f"Score to rank and flag images by: {', '.join(_SCORES)}.",
-        show_default="the one chosen in training",
-    ),
-]
+Score = Annotated[ScoreName | None, score_option(SCORES, "the one chosen in training")]
+AnyScore = Annotated[AnyScoreName | None, score_option(_SCORES, "the one chosen in training")]
 Timeout = Annotated[
     float, Option(help="Longest time to read one file, in seconds; then it counts as broken.")
 ]

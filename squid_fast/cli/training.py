@@ -14,7 +14,7 @@ from ..data.contamination import check_apart, contaminated
 from ..experiments.baselines import METHODS, RECIPE, BaselineResult, train_baseline
 from ..experiments.diagnostics import TrainingSnapshots, draw_memory, memory_use
 from ..inference.bundle import load_bundle
-from ..inference.scores import SCORES
+from ..inference.scores import PAPER_SCORE, SCORES
 from ..presets import Keep
 from ..presets import preset as find_preset
 from ..training import TrainingResult, load_splits, train_bundle
@@ -50,10 +50,7 @@ def train(
         Keep | None, Option(help="Epoch to keep: the last, or the best by validation AUROC.")
     ] = None,
     validate_every: Annotated[int | None, Option(min=1, help="Epochs between validations.")] = None,
-    score: Annotated[
-        options.ScoreName,
-        Option(metavar="<name>", help=f"Score to rank and flag images by: {', '.join(SCORES)}."),
-    ] = "discriminator_instance",
+    score: Annotated[options.ScoreName, options.score_option(SCORES, True)] = PAPER_SCORE,
     false_positive_rate: options.Rate = 0.05,
     seed: options.Seed = 0,
     device: options.Device = None,

@@ -30,30 +30,20 @@ HARD_THRESHOLD = 0.0005  # far below most dot products, which then weight the sl
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     FULL: ("SQUID as it is", {}),
-    "one_memory": (
-        "not space-aware: one memory for all patches, with as many slots",
-        {"inpainting": {"memory": "shared"}},
-    ),
-    "no_inpainting": (
-        "without the in-painting block: the decoder gets the features of the encoder",
-        {"inpainting": False},
-    ),
+    "one_memory": ("not space-aware: one memory for all patches, with as many slots",
+                   {"inpainting": {"memory": "shared"}}),
+    "no_inpainting": ("without the in-painting block: the decoder gets the features of the encoder",
+                      {"inpainting": False}),
     "memory_matrix": ("learned slots in place of the queue", {"inpainting": {"memory": "matrix"}}),
-    "hard_shrinkage": (
-        "hard shrinkage in place of Gumbel shrinkage",
-        {"shrink_thres": HARD_THRESHOLD},
-    ),
+    "hard_shrinkage": ("hard shrinkage in place of Gumbel shrinkage",
+                       {"shrink_thres": HARD_THRESHOLD}),
     "no_shortcut": ("without masked shortcut: in-painted features everywhere", {"ratio": 1.0}),
-    "soft_shortcut": (
-        "a fixed blend in place of the masked shortcut",
-        {"inpainting": {"shortcut": "soft"}},
-    ),
+    "soft_shortcut": ("a fixed blend in place of the masked shortcut",
+                      {"inpainting": {"shortcut": "soft"}}),
     "no_teacher": ("without the teacher and its distillation", {"dist": False}),
-    "convolution": (
-        "a convolution over the patches in place of the transformer's attention",
-        {"inpainting": {"mixing": "convolution"}},
-    ),
-}
+    "convolution": ("a convolution over the patches in place of the transformer's attention",
+                    {"inpainting": {"mixing": "convolution"}}),
+}  # fmt: skip
 """Variants by name: a description, and the arguments of ``SQUID`` that differ."""
 
 
@@ -64,7 +54,6 @@ class AblationData:
     Attributes:
         train: normal images.
         validation: labelled images for thresholds and for the AUROCs in the logs of the runs.
-        test: labelled images.
         groups: by name, the indices of the test images that an AUROC is computed over.
         about: description of the data for the results.
     """
@@ -143,8 +132,8 @@ def run_ablation(
     kept, and an interrupted one continues from its checkpoint.
 
     Returns:
-        ``settings``, ``machine`` and ``runs``, a list with variant, seed, parameters, seconds and
-        threads of the training, and ``auroc`` by score and group; None if it was stopped.
+        settings, machine and runs, a list with variant, seed, parameters, seconds and threads of
+        the training, and AUROC by score and group; None if it was stopped.
 
     Raises:
         ValueError: a variant is unknown.

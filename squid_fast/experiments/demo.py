@@ -58,8 +58,7 @@ class DemoResult:
         trained_grids: number of grids that training saw, repetitions counted.
         training_seconds, seconds: duration of training, and of the whole demo.
         machine: see ``utils.machine.describe``; ``threads`` are those at the end of training.
-        screened: summary of the screening.
-        report, table: paths of the files.
+        screened: summary of the screening, whose files are ``report`` and ``table``.
     """
 
     aurocs: dict[str, dict[str, float]]
@@ -83,9 +82,7 @@ class DemoResult:
             f"{self.score}: {SCORES[self.score][1]}; at least {weakest:.2f} for every kind.\n"
             f"{PAPER_SCORE}, the paper's, {WHY_NOT_THE_PAPERS}\n"
             f"trained on {self.trained_grids} grids in {self.training_seconds:.0f} s{stopped}; "
-            f"{self.seconds:.0f} s in all\n"
-            f"results: {self.table}\n"
-            f"report:  {self.report}"
+            f"{self.seconds:.0f} s in all\nresults: {self.table}\nreport:  {self.report}"
         )
 
 
@@ -103,11 +100,9 @@ def run_demo(
     """Run the demo into ``out``.
 
     Args:
-        out: folder for all files.
         minutes: time until training ends, counted from this call. A fast machine trains more steps
             in that time; on any, the learning rate falls with the time that is left.
         source: folder of MNIST's IDX files; by default the digits bundled with scikit-learn.
-        seed: seed of data, weights and training.
         should_stop: once true, ends the training; the model is then evaluated as it is.
 
     Raises:
@@ -139,17 +134,13 @@ def run_demo(
         screened, table, page = _screen(scorer, images, out)
         aurocs = auroc_by_kind(scorer, normal, anomalous)
     demo = DemoResult(
-        aurocs,
-        score=SCORE,
-        stopped=60 * result.minutes < given,
-        trained_grids=result.step * chosen.recipe.batch_size,
-        training_seconds=round(seconds, 1),
+        aurocs, score=SCORE, stopped=60 * result.minutes < given,
+        trained_grids=result.step * chosen.recipe.batch_size, training_seconds=round(seconds, 1),
         seconds=round(time.perf_counter() - started, 1),
         machine=describe(choose_device(device)) | {"threads": result.threads},
-        screened=screened,
-        report=str(page),
-        table=str(table),
-    )
+        screened=screened, report=str(page), table=str(table),
+    )  # fmt: skip
+    # Written in place, not replaced, since the lock of ``demo_folder`` is on this very file.
     (out / _RESULT).write_text(json.dumps(demo.to_json(), indent=2) + "\n", encoding="utf-8")
     return demo
 
