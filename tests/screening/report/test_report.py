@@ -176,6 +176,15 @@ def test_scorer_without_reconstructions(tmp_path: Path) -> None:
 EVIL = "<script>alert('x')</script>&\"><img src=x onerror=y>"
 
 
+@pytest.mark.parametrize("name", ["reconstruction_error", "patch_error", "discriminator_instance"])
+def test_whether_the_difference_is_what_the_score_measures(tmp_path: Path, name: str) -> None:
+    scorer = MeanScorer()
+    scorer.score_name = name
+    write_report(tmp_path / "r.html", scorer, screen(scorer, save(tmp_path, {"a": 0.5})))
+    said = "The score is not computed from it" in (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert said == (name == "discriminator_instance")
+
+
 def test_everything_foreign_is_escaped(tmp_path: Path) -> None:
     scorer = MeanScorer()
     scorer.score_name = EVIL
