@@ -16,14 +16,7 @@ else:
     __getattr__, __dir__ = lazy_names(
         __name__,
         {
-            "inference": (
-                "Bundle",
-                "Scorer",
-                "Scores",
-                "calibrate",
-                "load_bundle",
-                "save_bundle",
-            ),
+            "inference": ("Bundle", "Scorer", "Scores", "calibrate", "load_bundle", "save_bundle"),
             "modules": ("SQUID", "Discriminator", "InpaintBlock", "MemoryMatrix", "MemoryQueue"),
             "presets": ("PRESETS", "Preset", "Recipe"),
             "screening": ("screen",),

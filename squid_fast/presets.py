@@ -28,12 +28,9 @@ class Recipe:
     among those that were validated (the last where no validation images of both kinds are given).
 
     Example:
-        >>> from dataclasses import replace
         >>> recipe = Recipe(epochs=10, ema_decay=0.998)
         >>> recipe.batch_size, recipe.lr
         (16, 0.0001)
-        >>> replace(recipe, lr=3e-4).lr
-        0.0003
     """
 
     batch_size: int = 16
@@ -75,9 +72,7 @@ class Preset:
         recipe: how the model is trained.
 
     Example:
-        >>> from squid_fast import PRESETS
-        >>> small = PRESETS["small"]
-        >>> small.image_size, small.recipe.epochs
+        >>> PRESETS["small"].image_size, PRESETS["small"].recipe.epochs
         (48, 100)
     """
 
@@ -87,8 +82,8 @@ class Preset:
     recipe: Recipe = field(default_factory=Recipe, repr=False)
 
 
-def _memory(kind: str, multiplier: int, num_memory: int) -> dict[str, Any]:
-    return {"type": kind, "multiplier": multiplier, "num_memory": num_memory}
+def _memories(kind: str, num_memory: int, *multipliers: int) -> list[dict[str, Any]]:
+    return [{"type": kind, "multiplier": m, "num_memory": num_memory} for m in multipliers]
 
 
 _CHEST_XRAY: dict[str, Any] = {
@@ -105,12 +100,7 @@ _CHEST_XRAY: dict[str, Any] = {
     "initial_combine": 2,
     "mem_num_slots": 200,
     "ops": ["concat", "concat", "none", "none"],
-    "decoder_memory": [
-        None,
-        None,
-        _memory("MemoryMatrixBlock", 64, 4),
-        _memory("MemoryMatrixBlock", 16, 4),
-    ],
+    "decoder_memory": [None, None, *_memories("MemoryMatrixBlock", 4, 64, 16)],
 }
 
 _DIGIT_ANATOMY: dict[str, Any] = _CHEST_XRAY | {
@@ -119,11 +109,7 @@ _DIGIT_ANATOMY: dict[str, Any] = _CHEST_XRAY | {
     "memory_channel": 1024,
     "initial_combine": 1,
     "ops": ["concat", "concat", "none"],
-    "decoder_memory": [
-        None,
-        _memory("MemoryMatrixBlockV3", 256, 9),
-        _memory("MemoryMatrixBlockV3", 64, 9),
-    ],
+    "decoder_memory": [None, *_memories("MemoryMatrixBlockV3", 9, 256, 64)],
 }
 
 # For laptops. Without skips in the decoder everything in the reconstruction has passed through the
@@ -142,6 +128,8 @@ _SMALL: dict[str, Any] = _CHEST_XRAY | {
 # The recipe of ``zhanglab`` in the epochs that a CPU has time for. What other settings do is in
 # bench/results/README.md.
 _SHORT = Recipe(epochs=40, ema_decay=0.998, validate_every=2, keep="best")
+_DIGITS = Recipe(recon_w=1.0, n_critic=1, lr_floor=0.01, shift=0.0, scale=0.0)
+_QUICK = Recipe(epochs=100, lr=3e-3, t_max=100, lr_floor=0.02, n_critic=1, shift=0.0, scale=0.0)
 
 PRESETS: dict[str, Preset] = {
     preset.name: preset
@@ -149,18 +137,8 @@ PRESETS: dict[str, Preset] = {
         Preset("zhanglab", 128, _CHEST_XRAY, Recipe(ema_decay=0.998, keep="best")),
         Preset("zhanglab_cpu", 128, _CHEST_XRAY, _SHORT),
         Preset("chexpert", 128, _CHEST_XRAY, Recipe(lr_floor=0.5, ema_decay=0.998, keep="best")),
-        Preset(
-            "digit_anatomy",
-            96,
-            _DIGIT_ANATOMY,
-            Recipe(recon_w=1.0, n_critic=1, lr_floor=0.01, shift=0.0, scale=0.0),
-        ),
-        Preset(
-            "small",
-            48,
-            _SMALL,
-            Recipe(epochs=100, lr=3e-3, t_max=100, lr_floor=0.02, n_critic=1, shift=0.0, scale=0.0),
-        ),
+        Preset("digit_anatomy", 96, _DIGIT_ANATOMY, _DIGITS),
+        Preset("small", 48, _SMALL, _QUICK),
     )
 }
 

@@ -14,53 +14,42 @@ import squid_fast
 
 ROOT = Path(__file__).parents[1]
 
-OPTIONAL = (
-    "triton",
-    "lightning_fabric",
-    "sklearn",
-    "matplotlib",
-    "PIL",
-    "pydicom",
-    "pyarrow",
-    "jinja2",
-    "rich",
-    "typer",
-    "tensorboard",
-)
-
-WITHOUT = f"""
+WITHOUT_EXTRAS = """
 import sys
-for name in {OPTIONAL}:
+for name in (
+    "triton lightning_fabric sklearn matplotlib PIL pydicom pyarrow jinja2 rich typer tensorboard"
+).split():
     sys.modules[name] = None
 """
 
 
-def run(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", WITHOUT + code], capture_output=True, text=True, timeout=120
-    )
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
 def test_the_model_needs_no_optional_dependency_and_no_triton() -> None:
     done = run(
-        "import torch, squid_fast\n"
+        "-c",
+        f"{WITHOUT_EXTRAS}import torch, squid_fast\n"
         "model = squid_fast.SQUID.from_preset('small').eval()\n"
-        "print(tuple(model(torch.rand(2, 1, 48, 48))['recon'].shape))\n"
+        "print(tuple(model(torch.rand(2, 1, 48, 48))['recon'].shape))\n",
     )
     assert done.stdout == "(2, 1, 48, 48)\n", done.stderr
 
 
 def test_a_missing_extra_is_named() -> None:
-    done = run("import squid_fast.__main__ as m; m.main()")
+    done = run("-c", f"{WITHOUT_EXTRAS}import squid_fast.__main__ as m; m.main()")
     assert done.returncode == 1
     assert 'pip install "squid-fast[screen]"' in done.stderr
     assert "Traceback" not in done.stderr
     reader = run(
-        "from squid_fast.data import read_image\n"
+        "-c",
+        f"{WITHOUT_EXTRAS}from squid_fast.data import read_image\n"
         "import pathlib, tempfile\n"
         "path = pathlib.Path(tempfile.mkdtemp()) / 'a.png'\n"
         "path.write_bytes(b'\\x89PNG\\r\\n\\x1a\\n')\n"
-        "try:\n    read_image(path)\nexcept ImportError as error:\n    print(error)\n"
+        "try:\n    read_image(path)\nexcept ImportError as error:\n    print(error)\n",
     )
     assert 'pip install "squid-fast[screen]"' in reader.stdout, reader.stderr
 
@@ -127,7 +116,7 @@ def test_imports_within_the_package_are_relative() -> None:
 
 def test_names_are_imported_when_they_are_used() -> None:
     """Processes that read files would wait for torch, and hold it."""
-    done = subprocess.run([sys.executable, "-c", LAZY], capture_output=True, text=True, timeout=120)
+    done = run("-c", LAZY)
     assert done.returncode == 0, done.stderr
 
 
@@ -177,12 +166,7 @@ def test_reference_stands_alone() -> None:
 
 
 def test_figures_in_documents_are_the_measured_ones() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "bench", "pages", "--check"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    done = run("-m", "bench", "pages", "--check")
     assert done.returncode == 0, done.stderr
 
 

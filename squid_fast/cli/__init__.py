@@ -58,18 +58,9 @@ def _root(
 
 
 for verb in (
-    models.demo,
-    training.train,
-    models.evaluate,
-    scoring.screen,
-    scoring.pack,
-    scoring.bench,
-    scoring.export,
-    models.convert,
-    models.synth,
-    ablation.ablate,
-    training.diagnose,
-):
+    models.demo, training.train, models.evaluate, scoring.screen, scoring.pack, scoring.bench,
+    scoring.export, models.convert, models.synth, ablation.ablate, training.diagnose,
+):  # fmt: skip
     app.command()(verb)
 
 __all__ = ["app"]

@@ -6,48 +6,43 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
+from typer import Option
 
-from ..data import find_records, load_images, select
+from ..data import find_records, load_images
 from ..experiments.ablation import VARIANTS, AblationData, as_markdown, digit_data, run_ablation
 from ..presets import preset as find_preset
 from ..training import load_splits
 from ..utils.devices import choose_device, choose_precision
+from . import options
 from .console import print_json, print_table, say, stop_on_signals, training_report
-from .options import Device, Json, Layout, Mnist, PresetName, Resume, Threads, TrainingPrecision
+from .models import labelled
 from .tables import ablation_table
 
 
 def ablate(
-    out: Annotated[Path, typer.Option(help="Folder for the trained models and the table.")],
+    out: Annotated[Path, Option(help="Folder for the trained models and the table.")],
     data: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             help="Folder or CSV table of labelled images.", show_default="synthetic DigitAnatomy"
         ),
     ] = None,
-    preset: Annotated[
-        PresetName, typer.Option(help="Network and training settings of the full model.")
-    ] = "small",
+    preset: options.Preset = "small",
     variants: Annotated[
-        str,
-        typer.Option(
-            help=f"Variants to train, separated by commas: {', '.join(VARIANTS)}.",
-            show_default="all",
-        ),
+        str, Option(help=f"Variants, comma-separated: {', '.join(VARIANTS)}.", show_default="all")
     ] = ",".join(VARIANTS),
-    seeds: Annotated[int, typer.Option(min=1, help="Number of runs of each variant.")] = 1,
-    epochs: Annotated[int, typer.Option(min=1, help="Number of epochs of each run.")] = 10,
-    grids: Annotated[
-        int, typer.Option(min=16, help="Number of DigitAnatomy grids to train on, without --data.")
-    ] = 2000,
-    layout: Layout = "auto",
-    mnist: Mnist = None,
-    device: Device = None,
-    precision: TrainingPrecision = "auto",
-    threads: Threads = None,
-    resume: Resume = False,
-    as_json: Json = False,
+    seeds: Annotated[int, Option(min=1, help="Number of runs of each variant.")] = 1,
+    epochs: Annotated[int, Option(min=1, help="Number of epochs of each run.")] = 10,
+    grids: Annotated[int, Option(min=16, help="Number of training grids without --data.")] = 2000,
+    layout: options.Layout = "auto",
+    mnist: options.Mnist = None,
+    device: options.Device = None,
+    precision: options.TrainingPrecision = "auto",
+    threads: options.Threads = None,
+    resume: options.Resume = False,
+    as_json: options.Json = False,
 ) -> None:
     """Measure what each part of SQUID contributes.
 
@@ -64,23 +59,14 @@ def ablate(
     if data is None:
         found = digit_data(chosen.image_size, grids, mnist)
     else:
-        found = _labelled(data, layout, chosen.image_size)
+        found = _images_of(data, layout, chosen.image_size)
     with stop_on_signals() as should_stop, training_report() as report:
         results = run_ablation(
-            found,
-            chosen,
-            out,
-            recipe=recipe,
-            variants=[name.strip() for name in variants.split(",")],
-            seeds=seeds,
-            device=device,
-            precision=precision,
-            thread_count=threads,
-            resume=resume,
-            say=say,
-            report=report,
-            should_stop=should_stop,
-        )
+            found, chosen, out,
+            recipe=recipe, variants=[name.strip() for name in variants.split(",")], seeds=seeds,
+            device=device, precision=precision, thread_count=threads, resume=resume,
+            say=say, report=report, should_stop=should_stop,
+        )  # fmt: skip
     if results is None:
         say("stopped and saved; go on with --resume", "yellow")
         raise typer.Exit(130)
@@ -92,12 +78,9 @@ def ablate(
     say(f"written: {out / 'ablation.json'}, {out / 'ablation.md'}")
 
 
-def _labelled(data: Path, layout: str, side: int) -> AblationData:
+def _images_of(data: Path, layout: str, side: int) -> AblationData:
     records = find_records(data, layout)
     train_set, validation_set = load_splits(records, side)
-    test = [record for record in select(records, "test") if record.label is not None]
-    if not test:
-        raise ValueError(f"{data} has no labelled images in the split 'test'.")
-    images = load_images(test, side)
-    everything = images.labels.new_ones(len(images)).nonzero()[:, 0]
-    return AblationData(train_set, validation_set, images, {"test": everything}, str(data))
+    images = load_images(labelled(records, "test", data), side)
+    groups = {"test": torch.arange(len(images))}
+    return AblationData(train_set, validation_set, images, groups, str(data))

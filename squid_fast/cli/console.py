@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +14,6 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
-    TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
@@ -43,21 +41,17 @@ def print_table(table: Table) -> None:
 def print_json(value: Any) -> None:
     """Print a value to stdout as JSON."""
     if not _QUIET:
-        json.dump(value, sys.stdout, indent=2)
-        print()
+        print(json.dumps(value, indent=2))
 
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a progress bar; call what it gives with (done, total) to move it.
-
-    The bar vanishes at the end. Without a terminal, a line is printed every few seconds.
-    """
+    """Show a bar, or lines where there is no terminal; it is moved by a call of (done, total)."""
     if not console.is_terminal:
         lines = _Lines()
         yield lambda done, total: lines.say(f"{title}: {done} of {total}", done / max(total, 1))
         return
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (title, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(title, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
@@ -73,10 +67,7 @@ class _Lines:
     def say(self, text: str, share: float, more: Callable[[], str] = str) -> None:
         """Print the text with the time gone and the time left, unless the last line is too recent.
 
-        Args:
-            text: what is being done.
-            share: how much of it is done, from 0 to 1.
-            more: gives the end of the line; called only if the line is printed.
+        ``share`` is done, from 0 to 1; ``more`` gives the end of a line that is printed.
         """
         now = time.monotonic()
         if share < self._last or not self._last:  # other work, or its first report
@@ -109,10 +100,10 @@ class _TrainingBar(Progress):
 
 @contextmanager
 def training_report() -> Iterator[Callable[[TrainingProgress], None]]:
-    """Show the progress of training; call what it gives with every ``Progress``.
+    """Show the progress of training, which is moved by a call with every ``Progress``.
 
-    A bar shows epoch, time left and losses; validation AUROCs are printed as lines above it.
-    Without a terminal, a line is printed every few seconds.
+    A bar shows epoch, time left and losses, with validation AUROCs in lines above it. Where there
+    is no terminal, all is in lines.
     """
     if not console.is_terminal:
         lines = _Lines()
@@ -125,13 +116,9 @@ def training_report() -> Iterator[Callable[[TrainingProgress], None]]:
         yield report_in_lines
         return
     columns = (
-        TextColumn("{task.fields[epoch]}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.percentage:>3.0f} %"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
+        "{task.fields[epoch]}", BarColumn(bar_width=24), "{task.percentage:>3.0f} %",
+        TimeElapsedColumn(), "left", TimeRemainingColumn(),
+    )  # fmt: skip
     with _TrainingBar(*columns, console=console) as progress:
         task = progress.add_task("", total=1, epoch="", visible=False)
         shown = 0.0

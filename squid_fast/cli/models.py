@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
-from ..data import find_records, load_images, select, write_digit_anatomy
+from ..data import Record, find_records, load_images, select, write_digit_anatomy
 from ..experiments.baselines import load_scorer
 from ..experiments.demo import demo_folder, run_demo
 from ..experiments.research_scores import evaluate_others
@@ -18,49 +19,28 @@ from ..inference.bundle import Bundle, load_bundle, load_published, save_bundle
 from ..metrics import plot_roc
 from ..presets import preset as find_preset
 from ..training import load_splits
-from .console import (
-    print_json,
-    print_table,
-    progress_bar,
-    say,
-    stop_on_signals,
-    training_report,
-)
-from .options import (
-    BundleFolder,
-    Data,
-    Device,
-    Json,
-    Layout,
-    Mnist,
-    PrecisionName,
-    PresetName,
-    Rate,
-    Seed,
-)
+from ..utils.atomic import write_json
+from . import options
+from .console import print_json, print_table, progress_bar, say, stop_on_signals, training_report
 from .tables import demo_table, evaluation_table
 
 
 def evaluate(
-    bundle: BundleFolder,
-    data: Data,
-    split: Annotated[
-        str, typer.Option(help="Split to evaluate: train, val, test, or a name of the data's own.")
-    ] = "test",
-    layout: Layout = "auto",
+    bundle: options.BundleFolder,
+    data: options.Data,
+    split: Annotated[str, Option(help="Split to evaluate, such as val.")] = "test",
+    layout: options.Layout = "auto",
     out: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             help="Folder for evaluation.json and roc.png.",
             show_default="evaluation-SPLIT in the model's folder",
         ),
     ] = None,
-    all_scores: Annotated[
-        bool, typer.Option("--all-scores", help="Research scores as well, which take longer.")
-    ] = False,
-    device: Device = None,
-    precision: PrecisionName = "auto",
-    as_json: Json = False,
+    all_scores: Annotated[bool, Option("--all-scores", help="Research scores as well.")] = False,
+    device: options.Device = None,
+    precision: options.Precision = "auto",
+    as_json: options.Json = False,
 ) -> None:
     """Measure how well a model tells anomalous images from normal.
 
@@ -70,9 +50,7 @@ def evaluate(
     Example: squid-fast evaluate runs/zhang --data chest_xray
     """
     scorer = load_scorer(bundle, precision=precision, device=device)
-    records = [r for r in select(find_records(data, layout), split) if r.label is not None]
-    if not records:
-        raise ValueError(f"{data} has no labelled images in the split {split!r}.")
+    records = labelled(find_records(data, layout), split, data)
     with progress_bar("reading images") as advance:
         images = load_images(records, scorer.image_size, on_progress=advance)
     evaluations, z = scorer.evaluate(images)
@@ -82,7 +60,7 @@ def evaluate(
     out = out or bundle / f"evaluation-{split}"
     out.mkdir(parents=True, exist_ok=True)
     figures = {name: evaluation.to_json() for name, evaluation in evaluations.items()}
-    (out / "evaluation.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    write_json(figures, out / "evaluation.json")
     plot_roc(out / "roc.png", {name: (images.labels.numpy(), values) for name, values in z.items()})
     if as_json:
         print_json(figures)
@@ -91,25 +69,29 @@ def evaluate(
     say(f"written: {out / 'evaluation.json'}, {out / 'roc.png'}")
 
 
+def labelled(records: list[Record], split: str, data: Path) -> list[Record]:
+    """The labelled records of a split; a ValueError names ``data`` if there are none."""
+    found = [record for record in select(records, split) if record.label is not None]
+    if not found:
+        raise ValueError(f"{data} has no labelled images in the split {split!r}.")
+    return found
+
+
 def convert(
-    generator: Annotated[Path, typer.Option(help="Checkpoint of the published generator (.pth).")],
-    discriminator: Annotated[
-        Path, typer.Option(help="Checkpoint of the published discriminator (.pth).")
-    ],
-    out: Annotated[Path, typer.Option(help="Folder for the converted model.")],
-    preset: Annotated[
-        PresetName, typer.Option(help="Network that the checkpoints were trained as.")
-    ] = "zhanglab",
+    generator: Annotated[Path, Option(help="Published generator (.pth).")],
+    discriminator: Annotated[Path, Option(help="Published discriminator (.pth).")],
+    out: Annotated[Path, Option(help="Folder for the converted model.")],
+    preset: Annotated[options.PresetName, Option(help="Network of the checkpoints.")] = "zhanglab",
     config: Annotated[
         Path | None,
-        typer.Option(help="JSON file with the arguments of squid_fast.SQUID, instead of --preset."),
+        Option(help="JSON file with the arguments of squid_fast.SQUID, instead of --preset."),
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="Normal images to set thresholds by; without them there are none."),
+        Option(help="Normal images to set thresholds by.", show_default="no thresholds"),
     ] = None,
-    layout: Layout = "auto",
-    false_positive_rate: Rate = 0.05,
+    layout: options.Layout = "auto",
+    false_positive_rate: options.Rate = 0.05,
 ) -> None:
     """Convert checkpoints of the published code.
 
@@ -122,10 +104,9 @@ def convert(
     pair = load_published(generator, discriminator, arguments)
     calibration = None
     if data is not None:
+        records = find_records(data, layout)
         with progress_bar("reading images") as advance:
-            train_set, held_out = load_splits(
-                find_records(data, layout), pair[0].image_size, advance
-            )
+            train_set, held_out = load_splits(records, pair[0].image_size, advance)
         normal = held_out.normal if held_out else None
         calibration = calibrate(*pair, train_set, normal, false_positive_rate)
     about = {"converted_from": [generator.name, discriminator.name]}
@@ -135,28 +116,21 @@ def convert(
 
 
 def synth(
-    out: Annotated[Path, typer.Argument(help="Folder for the images.")],
-    mnist: Mnist = None,
-    cell: Annotated[
-        int,
-        typer.Option(min=8, help="Side of one digit's cell in pixels; a grid has three by three."),
-    ] = 32,
-    train_count: Annotated[
-        int, typer.Option("--train", min=1, help="Number of normal grids for training.")
-    ] = 2000,
+    out: Annotated[Path, Argument(help="Folder for the images.")],
+    mnist: options.Mnist = None,
+    cell: Annotated[int, Option(min=8, help="Side of one of a grid's nine cells in pixels.")] = 32,
+    train_count: Annotated[int, Option("--train", min=1, help="Normal grids for training.")] = 2000,
     val_count: Annotated[
         int,
-        typer.Option(
-            "--val", min=0, help="Number of normal and of anomalous grids for validation."
-        ),
+        Option("--val", min=0, help="Normal grids, and as many anomalous ones, for validation."),
     ] = 200,
     test_count: Annotated[
         int,
-        typer.Option("--test", min=0, help="Number of normal and of anomalous grids for the test."),
+        Option("--test", min=0, help="Normal grids, and as many anomalous ones, for the test."),
     ] = 400,
-    seed: Seed = 0,
+    seed: options.Seed = 0,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replacement of images that the folder holds.")
+        bool, Option("--overwrite", help="Replacement of earlier images.")
     ] = False,
 ) -> None:
     """Draw DigitAnatomy, the synthetic data set of the SQUID paper.
@@ -166,11 +140,8 @@ def synth(
 
     Example: squid-fast synth digits --train 4000
     """
-    counts = {
-        "train": (train_count, 0),
-        "val": (val_count, val_count),
-        "test": (test_count, test_count),
-    }
+    val, test = (val_count, val_count), (test_count, test_count)
+    counts = {"train": (train_count, 0), "val": val, "test": test}
     with progress_bar("drawing grids") as advance:
         table = write_digit_anatomy(
             out, counts, mnist, cell, seed, overwrite=overwrite, on_progress=advance
@@ -181,17 +152,13 @@ def synth(
 def demo(
     out: Annotated[
         Path | None,
-        typer.Option(
-            help="Folder for all files.", show_default="runs/demo, in place of an earlier demo"
-        ),
+        Option(help="Folder for all files.", show_default="runs/demo, in place of an earlier demo"),
     ] = None,
-    minutes: Annotated[
-        float, typer.Option(min=0.01, help="Time until training ends, in minutes.")
-    ] = 4.0,
-    mnist: Mnist = None,
-    seed: Seed = 0,
-    device: Device = None,
-    as_json: Json = False,
+    minutes: Annotated[float, Option(min=0.01, help="Time until training ends, in minutes.")] = 4.0,
+    mnist: options.Mnist = None,
+    seed: options.Seed = 0,
+    device: options.Device = None,
+    as_json: options.Json = False,
 ) -> None:
     """Try the whole method in five minutes, on synthetic images.
 
@@ -200,21 +167,12 @@ def demo(
 
     Example: squid-fast demo --minutes 2
     """
-    with (
-        demo_folder(Path("runs/demo")) if out is None else nullcontext(out) as folder,
-        stop_on_signals() as should_stop,
-        training_report() as report,
-    ):
+    given = demo_folder(Path("runs/demo")) if out is None else nullcontext(out)
+    with given as folder, stop_on_signals() as should_stop, training_report() as report:
         result = run_demo(
-            folder,
-            minutes,
-            source=mnist,
-            seed=seed,
-            device=device,
-            say=say,
-            report=report,
-            should_stop=should_stop,
-        )
+            folder, minutes, source=mnist, seed=seed, device=device,
+            say=say, report=report, should_stop=should_stop,
+        )  # fmt: skip
     if as_json:
         print_json(result.to_json())
     else:

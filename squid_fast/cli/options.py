@@ -2,78 +2,71 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import typer
+from typer import Argument, Option
 
-from ..utils.devices import Precision, ScoringPrecision
+from ..data import LAYOUTS
+from ..experiments.baselines import METHODS
+from ..inference.scores import SCORES
+from ..presets import PRESETS
+from ..utils import devices
 from .console import say
 
-PresetName = Literal["zhanglab", "zhanglab_cpu", "chexpert", "digit_anatomy", "small"]
-LayoutName = Literal[
-    "auto", "authors", "archive", "medianomaly", "chexpert", "covidx", "table", "flat"
-]
-MethodName = Literal[
-    "squid",
-    "pca",
-    "mahalanobis",
-    "knn",
-    "smoothness",
-    "autoencoder",
-    "memae",
-    "pixel_inpainting",
-]
-ScoreName = Literal[
-    "discriminator_instance",
-    "discriminator_running",
-    "discriminator_image",
-    "reconstruction_error",
-    "patch_error",
-]
+_LAYOUTS = ("auto", *LAYOUTS)
+_METHODS = ("squid", *METHODS)
+_OF_BASELINES = {kind.score_name for kind, _ in METHODS.values()}
+_SCORES = (*SCORES, *sorted(_OF_BASELINES - SCORES.keys()))
 
-BundleFolder = Annotated[Path, typer.Argument(help="Folder of a trained model.")]
+if TYPE_CHECKING:  # a type checker takes no Literal whose values are computed
+    PresetName = str
+    LayoutName = str
+    MethodName = str
+    ScoreName = str
+    AnyScoreName = str
+else:
+    PresetName = Literal[tuple(PRESETS)]
+    LayoutName = Literal[_LAYOUTS]
+    MethodName = Literal[_METHODS]
+    ScoreName = Literal[tuple(SCORES)]
+    AnyScoreName = Literal[_SCORES]
+
+
+def score_option(names: Iterable[str], default: str | bool) -> Any:
+    """The option ``--score``; it has too many names for the column of the option itself."""
+    text = f"Score to rank and flag images by: {', '.join(names)}."
+    return Option(metavar="<name>", help=text, show_default=default)
+
+
+BundleFolder = Annotated[Path, Argument(help="Folder of a trained model.")]
 Data = Annotated[
-    Path, typer.Option("--data", help="Folder of images, or CSV table with a column image_path.")
+    Path, Option("--data", help="Folder of images, or CSV table with a column image_path.")
 ]
-Layout = Annotated[
-    LayoutName,
-    typer.Option(help="Layout of the data; auto recognises it by folder and file names."),
-]
+Preset = Annotated[PresetName, Option(help="Network and training settings.")]
+Layout = Annotated[LayoutName, Option(help="Layout of the data; auto recognises it.")]
 Device = Annotated[
     str | None,
-    typer.Option(
-        help="Device to compute on: cpu, cuda, or one GPU of several, such as cuda:1.",
-        show_default="a GPU if there is one",
-    ),
+    Option(help="Device, such as cpu, cuda or cuda:1.", show_default="a GPU if there is one"),
 ]
 TrainingPrecision = Annotated[
-    Precision,
-    typer.Option(
-        help="Number format to compute in; auto is bf16 where the hardware supports it, else "
-        "float32."
-    ),
+    devices.Precision, Option(help="Number format; auto is bf16 where the hardware computes in it.")
 ]
-PrecisionName = Annotated[
-    ScoringPrecision,
-    typer.Option(
-        help="Number format to compute in; auto is the fastest that ranks images as float32 does."
-    ),
+Precision = Annotated[
+    devices.ScoringPrecision,
+    Option(help="Number format; auto is the fastest that ranks as float32 does."),
 ]
 Threads = Annotated[
-    int | None,
-    typer.Option(
-        min=1, help="Number of PyTorch threads on a CPU.", show_default="the fastest, by timing"
-    ),
+    int | None, Option(min=1, help="Number of CPU threads.", show_default="the fastest, by timing")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Results as JSON on standard output.")]
+Json = Annotated[bool, Option("--json", help="Results as JSON on standard output.")]
 Inputs = Annotated[
-    list[str] | None,
-    typer.Argument(help="Image files, folders, or quoted patterns such as '*.dcm'."),
+    list[str] | None, Argument(help="Image files, folders, or quoted patterns such as '*.dcm'.")
 ]
 FileList = Annotated[
     str | None,
-    typer.Option(
+    Option(
         "--list",
         help="Text file with one image file per line, or CSV table with a column image_path; "
         "- is standard input.",
@@ -81,47 +74,36 @@ FileList = Annotated[
 ]
 Root = Annotated[
     Path | None,
-    typer.Option(
+    Option(
         help="Folder that the files in --list lie in; files outside it are not read.",
         show_default="the folder of --list",
     ),
 ]
 Mnist = Annotated[
     Path | None,
-    typer.Option(
-        help="Folder of MNIST's IDX files to take the digits from.",
-        show_default="the digits of scikit-learn",
-    ),
+    Option(help="Folder of MNIST's IDX files.", show_default="the digits of scikit-learn"),
 ]
 Workers = Annotated[
     int | None,
-    typer.Option(
+    Option(
         min=0,
         help="Number of processes that read files; 0 reads in the main process.",
         show_default="one for each core, at most 16",
     ),
 ]
-Score = Annotated[
-    ScoreName | None,
-    typer.Option(
-        help="Score to rank and flag images by.", show_default="the one chosen in training"
-    ),
-]
+Score = Annotated[ScoreName | None, score_option(SCORES, "the one chosen in training")]
+AnyScore = Annotated[AnyScoreName | None, score_option(_SCORES, "the one chosen in training")]
 Timeout = Annotated[
-    float, typer.Option(help="Longest time to read one file, in seconds; then it counts as broken.")
+    float, Option(help="Longest time to read one file, in seconds; then it counts as broken.")
 ]
 Rate = Annotated[
-    float,
-    typer.Option(
-        help="Share of normal images that the threshold may flag, between 0 and 1; it is set on "
-        "validation images."
-    ),
+    float, Option(help="Share of normal validation images that may be flagged, between 0 and 1.")
 ]
-BatchSize = Annotated[int, typer.Option(min=1, help="Number of images scored at once.")]
+BatchSize = Annotated[int, Option(min=1, help="Number of images scored at once.")]
 Resume = Annotated[
-    bool, typer.Option("--resume", help="Continuation of an interrupted run with the same --out.")
+    bool, Option("--resume", help="Continuation of an interrupted run with the same --out.")
 ]
-Seed = Annotated[int, typer.Option(help="Seed of all random numbers.")]
+Seed = Annotated[int, Option(help="Seed of all random numbers.")]
 
 _RENAMED = {
     "--averaging": "--ema-decay",
@@ -135,8 +117,6 @@ _RENAMED = {
 def current_name(word: str) -> str:
     """A word of the command line; the former name of an option becomes its present one.
 
-    >>> current_name("--ema-decay=0.99")
-    '--ema-decay=0.99'
     >>> current_name("--averaging=0.99")  # says on stderr that --averaging is deprecated
     '--ema-decay=0.99'
     """

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import torch
 import typer
+from typer import Option
 
 from ..experiments.baselines import load_scorer
 from ..experiments.benchmark import Benchmark, random_bundle
@@ -21,45 +22,27 @@ from ..screening import pack as pack_files
 from ..screening.reading.pool import TIMEOUT
 from ..utils.atomic import write_json
 from ..utils.devices import choose_device
+from . import options
 from .console import print_json, print_table, progress_bar, say, stop_on_signals
-from .options import (
-    BatchSize,
-    BundleFolder,
-    Device,
-    FileList,
-    Inputs,
-    Json,
-    PrecisionName,
-    PresetName,
-    Resume,
-    Root,
-    Score,
-    Timeout,
-    Workers,
-)
 from .tables import bench_table
 
 
 def screen(
-    bundle: BundleFolder,
-    out: Annotated[
-        Path, typer.Option(help="Table of the results, ending in .parquet, .csv or .jsonl.")
-    ],
-    paths: Inputs = None,
-    listed: FileList = None,
-    root: Root = None,
-    report: Annotated[Path | None, typer.Option(help="HTML file for a report.")] = None,
-    summary: Annotated[
-        Path | None, typer.Option(help="JSON file for the numbers of files, flags and errors.")
-    ] = None,
-    score: Score = None,
-    batch_size: BatchSize = 32,
-    workers: Workers = None,
-    timeout: Timeout = TIMEOUT,
-    resume: Resume = False,
-    device: Device = None,
-    precision: PrecisionName = "auto",
-    as_json: Json = False,
+    bundle: options.BundleFolder,
+    out: Annotated[Path, Option(help="Table of results: .parquet, .csv or .jsonl.")],
+    paths: options.Inputs = None,
+    listed: options.FileList = None,
+    root: options.Root = None,
+    report: Annotated[Path | None, Option(help="HTML file for a report.")] = None,
+    summary: Annotated[Path | None, Option(help="JSON file for the counts.")] = None,
+    score: options.AnyScore = None,
+    batch_size: options.BatchSize = 32,
+    workers: options.Workers = None,
+    timeout: options.Timeout = TIMEOUT,
+    resume: options.Resume = False,
+    device: options.Device = None,
+    precision: options.Precision = "auto",
+    as_json: options.Json = False,
 ) -> None:
     """Score image files by how unusual they are.
 
@@ -78,30 +61,19 @@ def screen(
     started = time.perf_counter()
     with progress_bar("screening") as advance, stop_on_signals() as should_stop:
         screened = screen_to_table(
-            scorer,
-            inputs,
-            out,
-            resume=resume,
-            batch_size=batch_size,
-            workers=workers,
-            timeout=timeout,
-            on_progress=advance,
-            should_stop=should_stop,
-            say=say,
-        )
+            scorer, inputs, out,
+            resume=resume, batch_size=batch_size, workers=workers, timeout=timeout,
+            on_progress=advance, should_stop=should_stop, say=say,
+        )  # fmt: skip
     if screened is None:
         raise typer.Exit(130)
     seconds = time.perf_counter() - started
     if report is not None:
+        named = [*(paths or []), *([listed] if listed else [])]
         write_report(
-            report,
-            scorer,
-            screened,
-            inputs=[*(paths or []), *([listed] if listed else [])],
-            model_name=bundle.name,
-            results=out,
-            reference_z=scorer.reference_z,
-        )
+            report, scorer, screened,
+            inputs=named, model_name=bundle.name, results=out, reference_z=scorer.reference_z,
+        )  # fmt: skip
     figures = {**screened.as_dict(), "seconds": round(seconds, 2), "out": str(out)}
     if summary is not None:
         write_json(figures, summary)
@@ -114,20 +86,16 @@ def screen(
 
 
 def pack(
-    out: Annotated[Path, typer.Option(help="Folder for the packed images.")],
-    paths: Inputs = None,
-    listed: FileList = None,
-    root: Root = None,
-    size: Annotated[
-        int | None, typer.Option(min=1, help="Side of the packed images in pixels.")
-    ] = None,
-    bundle: Annotated[
-        Path | None, typer.Option(help="Folder of a trained model, whose image size is taken.")
-    ] = None,
-    workers: Workers = None,
-    timeout: Timeout = TIMEOUT,
-    resume: Resume = False,
-    as_json: Json = False,
+    out: Annotated[Path, Option(help="Folder for the packed images.")],
+    paths: options.Inputs = None,
+    listed: options.FileList = None,
+    root: options.Root = None,
+    size: Annotated[int | None, Option(min=1, help="Side of the packed images in pixels.")] = None,
+    bundle: Annotated[Path | None, Option(help="Model whose image size is taken.")] = None,
+    workers: options.Workers = None,
+    timeout: options.Timeout = TIMEOUT,
+    resume: options.Resume = False,
+    as_json: options.Json = False,
 ) -> None:
     """Decode image files once, to screen them many times as fast.
 
@@ -145,13 +113,7 @@ def pack(
     started = time.perf_counter()
     with progress_bar("packing") as advance:
         packed = pack_files(
-            inputs,
-            out,
-            side,
-            resume=resume,
-            on_progress=advance,
-            workers=workers,
-            timeout=timeout,
+            inputs, out, side, resume=resume, on_progress=advance, workers=workers, timeout=timeout
         )
     seconds = round(time.perf_counter() - started, 2)
     if as_json:
@@ -163,9 +125,9 @@ def pack(
 
 
 def export(
-    bundle: BundleFolder,
-    out: Annotated[Path, typer.Option(help="File for the graph, ending in .onnx or .pt2.")],
-    score: Score = None,
+    bundle: options.BundleFolder,
+    out: Annotated[Path, Option(help="File for the graph, ending in .onnx or .pt2.")],
+    score: options.Score = None,
 ) -> None:
     """Export a model as one file that runs without squid-fast.
 
@@ -181,29 +143,22 @@ def export(
 
 def bench(
     bundle: Annotated[
-        Path | None,
-        typer.Option(help="Folder of a trained model.", show_default="random weights"),
+        Path | None, Option(help="Folder of a trained model.", show_default="random weights")
     ] = None,
-    preset: Annotated[
-        PresetName, typer.Option(help="Network with random weights, without --bundle.")
-    ] = "zhanglab",
+    preset: Annotated[options.PresetName, Option(help="Network with random weights.")] = "zhanglab",
     data: Annotated[
-        Path | None,
-        typer.Option(help="Folder of image files.", show_default="synthetic JPEG files"),
+        Path | None, Option(help="Folder of image files.", show_default="synthetic JPEG files")
     ] = None,
-    batch_size: BatchSize = 16,
-    rounds: Annotated[int, typer.Option(min=1, help="Number of timings of each way.")] = 5,
-    seconds: Annotated[
-        float, typer.Option(min=0, help="Approximate time of a run over files, in seconds.")
-    ] = 10.0,
+    batch_size: options.BatchSize = 16,
+    rounds: Annotated[int, Option(min=1, help="Number of timings of each way.")] = 5,
+    seconds: Annotated[float, Option(min=0, help="Length of a run over files in seconds.")] = 10.0,
     threads: Annotated[
-        int | None,
-        typer.Option(min=1, help="Number of PyTorch threads.", show_default="PyTorch's own choice"),
+        int | None, Option(min=1, help="Number of CPU threads.", show_default="PyTorch's own")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="JSON file for the results.")] = None,
-    device: Device = None,
-    precision: PrecisionName = "auto",
-    as_json: Json = False,
+    out: Annotated[Path | None, Option(help="JSON file for the results.")] = None,
+    device: options.Device = None,
+    precision: options.Precision = "auto",
+    as_json: options.Json = False,
 ) -> None:
     """Measure how fast this machine scores images.
 

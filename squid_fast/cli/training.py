@@ -7,137 +7,85 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Option
 
 from ..data import ImageSet, find_records, load_images
 from ..data.contamination import check_apart, contaminated
-from ..experiments.baselines import RECIPE, BaselineResult, train_baseline
+from ..experiments.baselines import METHODS, RECIPE, BaselineResult, train_baseline
 from ..experiments.diagnostics import TrainingSnapshots, draw_memory, memory_use
 from ..inference.bundle import load_bundle
+from ..inference.scores import PAPER_SCORE, SCORES
 from ..presets import Keep
 from ..presets import preset as find_preset
 from ..training import TrainingResult, load_splits, train_bundle
 from ..training.logs import LogKind
 from ..utils.atomic import write_json
 from ..utils.devices import choose_device, choose_precision
+from . import options
 from .console import print_json, progress_bar, say, stop_on_signals, training_report
-from .options import (
-    BundleFolder,
-    Data,
-    Device,
-    Json,
-    Layout,
-    MethodName,
-    PresetName,
-    Rate,
-    Resume,
-    ScoreName,
-    Seed,
-    Threads,
-    TrainingPrecision,
-)
-
-BY_PRESET = "by preset and method"
 
 
 def train(
-    data: Data,
-    out: Annotated[
-        Path, typer.Option(help="Folder for checkpoints and logs, and then the trained model.")
-    ],
-    preset: Annotated[
-        PresetName, typer.Option(help="Network, image size and training settings.")
-    ] = "zhanglab",
-    method: Annotated[MethodName, typer.Option(help="SQUID, or a baseline for comparison.")] = (
-        "squid"
-    ),
-    layout: Layout = "auto",
+    data: options.Data,
+    out: Annotated[Path, Option(help="Folder for checkpoints, logs and the trained model.")],
+    preset: options.Preset = "zhanglab",
+    method: Annotated[
+        options.MethodName,
+        Option(metavar="<name>", help=f"squid, or a baseline: {', '.join(METHODS)}."),
+    ] = "squid",
+    layout: options.Layout = "auto",
     contaminate: Annotated[
-        Path | None,
-        typer.Option(help="Folder of unlabelled images to mix into the training set as normal."),
+        Path | None, Option(help="Folder of images to mix in as normal.")
     ] = None,
     contamination_rate: Annotated[
-        float | None,
-        typer.Option(help="Share of the training set taken from --contaminate, between 0 and 1."),
+        float | None, Option(help="Share of --contaminate in the training set, between 0 and 1.")
     ] = None,
-    epochs: Annotated[
-        int | None, typer.Option(min=1, help="Number of epochs.", show_default=BY_PRESET)
-    ] = None,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Number of images in a batch, over all processes.", show_default=BY_PRESET
-        ),
-    ] = None,
-    lr: Annotated[
-        float | None, typer.Option(help="Learning rate of the generator.", show_default=BY_PRESET)
-    ] = None,
+    epochs: Annotated[int | None, Option(min=1, help="Number of epochs.")] = None,
+    batch_size: Annotated[int | None, Option(min=1, help="Batch size over all processes.")] = None,
+    lr: Annotated[float | None, Option(help="Learning rate of the generator.")] = None,
     ema_decay: Annotated[
-        float | None,
-        typer.Option(
-            help="Decay of the moving average of the discriminator's weights, such as 0.998; 0 "
-            "means no average.",
-            show_default=BY_PRESET,
-        ),
+        float | None, Option(help="Decay of the discriminator's moving average; 0 for no average.")
     ] = None,
     keep: Annotated[
-        Keep | None,
-        typer.Option(
-            help="Epoch whose weights are kept: the last, or the best by validation AUROC.",
-            show_default=BY_PRESET,
-        ),
+        Keep | None, Option(help="Epoch to keep: the last, or the best by validation AUROC.")
     ] = None,
-    validate_every: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Number of epochs from one validation to the next.", show_default=BY_PRESET
-        ),
-    ] = None,
-    score: Annotated[
-        ScoreName, typer.Option(help="Score that the trained model ranks and flags images by.")
-    ] = "discriminator_instance",
-    false_positive_rate: Rate = 0.05,
-    seed: Seed = 0,
-    device: Device = None,
-    precision: TrainingPrecision = "auto",
-    threads: Threads = None,
-    sync_batch_norm: Annotated[
-        bool, typer.Option(help="Batch normalisation over the batches of all processes.")
-    ] = True,
-    cuda_graphs: Annotated[
-        bool, typer.Option(help="Training steps as CUDA graphs, which is faster on one GPU.")
-    ] = True,
-    pictures: Annotated[
-        bool, typer.Option(help="Pictures of reconstructions and memories at every validation.")
-    ] = True,
-    log: Annotated[LogKind, typer.Option(help="Format of the training curves.")] = "csv",
-    resume: Resume = False,
-    as_json: Json = False,
+    validate_every: Annotated[int | None, Option(min=1, help="Epochs between validations.")] = None,
+    score: Annotated[options.ScoreName, options.score_option(SCORES, True)] = PAPER_SCORE,
+    false_positive_rate: options.Rate = 0.05,
+    seed: options.Seed = 0,
+    device: options.Device = None,
+    precision: options.TrainingPrecision = "auto",
+    threads: options.Threads = None,
+    sync_batch_norm: Annotated[bool, Option(help="Batch normalisation over all processes.")] = True,
+    cuda_graphs: Annotated[bool, Option(help="CUDA graphs, which are faster on one GPU.")] = True,
+    pictures: Annotated[bool, Option(help="Pictures of reconstructions and memories.")] = True,
+    log: Annotated[LogKind, Option(help="Format of the training curves.")] = "csv",
+    resume: options.Resume = False,
+    as_json: options.Json = False,
 ) -> None:
     """Train a model on normal images.
 
     Reads the normal images of the split train, and those of val, if there are any, to set
-    thresholds. Writes a folder that evaluate, screen and export take. Ctrl-C saves a checkpoint
-    before it stops. With torchrun, training runs on several GPUs.
+    thresholds. Writes a folder that evaluate, screen and export take. Training settings that are
+    not given are those of the preset or the baseline. Ctrl-C saves a checkpoint before it stops.
+    With torchrun, training runs on several GPUs.
 
-    Example: squid-fast train --preset zhanglab --data chest_xray --out runs/zhang
+    Example: squid-fast train --data chest_xray --out runs/zhang
     """
     chosen = find_preset(preset)
     choose_precision(precision, choose_device(device))  # refuses before images are read
-    given: dict[str, Any] = {
+    changes: dict[str, Any] = {
         "epochs": epochs, "batch_size": batch_size, "lr": lr, "ema_decay": ema_decay,
         "validate_every": validate_every, "keep": keep,
     }  # fmt: skip
-    of_squid = {"ema-decay": ema_decay, "validate-every": validate_every, "keep": keep}
-    for name, value in of_squid.items():
-        if method != "squid" and value is not None:
+    changes = {name: value for name, value in changes.items() if value is not None}
+    for name in ("ema_decay", "validate_every", "keep"):
+        if method != "squid" and name in changes:
             raise ValueError(
-                f"--{name} {value} has no effect on --method {method}; leave it out, or train "
-                "squid."
+                f"--{name.replace('_', '-')} {changes[name]} has no effect on --method {method}; "
+                "leave it out, or train squid."
             )
-    recipe = dataclasses.replace(
-        chosen.recipe if method == "squid" else RECIPE,
-        **{name: value for name, value in given.items() if value is not None},
-    )
+    recipe = dataclasses.replace(chosen.recipe if method == "squid" else RECIPE, **changes)
     train_set, validation_set, about = _images(
         data, layout, chosen.image_size, contaminate, contamination_rate, seed
     )
@@ -155,24 +103,12 @@ def train(
             if pictures:
                 common["observe"] = TrainingSnapshots(out, validation_set or train_set).add
             result = train_bundle(
-                chosen,
-                train_set,
-                out,
-                score=score,
-                sync_batch_norm=sync_batch_norm,
-                graphs=cuda_graphs,
-                log=log,
-                **common,
-            )
+                chosen, train_set, out,
+                score=score, sync_batch_norm=sync_batch_norm, graphs=cuda_graphs, log=log, **common,
+            )  # fmt: skip
     if as_json:
-        print_json(
-            {
-                "finished": result.finished,
-                "step": result.step,
-                "validation": result.validation,
-                "out": str(out),
-            }
-        )
+        facts = {"finished": result.finished, "step": result.step, "validation": result.validation}
+        print_json(facts | {"out": str(out)})
     if not result.finished:
         say(f"stopped after step {result.step} and saved; go on with --resume", "yellow")
         raise typer.Exit(130)
@@ -183,17 +119,17 @@ def train(
 
 
 def diagnose(
-    bundle: BundleFolder,
-    data: Data,
+    bundle: options.BundleFolder,
+    data: options.Data,
     out: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             help="Folder for memory.png and memory.json.",
             show_default="pictures in the model's folder",
         ),
     ] = None,
-    layout: Layout = "auto",
-    as_json: Json = False,
+    layout: options.Layout = "auto",
+    as_json: options.Json = False,
 ) -> None:
     """Show how a trained model uses its memories.
 
@@ -228,10 +164,8 @@ def _images(
     records = find_records(data, layout)
     with progress_bar("reading images") as advance:
         train_set, validation_set = load_splits(records, size, advance)
-    say(
-        f"{len(train_set)} normal training images, "
-        f"{0 if validation_set is None else len(validation_set)} for validation"
-    )
+    count = 0 if validation_set is None else len(validation_set)
+    say(f"{len(train_set)} normal training images, {count} for validation")
     if contaminate is None or rate is None:
         return train_set, validation_set, {}
     contaminants = find_records(contaminate)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ class ImageReadError(ValueError):
         details: what differs between files with the same problem, the file's ``path`` first.
 
     Attributes:
-        kind: the message without the details, which is the same for all files with the problem.
+        kind: the message without the details, which is the same for all files with the problem. Of
+            a library's error it has the words up to a number, a quotation or a bracket.
 
     >>> error = ImageReadError("{path} has {size} bytes", path="scan.png", size=3)
     >>> str(error)
@@ -33,8 +35,16 @@ class ImageReadError(ValueError):
 
     def __init__(self, message: str, **details: object) -> None:
         super().__init__(message.format(**details) if details else message)
-        alike = dict.fromkeys(details, "…") | {"path": "the file"}
-        self.kind = message.format(**alike) if details else message
+        alike = {name: _common_part(value) for name, value in details.items()}
+        self.kind = message.format(**alike | {"path": "the file"}) if details else message
+
+
+def _common_part(detail: object) -> str:
+    if not isinstance(detail, Exception):
+        return "…"
+    text = getattr(detail, "strerror", None) or str(detail)
+    words = re.split(r"[\d'\"<(\[{]", text, maxsplit=1)[0][:200]
+    return words if words == text else f"{words}…"
 
 
 def check_pixels(width: int, height: int, path: Path) -> None:

@@ -30,33 +30,20 @@ HARD_THRESHOLD = 0.0005  # far below most dot products, which then weight the sl
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     FULL: ("SQUID as it is", {}),
-    "one_memory": (
-        "not space-aware: one memory for all patches, with as many slots",
-        {"inpainting": {"memory": "shared"}},
-    ),
-    "no_inpainting": (
-        "without the in-painting block: the decoder gets the features of the encoder",
-        {"inpainting": False},
-    ),
-    "memory_matrix": (
-        "learned slots in place of the queue",
-        {"inpainting": {"memory": "matrix"}},
-    ),
-    "hard_shrinkage": (
-        "hard shrinkage in place of Gumbel shrinkage",
-        {"shrink_thres": HARD_THRESHOLD},
-    ),
+    "one_memory": ("not space-aware: one memory for all patches, with as many slots",
+                   {"inpainting": {"memory": "shared"}}),
+    "no_inpainting": ("without the in-painting block: the decoder gets the features of the encoder",
+                      {"inpainting": False}),
+    "memory_matrix": ("learned slots in place of the queue", {"inpainting": {"memory": "matrix"}}),
+    "hard_shrinkage": ("hard shrinkage in place of Gumbel shrinkage",
+                       {"shrink_thres": HARD_THRESHOLD}),
     "no_shortcut": ("without masked shortcut: in-painted features everywhere", {"ratio": 1.0}),
-    "soft_shortcut": (
-        "a fixed blend in place of the masked shortcut",
-        {"inpainting": {"shortcut": "soft"}},
-    ),
+    "soft_shortcut": ("a fixed blend in place of the masked shortcut",
+                      {"inpainting": {"shortcut": "soft"}}),
     "no_teacher": ("without the teacher and its distillation", {"dist": False}),
-    "convolution": (
-        "a convolution over the patches in place of the transformer's attention",
-        {"inpainting": {"mixing": "convolution"}},
-    ),
-}
+    "convolution": ("a convolution over the patches in place of the transformer's attention",
+                    {"inpainting": {"mixing": "convolution"}}),
+}  # fmt: skip
 """Variants by name: a description, and the arguments of ``SQUID`` that differ."""
 
 
@@ -67,7 +54,6 @@ class AblationData:
     Attributes:
         train: normal images.
         validation: labelled images for thresholds and for the AUROCs in the logs of the runs.
-        test: labelled images.
         groups: by name, the indices of the test images that an AUROC is computed over.
         about: description of the data for the results.
     """
@@ -82,13 +68,10 @@ class AblationData:
 def digit_data(
     side: int, per_epoch: int, source: Path | None = None, seed: int = 0, held_out: int = 400
 ) -> AblationData:
-    """DigitAnatomy: ``held_out`` normal test grids against as many of each kind of anomaly.
+    """DigitAnatomy in grids of ``side`` pixels, of which ``per_epoch`` normal ones are to train on.
 
     Args:
-        side: side of a grid in pixels; a grid has three by three cells.
-        per_epoch: number of normal grids to train on.
         source: folder of MNIST's IDX files; by default the digits bundled with scikit-learn.
-        seed: seed of all random numbers.
         held_out: number of normal grids for validation, for the test, and of each kind of anomaly.
     """
     train, val, test = (
@@ -149,8 +132,8 @@ def run_ablation(
     kept, and an interrupted one continues from its checkpoint.
 
     Returns:
-        ``settings``, ``machine`` and ``runs``, a list with variant, seed, parameters, seconds and
-        threads of the training, and ``auroc`` by score and group; None if it was stopped.
+        settings, machine and runs, a list with variant, seed, parameters, seconds and threads of
+        the training, and AUROC by score and group; None if it was stopped.
 
     Raises:
         ValueError: a variant is unknown.
@@ -162,7 +145,7 @@ def run_ablation(
     settings = {
         "preset": preset.name, "data": data.about, "recipe": asdict(recipe), "precision": precision
     }  # fmt: skip
-    settings = json.loads(json.dumps(settings))
+    settings = json.loads(json.dumps(settings))  # as they are read again
     machine = describe(choose_device(device))
     results: dict[str, Any] = {"settings": settings, "machine": machine, "runs": []}
     if path.exists():
@@ -180,27 +163,23 @@ def run_ablation(
     write_json(results, path)
     done = {(run["variant"], run["seed"]) for run in results["runs"]}
     for seed in range(seeds):
-        for name in (name for name in models if (name, seed) not in done):
+        for name in models:
+            if (name, seed) in done:
+                continue
             say(f"{name}, seed {seed}: {VARIANTS[name][0]}")
             folder = out / f"{name}-{seed}"
             trained = train_bundle(
-                replace(preset, model=models[name]),
-                data.train,
-                folder,
-                recipe=recipe,
-                validation_set=data.validation,
-                seed=seed,
-                device=device,
-                precision=precision,
-                thread_count=thread_count,
-                resume=(folder / CHECKPOINT).exists(),
-                report=report,
-                should_stop=should_stop,
-            )
+                replace(preset, model=models[name]), data.train, folder,
+                recipe=recipe, validation_set=data.validation, seed=seed, device=device,
+                precision=precision, thread_count=thread_count,
+                resume=(folder / CHECKPOINT).exists(), report=report, should_stop=should_stop,
+            )  # fmt: skip
             if not trained.finished:
                 return None
-            row = {"variant": name, "seed": seed, "seconds": round(60 * trained.minutes, 1)}
-            row["threads"] = trained.threads
+            row = {
+                "variant": name, "seed": seed, "seconds": round(60 * trained.minutes, 1),
+                "threads": trained.threads,
+            }  # fmt: skip
             results["runs"].append(row | evaluate_bundle(folder, data, device))
             write_json(results, path)
     return results
@@ -208,11 +187,9 @@ def run_ablation(
 
 def evaluate_bundle(bundle: Path, data: AblationData, device: str | None = None) -> dict[str, Any]:
     """Parameters of a trained bundle and its AUROCs by score and group."""
-    scorer = Scorer.load(bundle, device=device)
-    raw = scorer.raw_scores(data.test)
     labels = data.test.labels.numpy()
     auroc = {}
-    for name, values in raw.items():
+    for name, values in Scorer.load(bundle, device=device).raw_scores(data.test).items():
         z = SCORES[name][0] * values.double().numpy()
         auroc[name] = {
             group: round(image_auroc(labels[chosen], z[chosen]), 4)
@@ -231,23 +208,21 @@ def summarised(results: dict[str, Any], scores: Collection[str]) -> list[dict[st
     by_variant: dict[str, list[dict[str, Any]]] = {}
     for run in results["runs"]:
         by_variant.setdefault(run["variant"], []).append(run)
-
-    def values(name: str, score: str) -> list[float]:
-        return [mean(run["auroc"][score].values()) for run in by_variant[name]]
-
-    rows = []
+    rows: dict[str, dict[str, Any]] = {}
     for name, runs in by_variant.items():
-        row: dict[str, Any] = {"variant": name, "about": VARIANTS[name][0], "seeds": len(runs)}
-        row["parameters"] = runs[0]["parameters"]
-        row["auroc"] = {score: mean(values(name, score)) for score in scores}
-        several = len(runs) > 1
-        row["spread"] = {s: stdev(values(name, s)) if several else None for s in scores}
-        full = {s: mean(values(FULL, s)) if FULL in by_variant else None for s in scores}
-        row["difference"] = {
-            s: None if full[s] is None else row["auroc"][s] - full[s] for s in scores
+        values = {s: [mean(run["auroc"][s].values()) for run in runs] for s in scores}
+        rows[name] = {
+            "variant": name,
+            "about": VARIANTS[name][0],
+            "parameters": runs[0]["parameters"],
+            "seeds": len(runs),
+            "auroc": {s: mean(values[s]) for s in scores},
+            "spread": {s: stdev(values[s]) if len(runs) > 1 else None for s in scores},
         }
-        rows.append(row)
-    return rows
+    full = rows[FULL]["auroc"] if FULL in rows else None
+    for row in rows.values():
+        row["difference"] = {s: None if full is None else row["auroc"][s] - full[s] for s in scores}
+    return list(rows.values())
 
 
 SHOWN = (PAPER_SCORE, "discriminator_image", "patch_error")
@@ -255,19 +230,19 @@ SHOWN = (PAPER_SCORE, "discriminator_image", "patch_error")
 
 def as_markdown(results: dict[str, Any], scores: Collection[str] = SHOWN) -> str:
     """The rows of ``summarised`` as a table in Markdown."""
-    lines = ["| variant | " + " | ".join(f"`{score}`" for score in scores) + " | parameters |"]
-    lines.append("|---|" + "--:|" * (len(scores) + 1))
+    lines = [
+        "| variant | " + " | ".join(f"`{score}`" for score in scores) + " | parameters |",
+        "|---|" + "--:|" * (len(scores) + 1),
+    ]
     for row in summarised(results, scores):
-        cells = [cell(row, score) for score in scores]
-        lines.append(
-            f"| {row['variant']}: {row['about']} | {' | '.join(cells)} | {row['parameters']:,} |"
-        )
+        cells = " | ".join(cell(row, score) for score in scores)
+        lines.append(f"| {row['variant']}: {row['about']} | {cells} | {row['parameters']:,} |")
     return "\n".join(lines)
 
 
 def cell(row: dict[str, Any], score: str) -> str:
     """AUROC, its spread over seeds, and in brackets the difference from the full SQUID."""
-    text = f"{row['auroc'][score]:.3f}"
-    spread, difference = row["spread"][score], row["difference"][score]
+    text, spread = f"{row['auroc'][score]:.3f}", row["spread"][score]
     text += "" if spread is None else f" ± {spread:.3f}"
+    difference = row["difference"][score]
     return text if difference is None or row["variant"] == FULL else f"{text} ({difference:+.3f})"

@@ -64,8 +64,8 @@ class Benchmark:
     Attributes:
         bundle: the model. It is scored by the paper's score, whatever it is configured for.
         device: where both ways compute.
-        precision: precision of the scorer; the published way computes in float32. int8 needs a
-            calibrated bundle.
+        precision: of the scorer, int8 with a calibrated bundle alone; the published way computes
+            in float32.
         batch: number of images scored at once.
         rounds: number of timings of each contender; at most 3 for files.
         seconds: approximate time of a run over files. At least four batches are taken, and at most
@@ -93,20 +93,14 @@ class Benchmark:
         parts: Collection[str] = PARTS,
         progress: Progress = lambda part: nullcontext(lambda done, total: None),
     ) -> dict[str, Any]:
-        """Measure, and return figures for JSON.
+        """Measure some of ``PARTS``, and return figures for JSON.
 
         Keys: those of ``describe``, precision, image_size, batch, rounds, and each part with its
         rows by name (see ``figures``). The part "evaluation" scores images from memory, including
         their way to the device and back; "screening" scores files, including the start of the
-        processes that read them.
-
-        Rows of "evaluation" have ``ratio_at_equal_batch`` if the published way is timed at the
-        same batch size. The row of ``screen`` has ``share_of_scorer``, its rate as a share of the
-        rate at which the same scorer takes the same images from memory.
-
-        Args:
-            parts: the parts to measure, of ``PARTS``.
-            progress: takes the name of a part and gives a context with an ``OnProgress``.
+        processes that read them. Rows of "evaluation" have ``ratio_at_equal_batch`` if the
+        published way is timed at the same batch size. The row of ``screen`` has
+        ``share_of_scorer``: its rate over that of the same scorer on images from memory.
 
         Raises:
             ValueError: none of the files in ``data`` can be read.
@@ -114,12 +108,9 @@ class Benchmark:
         """
         measure = {"evaluation": self._evaluation, "screening": self._screening}
         results: dict[str, Any] = {
-            **describe(self.device),
-            "precision": self.scorer(self.precision).precision,
-            "image_size": self.bundle.model.image_size,
-            "batch": self.batch,
-            "rounds": self.rounds,
-        }
+            **describe(self.device), "precision": self.scorer(self.precision).precision,
+            "image_size": self.bundle.model.image_size, "batch": self.batch, "rounds": self.rounds,
+        }  # fmt: skip
         for part in parts:
             with progress(part) as advance:
                 results[part] = measure[part](advance)
@@ -156,14 +147,15 @@ class Benchmark:
         published = published_way(self.bundle, self.device)
         scorer, size = self.scorer(self.precision), self.bundle.model.image_size
         with tempfile.TemporaryDirectory() as folder:
-            count = self._file_count(scorer)
+            trial = partial(scorer.score, _images(self.batch, size))
+            wanted = int(self.seconds / compare({"": (self.batch, trial)}, 1)[""][0])
+            count = max(4 * self.batch, wanted if self.data else min(wanted, _MOST_MADE_UP))
             if self.data:
                 files = _readable(scorer, _image_files(self.data), count)
             else:
                 files = _write_jpegs(Path(folder), count)
             few, some = files[: self.batch], files[: 16 * self.batch]
-            loaded = [load_bytes(path, size) for path in some]
-            images = torch.from_numpy(np.stack(loaded))[:, None]
+            images = torch.from_numpy(np.stack([load_bytes(path, size) for path in some]))[:, None]
 
             def one_by_one() -> None:
                 for path in few:
@@ -195,19 +187,11 @@ class Benchmark:
         calibration = self.bundle.calibration or _NO_CALIBRATION
         return Scorer(*pair, calibration, PAPER_SCORE, precision, self.device)
 
-    def _file_count(self, scorer: Scorer) -> int:
-        trial = partial(scorer.score, _images(self.batch, scorer.image_size))
-        wanted = int(self.seconds / compare({"": (self.batch, trial)}, 1)[""][0])
-        return max(4 * self.batch, wanted if self.data else min(wanted, _MOST_MADE_UP))
-
 
 def compare(
     contenders: Contenders, rounds: int, on_progress: OnProgress = lambda done, total: None
 ) -> Seconds:
-    """Time the contenders in turn, ``rounds`` times, after an untimed call of each.
-
-    Returns:
-        the seconds for one image by contender and round.
+    """Seconds for one image by contender and round; they take turns after an untimed call of each.
 
     Example:
         >>> seconds = compare({"sum": (100, lambda: sum(range(100)))}, rounds=3)
@@ -256,11 +240,10 @@ def figures(contenders: Contenders, seconds: Seconds) -> Rows:
 
 
 def random_bundle(preset: Preset) -> Bundle:
-    """A model with random weights, to be timed where there is no trained one.
+    """A model with random weights, as fast as a trained one.
 
-    Its speed is that of a trained model, except in int8, where the weights decide which stages
-    tolerate it: here those are chosen that a model trained on ZhangLab tolerates. The precision
-    "auto" does not choose int8 for it.
+    Weights decide which stages tolerate int8; those are chosen here that tolerate it in a model
+    trained on ZhangLab. The precision "auto" does not choose int8 for it.
     """
     torch.manual_seed(0)
     size = preset.image_size

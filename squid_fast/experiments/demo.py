@@ -41,16 +41,9 @@ WHY_NOT_THE_PAPERS = (
 )
 _RESULT = "demo.json"
 _REPLACED = (
-    "checkpoint.pt",
-    "config.json",
-    "calibration.json",
-    "model.safetensors",
-    "discriminator.safetensors",
-    "results.csv",
-    "results.csv.partial",
-    "report.html",
-    "grids",
-)
+    "checkpoint.pt", "config.json", "calibration.json", "model.safetensors",
+    "discriminator.safetensors", "results.csv", "results.csv.partial", "report.html", "grids",
+)  # fmt: skip
 """Files of an earlier demo, which the next one in the same folder deletes."""
 
 
@@ -65,8 +58,7 @@ class DemoResult:
         trained_grids: number of grids that training saw, repetitions counted.
         training_seconds, seconds: duration of training, and of the whole demo.
         machine: see ``utils.machine.describe``; ``threads`` are those at the end of training.
-        screened: summary of the screening.
-        report, table: paths of the files.
+        screened: summary of the screening, whose files are ``report`` and ``table``.
     """
 
     aurocs: dict[str, dict[str, float]]
@@ -90,9 +82,7 @@ class DemoResult:
             f"{self.score}: {SCORES[self.score][1]}; at least {weakest:.2f} for every kind.\n"
             f"{PAPER_SCORE}, the paper's, {WHY_NOT_THE_PAPERS}\n"
             f"trained on {self.trained_grids} grids in {self.training_seconds:.0f} s{stopped}; "
-            f"{self.seconds:.0f} s in all\n"
-            f"results: {self.table}\n"
-            f"report:  {self.report}"
+            f"{self.seconds:.0f} s in all\nresults: {self.table}\nreport:  {self.report}"
         )
 
 
@@ -110,14 +100,9 @@ def run_demo(
     """Run the demo into ``out``.
 
     Args:
-        out: folder for all files.
         minutes: time until training ends, counted from this call. A fast machine trains more steps
             in that time; on any, the learning rate falls with the time that is left.
         source: folder of MNIST's IDX files; by default the digits bundled with scikit-learn.
-        seed: seed of data, weights and training.
-        device: "cpu", "cuda", ...; by default a GPU if there is one.
-        say: is given remarks on what happens.
-        report: is given the progress of training.
         should_stop: once true, ends the training; the model is then evaluated as it is.
 
     Raises:
@@ -125,27 +110,18 @@ def run_demo(
     """
     started = time.perf_counter()
     chosen = preset(PRESET)
-    cell = chosen.image_size // 3
-    say(
-        f"drawing {TRAINING_GRIDS} normal grids of {chosen.image_size} x {chosen.image_size} pixels"
-    )
+    size, cell = chosen.image_size, chosen.image_size // 3
+    say(f"drawing {TRAINING_GRIDS} normal grids of {size} x {size} pixels")
     training = DigitAnatomy(source, cell, "train", seed).normal(TRAINING_GRIDS, seed)
     validation = DigitAnatomy(source, cell, "val", seed).normal(HELD_OUT_GRIDS, seed + 1)
     say(f"training until {minutes:g} minutes are over; Ctrl-C ends it earlier")
     begun = time.perf_counter()
     given = max(60 * minutes - (begun - started), 0.0)
     result = train_bundle(
-        chosen,
-        training.as_image_set(),
-        out,
-        validation_set=validation.as_image_set(),
-        seconds=given,
-        score=SCORE,
-        seed=seed,
-        device=device,
-        report=report,
-        should_stop=should_stop,
-    )
+        chosen, training.as_image_set(), out,
+        validation_set=validation.as_image_set(), seconds=given, score=SCORE, seed=seed,
+        device=device, report=report, should_stop=should_stop,
+    )  # fmt: skip
     seconds = time.perf_counter() - begun
 
     say("evaluating and screening unseen grids")
@@ -158,17 +134,13 @@ def run_demo(
         screened, table, page = _screen(scorer, images, out)
         aurocs = auroc_by_kind(scorer, normal, anomalous)
     demo = DemoResult(
-        aurocs,
-        score=SCORE,
-        stopped=60 * result.minutes < given,
-        trained_grids=result.step * chosen.recipe.batch_size,
-        training_seconds=round(seconds, 1),
+        aurocs, score=SCORE, stopped=60 * result.minutes < given,
+        trained_grids=result.step * chosen.recipe.batch_size, training_seconds=round(seconds, 1),
         seconds=round(time.perf_counter() - started, 1),
         machine=describe(choose_device(device)) | {"threads": result.threads},
-        screened=screened,
-        report=str(page),
-        table=str(table),
-    )
+        screened=screened, report=str(page), table=str(table),
+    )  # fmt: skip
+    # Written in place, not replaced, since the lock of ``demo_folder`` is on this very file.
     (out / _RESULT).write_text(json.dumps(demo.to_json(), indent=2) + "\n", encoding="utf-8")
     return demo
 
@@ -205,18 +177,15 @@ def auroc_by_kind(
     scorer: Scorer, normal: DigitGrids, anomalous: DigitGrids
 ) -> dict[str, dict[str, float]]:
     """AUROC of every score for each kind of anomaly, against the same normal grids."""
+    raw = [scorer.raw_scores(grids.as_image_set()) for grids in (normal, anomalous)]
     kinds = np.array(anomalous.kinds)
-    raw_normal = scorer.raw_scores(normal.as_image_set())
-    raw_anomalous = scorer.raw_scores(anomalous.as_image_set())
-    aurocs: dict[str, dict[str, float]] = {}
-    for name in SHOWN:
-        normal_z = scorer.z_score(name, raw_normal[name]).numpy()
-        anomalous_z = scorer.z_score(name, raw_anomalous[name]).numpy()
-        aurocs[name] = {}
+    aurocs: dict[str, dict[str, float]] = {name: {} for name in SHOWN}
+    for name, by_kind in aurocs.items():
+        normal_z, anomalous_z = (scorer.z_score(name, values[name]).numpy() for values in raw)
         for kind in KINDS:
             z = np.concatenate([normal_z, anomalous_z[kinds == kind]])
             labels = np.arange(len(z)) >= len(normal_z)
-            aurocs[name][kind] = round(image_auroc(labels, z), 4)
+            by_kind[kind] = round(image_auroc(labels, z), 4)
     return aurocs
 
 
@@ -226,15 +195,9 @@ def _screen(scorer: Scorer, images: Path, out: Path) -> tuple[dict[str, Any], Pa
     summary = screen_to_table(scorer, images, table)
     assert summary is not None  # nothing stops it
     write_report(
-        page,
-        scorer,
-        summary,
-        title="DigitAnatomy screening report",
-        inputs=images,
-        model_name=PRESET,
-        results=table,
-        reference_z=scorer.reference_z,
-    )
+        page, scorer, summary, title="DigitAnatomy screening report", inputs=images,
+        model_name=PRESET, results=table, reference_z=scorer.reference_z,
+    )  # fmt: skip
     return summary.as_dict(), table, page
 
 

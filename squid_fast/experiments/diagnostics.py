@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import ops
 from ..data import ImageSet
@@ -61,14 +61,11 @@ class MemoryUse:
 
     def figures(self) -> dict[str, Any]:
         """The figures as JSON can hold them."""
+        places, slots = self.hits.shape
         return {
-            "kind": self.kind,
-            "places": int(self.hits.shape[0]),
-            "slots": int(self.hits.shape[1]),
-            "dead_share": self.dead_share,
-            "effective_slots": self.effective_slots,
-            "similarity": float(self.similarity.mean()),
-        }
+            "kind": self.kind, "places": places, "slots": slots, "dead_share": self.dead_share,
+            "effective_slots": self.effective_slots, "similarity": float(self.similarity.mean()),
+        }  # fmt: skip
 
 
 @torch.no_grad()
@@ -81,35 +78,28 @@ def memory_use(model: SQUID, images: ImageSet) -> dict[str, MemoryUse]:
     """
     device = next(model.parameters()).device
     own = copy.deepcopy(model).float().eval()
-    queries: dict[str, Tensor] = {}
-    memories: dict[str, Memory] = {
-        name: m for name, m in own.named_modules() if isinstance(m, MemoryQueue | MemoryMatrix)
-    }
-
-    def remember(name: str) -> Any:
-        return lambda module, given: queries.__setitem__(name, given[0].detach().float())
-
-    for name, memory in memories.items():
-        memory.register_forward_pre_hook(remember(name))
+    memories = {name: m for name, m in own.named_modules() if isinstance(m, Memory)}
+    queries: dict[nn.Module, Tensor] = {}
+    for memory in memories.values():
+        memory.register_forward_pre_hook(
+            lambda module, given: queries.__setitem__(module, given[0].detach().float())
+        )
     own(images.subsample(_IMAGES).batch(slice(None), device), teacher=False)
-    return {name: _use(memories[name], query) for name, query in queries.items()}
+    return {name: _use(m, queries[m]) for name, m in memories.items() if m in queries}
 
 
 def _use(memory: Memory, query: Tensor) -> MemoryUse:
     slots = memory.slots  # [N, M, C]
     if memory.single:  # one memory for all places
         query = query.reshape(-1, 1, query.shape[-1])
-    logits = torch.einsum("bnc,nmc->bnm", query, slots)
+    weights = torch.einsum("bnc,nmc->bnm", query, slots)
     if isinstance(memory.shrink_thres, int) and memory.shrink_thres > 0:
-        weights = ops.gumbel_shrinkage(logits.flatten(0, 1), memory.shrink_thres)
+        weights = ops.gumbel_shrinkage(weights, memory.shrink_thres)
     elif memory.shrink_thres > 0:
-        weights = ops.hard_shrinkage(logits.flatten(0, 1), memory.shrink_thres)
-    else:
-        weights = logits.flatten(0, 1)
-    hits = (weights != 0).view(logits.shape).sum(dim=0)
-    cosine = torch.einsum(
-        "bnc,nmc->bnm", F.normalize(query, dim=2), F.normalize(slots, dim=2)
-    ).amax(dim=0)
+        weights = ops.hard_shrinkage(weights, memory.shrink_thres)
+    hits = (weights != 0).sum(dim=0)
+    unit = F.normalize(query, dim=2), F.normalize(slots, dim=2)
+    cosine = torch.einsum("bnc,nmc->bnm", *unit).amax(dim=0)
     kind = "queue" if isinstance(memory, MemoryQueue) else "matrix"
     return MemoryUse(kind, hits.cpu().numpy(), cosine.cpu().numpy())
 
@@ -169,10 +159,10 @@ class TrainingSnapshots:
         """Draw the model after an epoch, counted from 0, and return figures for the log."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "reconstructions.npz"
-        strips: dict[str, np.ndarray] = dict(np.load(path)) if path.exists() else {}
+        strips = dict(np.load(path)) if path.exists() else {}
         strips = {key: strip for key, strip in strips.items() if int(key) <= epoch}
         strips[f"{epoch + 1:05d}"] = self._reconstruct(model)
-        np.savez_compressed(path, **strips)  # type: ignore[arg-type]
+        np.savez_compressed(path, **strips)
         self._draw(strips)
         uses = memory_use(model, self.images)
         if not uses:
@@ -180,21 +170,17 @@ class TrainingSnapshots:
         draw_memory(uses, self.folder / "memory.png")
         write_json({name: use.figures() for name, use in uses.items()}, self.folder / "memory.json")
         found = {}
-        for kind in ("queue", "matrix"):
+        for kind in sorted({use.kind for use in uses.values()}, reverse=True):  # queues first
             own = [use for use in uses.values() if use.kind == kind]
-            if own:
-                found[f"memory/dead_share_{kind}"] = float(np.mean([u.dead_share for u in own]))
-                found[f"memory/similarity_{kind}"] = float(
-                    np.mean([u.similarity.mean() for u in own])
-                )
+            found[f"memory/dead_share_{kind}"] = float(np.mean([u.dead_share for u in own]))
+            found[f"memory/similarity_{kind}"] = float(np.mean([u.similarity.mean() for u in own]))
         return found
 
     @torch.no_grad()
     def _reconstruct(self, model: SQUID) -> np.ndarray:
         """Reconstructions of the images that are shown, uint8 [images, S, S]."""
         own = copy.deepcopy(model).float().eval()
-        device = next(own.parameters()).device
-        batch = self.shown.batch(slice(0, len(self.shown)), device)
+        batch = self.shown.batch(slice(None), next(own.parameters()).device)
         recon = own(batch, teacher=False)["recon"]
         return np.asarray((recon[:, 0] * 255).round().byte().cpu().numpy())
 
@@ -207,19 +193,17 @@ class TrainingSnapshots:
             figsize=(1.5 * columns, 1.6 * rows + 0.4), layout="constrained"
         )
         axes = figure.subplots(rows, columns, squeeze=False)
+        titles = ["image", *(f"epoch {int(k)}" for k in keys), "last - image"]
         names = {0: "normal", 1: "anomalous"}
         for row, image in enumerate(originals):
-            difference = strips[keys[-1]][row].astype(float) - image
-            for axis, picture in zip(
-                axes[row], [image, *(strips[k][row] for k in keys)], strict=False
-            ):
+            pictures = [image, *(strips[k][row] for k in keys)]
+            for axis, picture in zip(axes[row, :-1], pictures, strict=True):
                 axis.imshow(picture, cmap="gray", vmin=0, vmax=255)
+            difference = pictures[-1].astype(float) - image
             axes[row, -1].imshow(difference, cmap="RdBu_r", vmin=-128, vmax=128)
             label = names.get(int(self.shown.labels[row]), "unlabelled")
             axes[row, 0].set_ylabel(label, fontsize=9)
-        for axis, title in zip(
-            axes[0], ["image", *(f"epoch {int(k)}" for k in keys), "last - image"], strict=True
-        ):
+        for axis, title in zip(axes[0], titles, strict=True):
             axis.set_title(title, fontsize=9)
         for axis in axes.ravel():
             axis.set(xticks=[], yticks=[])

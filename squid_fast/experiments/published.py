@@ -40,11 +40,7 @@ def published_way(bundle: Bundle, device: torch.device) -> Callable[[Tensor], Te
 
 
 def check_agreement(published: Callable[[Tensor], Tensor], scorer: Scorer, images: Tensor) -> None:
-    """Check that a float32 scorer of the paper's score agrees with the published scores.
-
-    Args:
-        published: as from ``published_way``.
-        images: [B, 1, H, W].
+    """Check that a float32 scorer of the paper's score agrees with ``published_way`` on images.
 
     Raises:
         RuntimeError: the scores differ by a hundredth of their standard deviation or more.

@@ -46,12 +46,7 @@ def other_scores(
     """Those of ``OTHER_SCORES`` that the model has, [n] each, float32 on the CPU.
 
     A model without a teacher gives no ``teacher_difference``, one without a memory queue no
-    ``memory_distance``.
-
-    Args:
-        model: trained; it is not changed.
-        images: of the model's size.
-        precision, device: see ``squid_fast.utils.devices``.
+    ``memory_distance``. The model is not changed.
     """
     where = choose_device(device)
     bf16 = choose_precision(precision, where) == "bf16"
@@ -71,7 +66,9 @@ def other_scores(
             squared = (recon.float() - teacher.float()).square()
             parts["teacher_difference"].append(squared.mean(dim=(1, 2, 3)).cpu())
         if queue is not None:
-            parts["memory_distance"].append(_distance(asked.pop(), queue).cpu())
+            unit = F.normalize(asked.pop().float(), dim=2), F.normalize(queue.slots, dim=2)
+            nearest = torch.einsum("bnc,nmc->bnm", *unit).amax(dim=2)
+            parts["memory_distance"].append((1 - nearest.mean(dim=1)).cpu())
     return {name: torch.cat(values) for name, values in parts.items() if values}
 
 
@@ -84,10 +81,7 @@ def evaluate_others(
 ) -> tuple[dict[str, Evaluation], dict[str, NDArray[np.float32]]]:
     """Figures of ``other_scores`` and ``COMBINATIONS`` on labelled images, and their values [n].
 
-    There are no thresholds, since these scores are not calibrated.
-
-    Args:
-        z_scores: of the images, [n] each, as from ``Scorer.evaluate``.
+    Not calibrated, they have no thresholds. ``z_scores`` are those of ``Scorer.evaluate``.
 
     Raises:
         ValueError: images of unknown label or of one class only.
@@ -98,11 +92,3 @@ def evaluate_others(
             values[name] = np.mean([z_scores[part] for part in parts], axis=0)
     labels = images.labels.numpy()
     return {k: evaluate(labels, v, score_name=k) for k, v in values.items()}, values
-
-
-def _distance(features: Tensor, queue: MemoryQueue) -> Tensor:
-    """[B], of patch features [B, N, C] to the nearest slot of each patch's memory."""
-    similarity = torch.einsum(
-        "bnc,nmc->bnm", F.normalize(features.float(), dim=2), F.normalize(queue.slots, dim=2)
-    )
-    return 1 - similarity.amax(dim=2).mean(dim=1)

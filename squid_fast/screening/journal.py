@@ -19,20 +19,19 @@ import os
 import sqlite3
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
-from datetime import datetime, timezone
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 from .._version import __version__
 from ..utils.atomic import sync_folder
 from .pipeline import ScreenRow
 
 _DATABASE = "journal.sqlite"
-_FORMAT = 2  # 1 was a folder of text files
+_FORMAT = 2
 _SCHEMA = f"""
     BEGIN;
     PRAGMA user_version = {_FORMAT};
@@ -41,9 +40,18 @@ _SCHEMA = f"""
     CREATE TABLE rows (number INTEGER PRIMARY KEY, fields TEXT NOT NULL);
     COMMIT;
 """
-_COUNTS = """
-    SELECT count(*), coalesce(max(number), 0), (SELECT count(*) FROM files) FROM rows
+_FOUND = """
+    CREATE TABLE found (
+        input INTEGER, matched BLOB, path BLOB, PRIMARY KEY (input, matched, path)
+    ) WITHOUT ROWID
 """
+_SORT = (  # what was found, each file once
+    "CREATE UNIQUE INDEX once ON files (absolute(path))",
+    "INSERT OR IGNORE INTO files (path) SELECT path FROM found ORDER BY input, matched, path",
+    "DROP INDEX once",
+    "DROP TABLE found",
+)
+_COUNTS = "SELECT count(*), coalesce(max(number), 0), (SELECT count(*) FROM files) FROM rows"
 _AT_ONCE = 1000  # paths or rows that are read from the database together
 _UNREADABLE = (sqlite3.Error, ValueError, TypeError, KeyError, RecursionError)
 
@@ -56,23 +64,14 @@ class JournalError(RuntimeError):
 
 @dataclass(frozen=True)
 class Run:
-    """What is being run. Rows of runs that differ in any of it do not belong in one table.
-
-    Attributes:
-        fingerprint: fingerprint of the scorer.
-        score_name: name of the scorer's score.
-        threshold: threshold of the scorer.
-        inputs: the first of the inputs as the user named them, for messages.
-        inputs_sha256: hash of all inputs.
-        folder: the folder in which relative inputs start, or None if all are absolute.
-    """
+    """What is being run. Rows of runs that differ in any of it do not belong in one table."""
 
     fingerprint: str
     score_name: str
     threshold: float
-    inputs: list[str]
-    inputs_sha256: str
-    folder: str | None
+    inputs: list[str]  # the first of them, for messages
+    inputs_sha256: str  # of all of them
+    folder: str | None  # in which relative inputs start; None if all are absolute
 
 
 class Journal:
@@ -84,7 +83,6 @@ class Journal:
         folder: place of the journal; created if it is missing.
 
     Attributes:
-        folder: place of the journal.
         run: the unfinished run that was found in the folder, or the one that ``start`` began;
             else None.
         files: the listing, see ``find_files``. It stays in the database.
@@ -94,18 +92,17 @@ class Journal:
 
     Raises:
         JournalError: the folder cannot be written or locked, is in use, is damaged, or holds
-            something other than a journal of this version.
+            something other than a journal of this version. All methods raise it when the journal
+            cannot be read or written.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.run: Run | None = None
         self.count = 0
-        self._pending: list[ScreenRow] = []
         self._synced = time.monotonic()
         with self._explained("cannot be written"):
             self._database = _open(folder)
-        self._is_open = True
         try:
             self._set_listing(0, {})
             self._recover()
@@ -113,53 +110,53 @@ class Journal:
             self._database.close()
             raise
 
-    def start(self, run: Run, files: Iterable[str], packed: Mapping[int, int]) -> None:
+    def start(
+        self,
+        run: Run,
+        found: Iterable[tuple[int, str, str]],
+        packed: Callable[[Collection[str]], Mapping[int, int]],
+    ) -> None:
         """Begin a run.
+
+        Args:
+            run: what is being run.
+            found: its files, see ``search_files``. The database sorts them, on the disk.
+            packed: returns the number of images in each packed file of a listing, by its index.
 
         Raises:
             ValueError: a path cannot be the name of a file.
-            JournalError: the journal cannot be written.
         """
-        started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        about = {"squid_fast": __version__, "started": started, "run": asdict(run)}
-        paths = ((_path_bytes(path),) for path in files)
+        keys = ((index, _encoded(match), _encoded(path)) for index, match, path in found)
         with self._explained("cannot be written"):
+            self._database.create_function("absolute", 1, _absolute, deterministic=True)
             with self._database as database:
-                database.executemany("INSERT INTO files (path) VALUES (?)", paths)
+                database.execute("BEGIN")
+                database.execute(_FOUND)
+                database.executemany("INSERT OR IGNORE INTO found VALUES (?, ?, ?)", keys)
+                for statement in _SORT:
+                    database.execute(statement)
                 (count,) = database.execute("SELECT count(*) FROM files").fetchone()
-                record = about | {"files": count, "packed": sorted(packed.items())}
-                text = json.dumps(record, allow_nan=False)
-                database.execute("INSERT INTO run VALUES (?)", [text])
+                about = {"squid_fast": __version__, "run": asdict(run), "files": count}
+                images = packed(_Listing(database, count))
+                record = json.dumps(about | {"packed": sorted(images.items())}, allow_nan=False)
+                database.execute("INSERT INTO run VALUES (?)", [record])
             sync_folder(self.folder.parent)
         self.run = run
-        self._set_listing(count, packed)
+        self._set_listing(count, images)
 
-    def append(self, row: ScreenRow) -> None:
-        """Take the next row; ``flush`` writes it.
-
-        Raises:
-            RuntimeError: the row is not that of the next file.
-        """
-        done = self.count + len(self._pending)
-        if done == self.total:
-            raise RuntimeError(f"all {done} files have their rows, and then came {row.path!r}")
-        wanted = next(self._expected)
-        if wanted not in (None, row.path):
-            raise RuntimeError(f"there is a row for {row.path!r}, but the next file is {wanted!r}")
-        self._pending.append(row)
-
-    def flush(self) -> None:
-        """Write the appended rows in one transaction.
-
-        Raises:
-            JournalError: they cannot be written; the rows written before are kept.
-        """
-        if not self._pending:
-            return
-        rows, self._pending = self._pending, []
+    def append(self, rows: Sequence[ScreenRow]) -> None:
+        """Write the next rows in one transaction; raises RuntimeError if they are other rows."""
+        for done, row in enumerate(rows, start=self.count):
+            if done == self.total:
+                raise RuntimeError(f"all {done} files have their rows, and then came {row.path!r}")
+            wanted = next(self._expected)
+            if wanted not in (None, row.path):
+                raise RuntimeError(
+                    f"there is a row for {row.path!r}, but the next file is {wanted!r}"
+                )
         # A killed process loses no transaction, but a power cut loses those since the last one
-        # that waited for the disk (FULL). One a second does, as waiting for a slow disk takes as
-        # long as scoring a batch on a fast device. Closing the database waits for the disk, too.
+        # that waited for the disk (FULL): one a second, for on a slow disk that takes as long as
+        # scoring a batch. Closing the database waits for the disk, too.
         now = time.monotonic()
         wait = now - self._synced >= 1
         lines = ((json.dumps(_row_fields(row)),) for row in rows)
@@ -172,14 +169,9 @@ class Journal:
             self._synced = now
 
     def rows(self) -> Iterator[ScreenRow]:
-        """All rows, as a stream.
-
-        Raises:
-            JournalError: the journal is damaged.
-        """
-        self.flush()
+        """All rows, as a stream."""
         try:
-            lines = _read(self._database, "SELECT fields FROM rows", range(1, self.count + 1))
+            lines = _read(self._database, "SELECT fields FROM rows", self.count)
             for line, wanted in zip(lines, self._paths_of_rows(), strict=False):
                 row = ScreenRow(*json.loads(line))
                 if wanted not in (None, row.path):
@@ -190,7 +182,6 @@ class Journal:
 
     def remove(self) -> None:
         """Remove the journal, for its rows are elsewhere now."""
-        self._is_open = False
         with closing(self._database), self._explained("is no longer needed, but cannot be removed"):
             if sys.platform == "win32":
                 self._database.close()  # an open file cannot be removed there
@@ -204,20 +195,18 @@ class Journal:
 
     def __exit__(self, *_: object) -> None:
         with closing(self._database):
-            if self._is_open and self.run is None:
+            if self.run is None:
                 self.remove()
-            elif self._is_open:
-                self.flush()
 
     def failure(self, problem: str, error: OSError | sqlite3.Error) -> JournalError:
         """The error to raise when something of the run cannot be written."""
-        reason = f"{problem}: {getattr(error, 'strerror', None) or error}."
-        if not self.run:
-            return JournalError(f"{reason} No file has been scored yet.")
-        return JournalError(
-            f"{reason} {self.count:,} of {self.total:,} rows are safe in {str(self.folder)!r}; "
-            "once it can be, go on with --resume."
-        )
+        safe = "No file has been scored yet."
+        if self.run:
+            safe = (
+                f"{self.count:,} of {self.total:,} rows are safe in {str(self.folder)!r}; once it "
+                "can be, go on with --resume."
+            )
+        return JournalError(f"{problem}: {getattr(error, 'strerror', None) or error}. {safe}")
 
     @contextmanager
     def _explained(self, problem: str) -> Iterator[None]:
@@ -227,7 +216,7 @@ class Journal:
             raise self.failure(f"{str(self.folder)!r} {problem}", error) from error
 
     def _set_listing(self, count: int, packed: Mapping[int, int]) -> None:
-        self.files: Sequence[str] = _Listing(self._database, range(1, count + 1))
+        self.files: Collection[str] = _Listing(self._database, count)
         self.packed = packed
         self.total = count + sum(packed.values()) - len(packed)
         self._expected = itertools.islice(self._paths_of_rows(), self.count, None)
@@ -259,41 +248,31 @@ class Journal:
             raise _damaged(self.folder, error) from error
 
 
-class _Listing(Sequence[str]):
-    """Paths that are read from the database as they are needed."""
+class _Listing(Collection[str]):
+    """The paths in a database, which are read as they are needed."""
 
-    def __init__(self, database: sqlite3.Connection, numbers: range) -> None:
-        self._database, self._numbers = database, numbers
+    def __init__(self, database: sqlite3.Connection, count: int) -> None:
+        self._database, self._count = database, count
 
     def __len__(self) -> int:
-        return len(self._numbers)
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> _Listing: ...
-
-    def __getitem__(self, index: int | slice) -> str | _Listing:
-        if isinstance(index, slice):
-            assert index.step in (None, 1)
-            return _Listing(self._database, self._numbers[index])
-        number = self._numbers[index]
-        return next(iter(_Listing(self._database, range(number, number + 1))))
+        return self._count
 
     def __iter__(self) -> Iterator[str]:
-        return map(os.fsdecode, _read(self._database, "SELECT path FROM files", self._numbers))
+        return map(_decoded, _read(self._database, "SELECT path FROM files", self._count))
+
+    def __contains__(self, path: object) -> bool:
+        return any(path == listed for listed in self)
 
 
-def _read(database: sqlite3.Connection, query: str, numbers: range) -> Iterator[Any]:
-    """The one column that a query gives for the records with these numbers.
+def _read(database: sqlite3.Connection, query: str, count: int) -> Iterator[Any]:
+    """The one column that a query gives for the first ``count`` records.
 
     It is read in pieces, since a query that stays open keeps the database from being closed and
     its write-ahead log from being emptied.
     """
-    query += " WHERE number BETWEEN ? AND ? ORDER BY number"
-    for first in numbers[::_AT_ONCE]:
-        last = min(first + _AT_ONCE, numbers.stop) - 1
-        for (value,) in database.execute(query, [first, last]).fetchall():
+    query += " WHERE number > ? AND number <= ? ORDER BY number"
+    for start in range(0, count, _AT_ONCE):
+        for (value,) in database.execute(query, [start, min(start + _AT_ONCE, count)]).fetchall():
             yield value
 
 
@@ -303,7 +282,14 @@ def _open(folder: Path) -> sqlite3.Connection:
     while True:
         folder.mkdir(exist_ok=True)
         with suppress(FileNotFoundError), ExitStack() as stack:
-            _check_contents(folder)
+            known = _names(folder)
+            foreign = sorted(n for n in os.listdir(folder) if n not in known and n[0] != ".")
+            if foreign:
+                raise JournalError(
+                    f"{str(folder)!r} holds {foreign[0]!r}, which is of no unfinished run of this "
+                    "version of squid_fast. Unfinished results are kept in a folder of this name: "
+                    "move it, or name another table."
+                )
             path.touch()
             file = path.stat()
             database = stack.enter_context(closing(sqlite3.connect(path, timeout=0)))
@@ -315,21 +301,6 @@ def _open(folder: Path) -> sqlite3.Connection:
             stack.pop_all()
             return database
         # Another run has ended meanwhile and has removed the folder.
-
-
-def _check_contents(folder: Path) -> None:
-    known = _names(folder)
-    foreign = sorted(n for n in os.listdir(folder) if n not in known and n[0] != ".")
-    if "run.json" in foreign:
-        raise JournalError(
-            f"{str(folder)!r} holds an unfinished run of an earlier version of squid_fast: finish "
-            "it with that version, or start anew with another --out. Nothing in it was changed."
-        )
-    if foreign:
-        raise JournalError(
-            f"{str(folder)!r} holds {foreign[0]!r}, which is of no unfinished run. Unfinished "
-            "results are kept in a folder of this name: move it, or name another table."
-        )
 
 
 def _lock(database: sqlite3.Connection, folder: Path) -> None:
@@ -348,17 +319,17 @@ def _lock(database: sqlite3.Connection, folder: Path) -> None:
         if is_new:
             database.executescript(_SCHEMA)
     except sqlite3.OperationalError as error:
-        busy = f"another process is writing {str(folder)!r}; wait for it to end, or name another "
         if "database is locked" in str(error):
-            raise JournalError(
-                f"{busy}table. If there is none, the file system has no locks, as some network "
-                "drives: name a table on a local disk."
-            ) from error
-        raise JournalError(
-            f"{str(folder)!r} cannot be locked and written: {error}. Unfinished results need room "
-            "on a file system with locks, which some network drives do not have: name a table on "
-            "a local disk."
-        ) from error
+            reason = (
+                f"another process is writing {str(folder)!r}; wait for it to end, or name another "
+                "table. If there is none, the file system has no locks, as some network drives"
+            )
+        else:
+            reason = (
+                f"{str(folder)!r} cannot be locked and written: {error}. Unfinished results need "
+                "room on a file system with locks, which some network drives do not have"
+            )
+        raise JournalError(f"{reason}: name a table on a local disk.") from error
     except _UNREADABLE as error:
         raise _damaged(folder, error) from error
 
@@ -375,11 +346,20 @@ def _damaged(folder: Path, error: Exception) -> JournalError:
     )
 
 
-def _path_bytes(path: str) -> bytes:
+def _encoded(path: str) -> bytes:
+    """A path as UTF-8, in which also names that are not UTF-8 sort as in Python."""
     try:
-        encoded = os.fsencode(path)
+        os.fsencode(path)
     except UnicodeEncodeError as error:
         raise ValueError(f"{path!r} cannot be the name of a file") from error
-    if b"\0" in encoded:
+    if "\0" in path:
         raise ValueError(f"{path!r} cannot be the name of a file: it holds a NUL")
-    return encoded
+    return path.encode("utf-8", "surrogatepass")
+
+
+def _decoded(path: bytes) -> str:
+    return path.decode("utf-8", "surrogatepass")
+
+
+def _absolute(path: bytes) -> bytes:
+    return os.path.abspath(_decoded(path)).encode("utf-8", "surrogatepass")

@@ -128,40 +128,45 @@ def screen(
         Exception: whatever the scorer raises, after the rows of earlier batches.
 
     >>> from types import SimpleNamespace
-    >>> def mean_grey(images):
+    >>> def score(images):
     ...     z = images.float().mean(dim=(1, 2, 3)) / 100
     ...     return SimpleNamespace(raw=z, z_score=z, anomaly_score=z.sigmoid())
-    >>> scorer = SimpleNamespace(
-    ...     image_size=32, threshold=1.64, prefetch=lambda images: images, score=mean_grey
-    ... )
+    >>> scorer = SimpleNamespace(image_size=32, threshold=1.64, prefetch=torch.clone, score=score)
     >>> np.save("scan.npy", np.full((40, 30), 200, dtype=np.uint8))
-    >>> for row in screen(scorer, ["scan.npy", "missing.png"], workers=0):
-    ...     print(row.path, row.z_score, row.flag, row.error)
-    scan.npy 2.0 True None
-    missing.png None None missing.png does not exist; give the path of an image file
+    >>> [(row.path, row.z_score, row.flag) for row in screen(scorer, "scan.npy", workers=0)]
+    [('scan.npy', 2.0, True)]
     """
-    files = find_files(inputs)
-    return screen_listing(
-        scorer, files, batch_size, workers, on_progress, timeout=timeout, skip=skip
-    )
+    source = Source(find_files(inputs))
+    batches = screen_batches(scorer, source, batch_size, workers, timeout, skip)
+
+    def one_by_one() -> Generator[ScreenRow, None, None]:
+        done = skip
+        with closing(batches):
+            for rows in batches:
+                done += len(rows)
+                if on_progress is not None:
+                    on_progress(done, len(source))
+                yield from rows
+
+    return one_by_one()
 
 
-def screen_listing(
+def screen_batches(
     scorer: ScorerLike,
-    files: Sequence[str],
-    batch_size: int = 32,
-    workers: int | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
-    *,
-    timeout: float = TIMEOUT,
-    skip: int = 0,
-) -> Generator[ScreenRow, None, None]:
-    """Score files that ``find_files`` has found, as ``screen`` does."""
+    source: Source,
+    batch_size: int,
+    workers: int | None,
+    timeout: float,
+    skip: int,
+) -> Generator[list[ScreenRow], None, None]:
+    """Score the images of ``source``, see ``screen``; yields the rows of each batch."""
     for name, value, least in (("batch_size", batch_size, 1), ("skip", skip, 0)):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, not {value}")
     workers = check_reading(workers, timeout)
-    return _screen_source(scorer, Source(files), batch_size, workers, on_progress, timeout, skip)
+    look_ahead = max(2 * batch_size, 4 * workers)
+    images = source.read(scorer.image_size, workers, look_ahead, timeout, first=skip)
+    return _scored(scorer, images, batch_size)
 
 
 def score_batch(scorer: ScorerLike, items: Sequence[Decoded]) -> list[ScreenRow]:
@@ -176,34 +181,16 @@ class _Portions:
     most: int
 
 
-_Batch = tuple[Sequence[Decoded], torch.Tensor | None]  # with its images, if it has any
-
-
-def _screen_source(
-    scorer: ScorerLike,
-    source: Source,
-    batch_size: int,
-    workers: int,
-    on_progress: Callable[[int, int], None] | None,
-    timeout: float,
-    skip: int,
-) -> Generator[ScreenRow, None, None]:
-    look_ahead = max(2 * batch_size, 4 * workers)
-    total, done = len(source), skip
+def _scored(
+    scorer: ScorerLike, images: Generator[Decoded, None, None], batch_size: int
+) -> Generator[list[ScreenRow], None, None]:
     portions = _Portions(batch_size)
-    images = source.read(scorer.image_size, workers, look_ahead, timeout, first=skip)
-    with closing(images) as decoded:
-        batches: Iterator[_Batch] = (
-            (items, _prefetch(scorer, items)) for items in _batches(decoded, batch_size)
-        )
-        end: _Batch = ((), None)
+    with closing(images):
+        batches = ((items, _prefetch(scorer, items)) for items in _batches(images, batch_size))
         # In pairs, so that each batch is copied to the device while the one before is scored.
-        for (items, batch), _ in itertools.pairwise(itertools.chain(batches, [end])):
-            rows = _rows(scorer, items, batch, portions)
-            done += len(rows)
-            if on_progress is not None:
-                on_progress(done, total)
-            yield from rows
+        for batch, _ in itertools.pairwise(itertools.chain(batches, [None])):
+            assert batch is not None
+            yield _rows(scorer, *batch, portions)
 
 
 def _batches(decoded: Iterable[Decoded], batch_size: int) -> Iterator[list[Decoded]]:
@@ -238,19 +225,19 @@ def _prefetch(scorer: ScorerLike, items: Sequence[Decoded]) -> torch.Tensor | No
 
 
 def _rows(
-    scorer: ScorerLike,
-    items: Sequence[Decoded],
-    images: torch.Tensor | None,
-    portions: _Portions,
+    scorer: ScorerLike, items: Sequence[Decoded], images: torch.Tensor | None, portions: _Portions
 ) -> list[ScreenRow]:
     threshold = float(scorer.threshold)
     scored = iter([] if images is None else _score(scorer, images, portions))
     rows = []
     for item in items:
-        if item.image is None:
-            rows.append(_failed_row(item.path, threshold, item.error, item.error_kind))
+        if item.image is not None:
+            row = _scored_row(item.path, *next(scored), threshold)
         else:
-            rows.append(_scored_row(item.path, *next(scored), threshold))
+            row = ScreenRow(
+                item.path, None, None, None, None, threshold, item.error, item.error_kind
+            )
+        rows.append(row)
     return rows
 
 
@@ -295,8 +282,5 @@ def _scored_row(path: str, raw: float, z: float, anomaly: float, threshold: floa
     if all(map(math.isfinite, (raw, z, anomaly))):
         return ScreenRow(path, raw, z, anomaly, z > threshold, threshold, None)
     kind = "the score is not a finite number"
-    return _failed_row(path, threshold, f"{kind} (raw {raw}, z {z}, anomaly {anomaly})", kind)
-
-
-def _failed_row(path: str, threshold: float, error: str | None, kind: str | None) -> ScreenRow:
+    error = f"{kind} (raw {raw}, z {z}, anomaly {anomaly})"
     return ScreenRow(path, None, None, None, None, threshold, error, kind)

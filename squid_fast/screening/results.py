@@ -50,14 +50,9 @@ def write_table(
         OSError: the table cannot be written.
 
     Example:
-        >>> from squid_fast.screening import ScreenRow, write_table
-        >>> rows = [
-        ...     ScreenRow("a.png", 0.25, 1.5, 0.75, True, 1.0, None),
-        ...     ScreenRow("b.png", None, None, None, None, 1.0, "b.png is not an image"),
-        ... ]
-        >>> write_table(rows, "results.jsonl")
-        >>> with open("results.jsonl") as file:
-        ...     print(file.readline())
+        >>> row = ScreenRow("a.png", 0.25, 1.5, 0.75, True, 1.0, None)
+        >>> write_table([row], "results.jsonl")
+        >>> print(Path("results.jsonl").read_text())
         {"path": "a.png", "raw_score": 0.25, "z_score": 1.5, "anomaly_score": 0.75, "flag": true,
         "threshold": 1.0, "error": null}
     """
@@ -67,18 +62,13 @@ def write_table(
 
 
 def table_writer(path: PathInput) -> Callable[[Iterator[_Values], BinaryIO], None]:
-    """Find the function that writes the format with the suffix of ``path``.
-
-    Raises:
-        ValueError: no format has this suffix.
-        ImportError: Parquet without pyarrow.
-    """
+    """Find the function that writes the format with the suffix of ``path``; see ``write_table``."""
     path = Path(path)
     writer = _WRITERS.get(path.suffix.lower())
     if writer is None:
+        formats = ", ".join(_WRITERS)
         raise ValueError(
-            f"results are written as {', '.join(_WRITERS)}; "
-            f"{path.name!r} has the suffix {path.suffix!r}"
+            f"results are written as {formats}; {path.name!r} has the suffix {path.suffix!r}"
         )
     if writer is _write_parquet:
         require("pyarrow", "screen")
@@ -133,12 +123,5 @@ _WRITERS = {".parquet": _write_parquet, ".csv": _write_csv, ".jsonl": _write_jso
 
 
 def _values(row: ScreenRow) -> _Values:
-    return (
-        utf8_text(row.path),
-        row.raw_score,
-        row.z_score,
-        row.anomaly_score,
-        row.flag,
-        row.threshold,
-        None if row.error is None else utf8_text(row.error),
-    )
+    path, *numbers, error = (getattr(row, name) for name in COLUMNS)
+    return (utf8_text(path), *numbers, None if error is None else utf8_text(error))

@@ -5,24 +5,23 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
-from dataclasses import asdict
 from pathlib import Path
 
 from .journal import Journal, JournalError, Run
-from .pipeline import ScorerLike, screen_listing
-from .reading.files import PathInput, as_paths, find_files
+from .pipeline import ScorerLike, ScreenRow, screen_batches
+from .reading.files import PathInput, as_paths, search_files
 from .reading.pool import TIMEOUT
 from .reading.source import Source
 from .report.summary import Summary
 from .results import table_writer, write_table
 
 _INPUTS_SHOWN = 20
-_CALLED = {
+_COMPARED = {
     "score_name": "score",
     "threshold": "threshold",
-    "inputs": "inputs",
+    "inputs_sha256": "inputs",
     "folder": "folder in which relative inputs start",
 }
 
@@ -68,8 +67,7 @@ def screen_to_table(
         OSError: ``out`` is a folder, or its folder is missing or cannot be written to.
         ImportError: ``out`` is Parquet and pyarrow is not installed.
         JournalError: there is an unfinished run and ``resume`` is not set, or it has another
-            scorer or other inputs, or is in use; or the disk is full. The message says what to
-            do.
+            scorer or other inputs, or is in use; or the disk is full.
         Exception: whatever the scorer raises; the rows before can be resumed.
 
     Example:
@@ -82,29 +80,21 @@ def screen_to_table(
         ...     def score(self, images):
         ...         mean = images.mean((1, 2, 3))
         ...         return SimpleNamespace(raw=mean, z_score=mean, anomaly_score=mean)
-        >>> np.save("dark.npy", np.zeros((4, 4), np.uint8))
         >>> np.save("light.npy", np.full((4, 4), 255, np.uint8))
-        >>> inputs = ["dark.npy", "missing.npy", "light.npy"]
-        >>> summary = screen_to_table(Brightness(), inputs, "results.csv", workers=0)
-        >>> summary.count, summary.flagged, summary.errors
-        (3, 1, 1)
-        >>> print(Path("results.csv").read_text())
-        path,raw_score,z_score,anomaly_score,flag,threshold,error
-        dark.npy,0.0,0.0,0.0,false,0.5,
-        missing.npy,,,,,0.5,missing.npy does not exist...
-        light.npy,1.0,1.0,1.0,true,0.5,
-        <BLANKLINE>
+        >>> summary = screen_to_table(Brightness(), "light.npy", "results.csv", workers=0)
+        >>> Path("results.csv").read_text().splitlines()[1]
+        'light.npy,1.0,1.0,1.0,true,0.5,'
     """
     out = Path(out)
     check_output(out, resume=True)  # an unfinished run is refused below
-    screen_listing(scorer, (), batch_size, workers, timeout=timeout)  # refuses what is out of range
     named = as_paths(inputs)
     run = _describe(scorer, named)
+    screen_batches(scorer, Source([]), batch_size, workers, timeout, 0)  # checks the arguments
     with Journal(_journal_folder(out)) as journal:
+        if journal.run and not resume:
+            raise _unfinished(out)
         if journal.run:
-            if not resume:
-                raise _unfinished(out)
-            _check_same(journal, run)
+            _check_same(journal, journal.run, run)
             say(
                 f"going on behind {journal.count:,} of {journal.total:,} rows; files that came "
                 "after the run was started are not in it"
@@ -112,9 +102,10 @@ def screen_to_table(
         else:
             if resume:
                 say(f"there is no unfinished run of {str(out)!r}: starting at the beginning")
-            _start(journal, run, named)
-        finished = _score(scorer, journal, batch_size, workers, timeout, on_progress, should_stop)
-        if not finished:
+            journal.start(run, search_files(named), lambda files: Source(files).packed)
+        source = Source(journal.files)
+        batches = screen_batches(scorer, source, batch_size, workers, timeout, journal.count)
+        if not _score(batches, journal, on_progress, should_stop):
             say(
                 f"stopped: {journal.count:,} of {journal.total:,} rows are safe in "
                 f"{str(journal.folder)!r}; go on with --resume"
@@ -159,15 +150,11 @@ def check_output(out: PathInput, resume: bool = False) -> None:
 def check_folder(out: PathInput) -> None:
     """Refuse a file whose folder is missing or cannot be written to.
 
-    Args:
-        out: the file that is to be written.
-
     Raises:
         FileNotFoundError: the folder is missing.
         PermissionError: the folder cannot be written to.
 
     Example:
-        >>> check_folder("report.html")
         >>> check_folder("reports/ward-3.html")
         Traceback (most recent call last):
         FileNotFoundError: 'reports/ward-3.html' cannot be written: there is no ...
@@ -185,47 +172,25 @@ def check_folder(out: PathInput) -> None:
 
 
 def _score(
-    scorer: ScorerLike,
+    batches: Generator[list[ScreenRow], None, None],
     journal: Journal,
-    batch_size: int,
-    workers: int | None,
-    timeout: float,
     on_progress: Callable[[int, int], None],
     should_stop: Callable[[], bool],
 ) -> bool:
     """Score the files that have no row yet; False if ``should_stop`` ended this."""
-    done = journal.count
-    batch_end = 0
-
-    def note_batch(rows_done: int, total: int) -> None:
-        nonlocal batch_end
-        batch_end = rows_done
-
-    on_progress(done, journal.total)
-    rows = screen_listing(
-        scorer, journal.files, batch_size, workers, note_batch, timeout=timeout, skip=done
-    )
-    with closing(rows):
-        for number, row in enumerate(rows, start=done + 1):
-            journal.append(row)
-            if number == batch_end:
-                journal.flush()
-                on_progress(journal.count, journal.total)
-                if should_stop() and journal.count < journal.total:
-                    return False
-    journal.flush()
+    on_progress(journal.count, journal.total)
+    with closing(batches):
+        for rows in batches:
+            journal.append(rows)
+            on_progress(journal.count, journal.total)
+            if should_stop() and journal.count < journal.total:
+                return False
     if journal.count != journal.total:
         raise JournalError(
             f"there are {journal.count:,} rows for {journal.total:,} images: a packed file became "
             f"shorter while it was read. Delete {str(journal.folder)!r} and start again."
         )
     return True
-
-
-def _start(journal: Journal, run: Run, named: list[str]) -> None:
-    """List the files and begin the run; the list is not kept in memory."""
-    source = Source(find_files(named))
-    journal.start(run, source.paths, source.packed)
 
 
 def _describe(scorer: ScorerLike, named: list[str]) -> Run:
@@ -240,20 +205,15 @@ def _describe(scorer: ScorerLike, named: list[str]) -> Run:
     )
 
 
-def _check_same(journal: Journal, now: Run) -> None:
+def _check_same(journal: Journal, was: Run, now: Run) -> None:
     """Refuse to mix rows of two runs in one table; the message names what differs."""
-    was = asdict(journal.run) if journal.run else {}
-    changed = {key for key, value in asdict(now).items() if was[key] != value}
-    if "inputs_sha256" in changed:
-        changed.add("inputs")
     parts = []
-    if "fingerprint" in changed and "score_name" not in changed:
+    if was.fingerprint != now.fingerprint and was.score_name == now.score_name:
         parts.append("the model, its calibration or the precision is not the same")
-    parts += [
-        f"the {name} was {was[key]!r} and is {getattr(now, key)!r}"
-        for key, name in _CALLED.items()
-        if key in changed
-    ]
+    for field, name in _COMPARED.items():
+        if getattr(was, field) != getattr(now, field):
+            field = field.removesuffix("_sha256")
+            parts.append(f"the {name} was {getattr(was, field)!r} and is {getattr(now, field)!r}")
     if journal.packed != Source(journal.files).packed:
         parts.append("packed files among the inputs hold other numbers of images than they did")
     if parts:

@@ -32,7 +32,6 @@ def prepare_folder(out: Path, resume: bool) -> None:
 
 def save_checkpoint(state: dict[str, Any], path: Path) -> None:
     """Write ``state`` to ``path``, which holds the old file until the new one is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         torch.save(state, file)
 
@@ -58,7 +57,6 @@ def upgrade(state: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     """Bring a checkpoint that an earlier version wrote into the present format.
 
     Args:
-        state: the checkpoint as it was read.
         settings: settings of the run that is resumed, for what a baseline's did not record.
     """
     saved = dict(state["settings"])

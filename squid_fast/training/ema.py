@@ -28,7 +28,6 @@ class EMA(Generic[Module]):
     the first weights; this one works in a CUDA graph.
 
     Args:
-        module: the module in training.
         decay: largest share of the average that ``update`` keeps, in (0, 1).
 
     Attributes:

@@ -8,8 +8,8 @@ learning rate, and the seed, which a replay takes from PyTorch's generator.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,15 +21,6 @@ Step = Callable[[Tensor, int], Losses]
 Captured = tuple[Callable[[], None], Losses]  # a replay, and the losses that it writes
 
 WARM_UP = 3  # steps of each kind before its capture, in which kernels are chosen and compiled
-
-
-@dataclass
-class _Kind:
-    """Steps of one kind: how many ran, and their graph once it is captured."""
-
-    count: int = 0
-    captured: Captured | None = None
-    chosen: Tensor | None = None
 
 
 class StepGraphs:
@@ -53,20 +44,20 @@ class StepGraphs:
         capture: Callable[[Callable[[], Losses], torch.device], Captured] = capture,
     ) -> None:
         self._step, self._kind, self._capture = step, kind, capture
-        self._kinds: dict[Hashable, _Kind] = {}
+        self._counts: Counter[Hashable] = Counter()
+        self._graphs: dict[Hashable, tuple[Tensor, Captured]] = {}  # with the indices they read
 
     def __call__(self, chosen: Tensor, number: int) -> Losses:
         """Run a step; the next step of its kind overwrites the losses that it returns."""
-        kind = self._kinds.setdefault(self._kind(number), _Kind())
-        kind.count += 1
-        if kind.count <= WARM_UP:
+        kind = self._kind(number)
+        self._counts[kind] += 1
+        if self._counts[kind] <= WARM_UP:
             return self._aside(chosen, number)
-        if kind.captured is None:
-            kind.chosen = given = chosen.clone()
-            kind.captured = self._capture(lambda: self._step(given, number), given.device)
-        replay, losses = kind.captured
-        assert kind.chosen is not None
-        kind.chosen.copy_(chosen)
+        if kind not in self._graphs:
+            own = chosen.clone()
+            self._graphs[kind] = own, self._capture(lambda: self._step(own, number), own.device)
+        given, (replay, losses) = self._graphs[kind]
+        given.copy_(chosen)
         replay()
         return losses
 

@@ -40,11 +40,12 @@ class Learner(ABC):
         """Train on images [B, 1, H, W], the batch with that number; returns losses [] by name."""
 
     def validate(self, images: ImageSet) -> dict[str, dict[str, float]]:
-        """AUROCs by name: under "validation" those of what is ``trained``; none by default.
+        """AUROCs by name: under "validation" those of what is ``trained``.
 
-        Those of anything else, to be logged beside them, stand under another key.
+        Those of anything else, to be logged beside them, stand under another key. It is called
+        only in runs with a validation set.
         """
-        return {}
+        raise NotImplementedError
 
     def epoch_seed(self, seed: int, epoch: int) -> int:
         """Seed of the order in which an epoch goes through the images."""

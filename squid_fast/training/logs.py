@@ -4,28 +4,21 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 from ..utils.extras import require
 
 LogKind = Literal["csv", "tensorboard"]
 
 
-class Logger(Protocol):
-    """Writes figures by name, at a step."""
+class Logger:
+    """Takes figures by name, at a step; this one writes them nowhere."""
 
     def log(self, step: int, values: dict[str, float]) -> None: ...
     def close(self) -> None: ...
 
 
-class NoLogger:
-    """Writes nothing."""
-
-    def log(self, step: int, values: dict[str, float]) -> None: ...
-    def close(self) -> None: ...
-
-
-class CsvLogger:
+class CsvLogger(Logger):
     """Appends one row of ``step, name, value`` per figure to ``metrics.csv``.
 
     Rows after ``step``, which a run that crashed wrote after its last checkpoint, are removed.
@@ -48,7 +41,7 @@ class CsvLogger:
         self._file.close()
 
 
-class TensorBoardLogger:
+class TensorBoardLogger(Logger):
     """Writes event files into the folder ``tensorboard``."""
 
     def __init__(self, folder: Path, step: int) -> None:

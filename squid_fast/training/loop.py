@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -43,8 +44,6 @@ class Progress:
         >>> progress = Progress(0, 2, step=5, share=0.25, losses=lambda: {"reconstruction": 0.5})
         >>> f"epoch {progress.epoch + 1}/{progress.epochs}: {progress.share:.0%}"
         'epoch 1/2: 25%'
-        >>> progress.losses()
-        {'reconstruction': 0.5}
     """
 
     epoch: int
@@ -74,10 +73,10 @@ def fit(
     train_set: ImageSet,
     validation_set: ImageSet | None = None,
     *,
+    thread_count: int | None,
     seconds: float | None = None,
-    thread_count: int | None = None,
-    report: Callable[[Progress], None] = lambda progress: None,
-    should_stop: Callable[[], bool] = lambda: False,
+    report: Callable[[Progress], None],
+    should_stop: Callable[[], bool],
     observe: Callable[[int], dict[str, float]] = lambda epoch: {},
 ) -> bool:
     """Train until the run is over or stopped, save it, and return whether it is over.
@@ -89,13 +88,11 @@ def fit(
     images = train_set.to(device)
     per_epoch = len(images) // recipe.batch_size
     steps = recipe.epochs * per_epoch
+    end_epoch = partial(_end_epoch, run, validation_set, observe)
 
     def over() -> float:
         """The share of the run that is over."""
         return run.step / steps if seconds is None else min(60 * run.minutes / seconds, 1.0)
-
-    def end_epoch(epoch: int, last: bool) -> dict[str, float] | None:
-        return _end_epoch(run, epoch, last, validation_set, observe)
 
     with (
         torch.random.fork_rng(),  # the steps' seeds do not reach the caller
@@ -114,8 +111,9 @@ def fit(
             order = torch.randperm(len(images), generator=generator)
             for index in range(first, per_epoch):
                 chooser.choose()
-                position = epoch if seconds is None else over() * recipe.epochs
-                set_learning_rate(learner.optimizers[0], learning_rate(recipe, position))
+                if seconds is not None or index == first:
+                    position = epoch if seconds is None else over() * recipe.epochs
+                    set_learning_rate(learner.optimizers[0], learning_rate(recipe, position))
                 batch = order[index * recipe.batch_size : (index + 1) * recipe.batch_size]
                 torch.manual_seed(step_seed(seed, run.step))
                 run.add(step(batch.to(device), run.step))
@@ -124,8 +122,8 @@ def fit(
                 stopped = learner.processes.agree(should_stop(), device, run.step, last)
                 ended = over() >= 1 or (stopped and seconds is not None)
                 validation = end_epoch(epoch, ended) if last or ended else None
-                share = 1.0 if ended else over()
                 epochs = recipe.epochs if seconds is None else None
+                share = 1.0 if ended else over()
                 report(Progress(epoch, epochs, run.step, share, run.means, validation))
                 if device.type == "cpu":
                     run.means()  # waiting costs nothing there, and stops at the first NaN
@@ -141,7 +139,7 @@ def fit(
 class _ThreadChooser:
     """Chooses the number of threads of a run by timing steps of a copy of its learner.
 
-    It chooses once, and not for a run that is resumed, which so has the bits of a run that was not
+    It chooses once, and not for a resumed run, whose bits are so those of a run that was not
     stopped; for a run by the clock it chooses again every minute.
     """
 
@@ -177,12 +175,9 @@ def _step_of(learner: Learner, images: ImageSet, settings: Settings) -> Step:
 
     def step(chosen: Tensor, number: int) -> Losses:
         batch = augment(images.batch(chosen), recipe.shift, recipe.scale)
-        if processes.count > 1:
-            batch = processes.share(batch)
-            torch.manual_seed(
-                step_seed(settings.seed - processes.rank - 1, number)
-            )  # for its masks
-        return learner.step(batch, number)
+        if processes.count > 1:  # each draws masks of its own
+            torch.manual_seed(step_seed(settings.seed - processes.rank - 1, number))
+        return learner.step(processes.share(batch), number)
 
     if not learner.graphs:
         return step
@@ -191,10 +186,10 @@ def _step_of(learner: Learner, images: ImageSet, settings: Settings) -> Step:
 
 def _end_epoch(
     run: Run,
-    epoch: int,
-    last: bool,
     validation_set: ImageSet | None,
     observe: Callable[[int], dict[str, float]],
+    epoch: int,
+    last: bool,
 ) -> dict[str, float] | None:
     """Log the losses; every few epochs validate, save and return the AUROCs, if there are any."""
     if not run.to_validate:
@@ -210,9 +205,8 @@ def _end_epoch(
         figures: dict[str, float] = {}
         if validation_set is not None and len(set(validation_set.labels.tolist())) == 2:
             found = run.learner.validate(validation_set)
-            validation = found.get("validation")
-            if validation is not None:
-                run.validated(epoch + 1, validation)
+            validation = found["validation"]
+            run.validated(epoch + 1, validation)
             figures = {f"{of}/{k}": v for of, values in found.items() for k, v in values.items()}
         run.log(figures | observe(epoch))
     run.to_validate = False

@@ -51,10 +51,8 @@ class TrainingResult:
 
     Example:
         >>> from squid_fast import PRESETS, SQUID, Discriminator
-        >>> result = TrainingResult(
-        ...     SQUID(**PRESETS["small"].model), Discriminator(size=2), step=90, finished=True,
-        ...     epoch=3, minutes=1.5, threads=2, validation={"auroc_patch_error": 0.9},
-        ... )
+        >>> pair = SQUID(**PRESETS["small"].model), Discriminator(size=2)
+        >>> result = TrainingResult(*pair, 90, True, epoch=3, minutes=1.5, threads=2)
         >>> f"{result.step} steps, {60 * result.minutes / result.step:.0f} s each"
         '90 steps, 1 s each'
     """
@@ -77,7 +75,6 @@ def load_splits(
     Images of unknown label are taken as normal for training: the method needs no labels.
 
     Args:
-        records: image files with split and label.
         size: side in pixels that the images are read at.
         on_progress: called with the numbers of images read so far and in all.
 
@@ -85,21 +82,15 @@ def load_splits(
         ValueError: no training images.
 
     Example:
-        >>> from squid_fast.data import Record
         >>> from PIL import Image
-        >>> splits = {"a.png": ("train", 0), "b.png": ("train", 1), "c.png": ("val", 1)}
-        >>> for name in splits:
-        ...     Image.new("L", (64, 64)).save(name)
-        >>> records = [Record(Path(name), label, split) for name, (split, label) in splits.items()]
+        >>> Image.new("L", (64, 64)).save("a.png")
+        >>> Image.new("L", (64, 64)).save("b.png")
+        >>> records = [Record(Path("a.png"), 0, "train"), Record(Path("b.png"), 1, "val")]
         >>> train_set, validation_set = load_splits(records, size=48)
         >>> train_set.paths, validation_set.paths
-        (['a.png'], ['c.png'])
+        (['a.png'], ['b.png'])
     """
-    training = [
-        record
-        for record in records
-        if record.split in ("train", None) and record.label in (NORMAL, None)
-    ]
+    training = [r for r in records if r.split in ("train", None) and r.label in (NORMAL, None)]
     if not training:
         raise ValueError(
             f"none of the {len(records)} images is a normal one for training; a split 'train' "
@@ -107,9 +98,8 @@ def load_splits(
         )
     validation = [record for record in select(records, "val") if record.label is not None]
     images = load_images(training + validation, size, on_progress=on_progress)
-    numbers = torch.arange(len(images))
-    train_set = images.subset(numbers[: len(training)])
-    return train_set, images.subset(numbers[len(training) :]) if validation else None
+    is_training = torch.arange(len(images)) < len(training)
+    return images.subset(is_training), images.subset(~is_training) if validation else None
 
 
 def train(
@@ -194,32 +184,20 @@ def train(
     learner = SquidLearner(model, settings, where, processes, sync_batch_norm, graphs)
     with closing(Run(learner, settings, out, log, resume)) as run:
         finished = fit(
-            run,
-            train_set,
-            validation_set,
-            seconds=seconds,
-            thread_count=thread_count,
-            report=report,
-            should_stop=should_stop,
-            observe=lambda epoch: observe(model, epoch),
-        )
+            run, train_set, validation_set, thread_count=thread_count, seconds=seconds,
+            report=report, should_stop=should_stop, observe=lambda epoch: observe(model, epoch),
+        )  # fmt: skip
     for module in learner.trained.values():
         to_layout(module.eval().cpu(), torch.contiguous_format)
     assert run.threads is not None
+    pair = model, learner.trained_discriminator
     return TrainingResult(
-        model,
-        learner.trained_discriminator,
-        run.step,
-        finished,
-        run.epoch,
-        run.minutes,
-        run.threads,
-        dict(run.validation),
+        *pair, run.step, finished, run.epoch, run.minutes, run.threads, run.validation
     )
 
 
 class TrainOptions(TypedDict, total=False):
-    """What ``train_bundle`` passes on to ``train``, which describes it."""
+    """Arguments of ``train`` that ``train_bundle`` passes on."""
 
     seconds: float | None
     thread_count: int | None
@@ -256,18 +234,15 @@ def train_bundle(
         score: the score that the bundle screens by.
         false_positive_rate: share of normal images above the threshold of that score.
         about: further facts that the bundle states about its training.
-        options: further keyword arguments of ``squid_fast.training.train``, which describes these
-            and the other arguments.
+        options: further keyword arguments of ``train``, which describes all others too.
 
     Example:
         >>> from squid_fast import PRESETS
         >>> pixels = torch.randint(256, (4, 1, 48, 48), dtype=torch.uint8)
         >>> images = ImageSet(pixels, labels=torch.zeros(4).long(), paths=["a", "b", "c", "d"])
-        >>> result = train_bundle(
-        ...     PRESETS["small"], images, Path("bundle"), recipe=Recipe(epochs=1, batch_size=2),
-        ...     false_positive_rate=0.25, device="cpu", precision="float32",
-        ... )
-        >>> (Path("bundle") / "model.safetensors").exists()
+        >>> options = {"recipe": Recipe(epochs=1, batch_size=2), "false_positive_rate": 0.25}
+        >>> result = train_bundle(PRESETS["small"], images, Path("bundle"), **options)
+        >>> Path("bundle/model.safetensors").exists()
         True
     """
     with torch.random.fork_rng():
@@ -275,30 +250,17 @@ def train_bundle(
         model = SQUID(**preset.model)
     recipe = recipe or preset.recipe
     result = train(
-        model,
-        train_set,
-        out,
-        recipe,
-        validation_set=validation_set,
-        seed=seed,
-        device=device,
-        precision=precision,
-        **options,
-    )
+        model, train_set, out, recipe, validation_set=validation_set, seed=seed, device=device,
+        precision=precision, **options,
+    )  # fmt: skip
     processes = Processes.from_environment()
     if not result.finished or not processes.is_main:
         return result
+    pair = result.model, result.discriminator
     normal = validation_set.normal if validation_set else None
     with threads(result.threads):
-        calibration = calibrate(
-            result.model,
-            result.discriminator,
-            train_set,
-            normal,
-            false_positive_rate,
-            precision,
-            device,
-        )
+        calibration = calibrate(*pair, train_set, normal, false_positive_rate, precision, device)
+    used = {"threads": result.threads, "processes": processes.count}
     facts = {
         "preset": preset.name,
         "recipe": asdict(recipe),
@@ -307,10 +269,8 @@ def train_bundle(
         "training_images": len(train_set),
         "training_minutes": round(result.minutes, 2),
         "validation": result.validation,
-        "machine": describe(choose_device(device))
-        | {"threads": result.threads, "processes": processes.count},
+        "machine": describe(choose_device(device)) | used,
         **(about or {}),
     }
-    bundle = Bundle(result.model, result.discriminator, calibration, score, facts)
-    save_bundle(bundle, out)
+    save_bundle(Bundle(*pair, calibration, score, facts), out)
     return result

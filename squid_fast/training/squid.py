@@ -27,15 +27,15 @@ from .step import Trainer, make_optimizers
 class SquidLearner(Learner):
     """A SQUID and a new discriminator in training; Lightning Fabric carries device and precision.
 
+    ``sync_batch_norm`` and ``graphs`` are those of ``squid_fast.training.train``.
+
     Args:
         model: its weights are what training starts from.
-        settings: settings of the run.
         device: device to train on; with several processes Fabric chooses one for each.
-        processes: the processes that train together.
-        sync_batch_norm: normalise over the batches of all processes.
-        graphs: capture the steps as CUDA graphs, on one GPU.
         fabric: Lightning's ``Fabric``, of another learner; a new one unless given.
     """
+
+    ema: EMA[Discriminator] | None = None
 
     def __init__(
         self,
@@ -72,21 +72,16 @@ class SquidLearner(Learner):
         wrapped_generator, generator_optimizer = self.fabric.setup(model, adams[0])
         wrapped_discriminator, discriminator_optimizer = self.fabric.setup(discriminator, adams[1])
         self.optimizers = generator_optimizer, discriminator_optimizer
-        decay = settings.recipe.ema_decay
-        self.ema = EMA(discriminator, decay) if decay else None
-        self.trained_discriminator = self.ema.module if self.ema else discriminator
         self.modules = {"generator": model, "discriminator": discriminator}
-        if self.ema is not None:
-            self.modules["average"] = self.ema.module
+        self.trained_discriminator = discriminator
+        if settings.recipe.ema_decay:
+            self.ema = EMA(discriminator, settings.recipe.ema_decay)
+            self.modules["average"] = self.trained_discriminator = self.ema.module
         self.trained = {"generator": model, "discriminator": self.trained_discriminator}
+        wrapped = wrapped_generator, wrapped_discriminator
+        frozen = self._frozen_discriminator if processes.count > 1 else None
         self.trainer = Trainer(
-            wrapped_generator,
-            wrapped_discriminator,
-            self.optimizers,
-            settings.recipe,
-            self.fabric.backward,
-            self.ema,
-            self._frozen_discriminator if processes.count > 1 else None,
+            *wrapped, self.optimizers, settings.recipe, self.fabric.backward, self.ema, frozen
         )
 
     def step(self, images: Tensor, number: int) -> Losses:

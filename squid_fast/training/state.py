@@ -17,7 +17,7 @@ from ..utils.devices import Precision
 from .checkpoint import CHECKPOINT, CheckpointError, load_checkpoint, save_checkpoint, upgrade
 from .graphs import Losses
 from .learner import Learner
-from .logs import LogKind, NoLogger, make_logger
+from .logs import Logger, LogKind, make_logger
 
 
 class NonFiniteLossError(RuntimeError):
@@ -47,29 +47,11 @@ class Settings:
             )
 
 
-@dataclass(frozen=True)
-class BestCheckpoint:
-    """The trained modules after the validated epoch with the best AUROC, on the CPU.
-
-    Attributes:
-        epoch: counted from 1.
-        validation: AUROCs by name.
-        states: state dicts by the names of ``Learner.trained``.
-    """
-
-    epoch: int
-    validation: dict[str, float]
-    states: dict[str, dict[str, Any]]
-
-
 class Run:
     """A training run in its folder.
 
     Args:
-        learner: what is trained.
-        settings: what decides its result.
         out: folder of ``checkpoint.pt`` and the log.
-        log: kind of the log.
         resume: go on from the checkpoint.
 
     Raises:
@@ -89,13 +71,13 @@ class Run:
         self.step = self.epoch = 0
         self.sums: Losses = {}  # of this epoch so far, on the device
         self.validation: dict[str, float] = {}
-        self.best: BestCheckpoint | None = None  # if the recipe keeps it, on rank 0
+        self.best: dict[str, Any] | None = None  # best checkpoint, if kept; on rank 0
         self.to_validate = False  # the epoch has ended, its validation has not
         self.threads: int | None = None  # of the run that is resumed
         self._started, self._before = time.perf_counter(), 0.0
         if resume:
             self._load(upgrade(load_checkpoint(self.checkpoint), asdict(settings)))
-        self._logger = make_logger(log, out, self.step) if self.is_main else NoLogger()
+        self._logger = make_logger(log, out, self.step) if self.is_main else Logger()
 
     @property
     def minutes(self) -> float:
@@ -121,17 +103,17 @@ class Run:
         name = f"auroc_{PAPER_SCORE}"
         if self.settings.recipe.keep != "best":
             return
-        if self.best is not None and self.best.validation[name] > validation[name]:
+        if self.best is not None and self.best["validation"][name] > validation[name]:
             return
         states = {k: _on_cpu(module.state_dict()) for k, module in self.learner.trained.items()}
-        self.best = BestCheckpoint(epoch, dict(validation), states)
+        self.best = {"epoch": epoch, "validation": validation, **states}
 
     def restore_best(self) -> None:
         """Load the best checkpoint, if there is one, into what is trained."""
         if self.best is not None:
-            for name, state in self.best.states.items():
-                self.learner.trained[name].load_state_dict(state)
-            self.epoch, self.validation = self.best.epoch, self.best.validation
+            for name, module in self.learner.trained.items():
+                module.load_state_dict(self.best[name])
+            self.epoch, self.validation = self.best["epoch"], self.best["validation"]
 
     def save(self) -> None:
         """Write the checkpoint.
@@ -148,14 +130,13 @@ class Run:
                 f"training stopped at step {self.step}: a weight is not finite. The last good "
                 "checkpoint is kept; a lower learning rate may help."
             )
-        best = self.best
         state = {
             "format": 1,
             "settings": asdict(self.settings),
             "step": self.step,
-            "sums": dict(self.sums),
-            "validation": dict(self.validation),
-            "best": best and {"epoch": best.epoch, "validation": best.validation, **best.states},
+            "sums": self.sums,
+            "validation": self.validation,
+            "best": self.best,
             "minutes": self.minutes,
             "to_validate": self.to_validate,
             "threads": torch.get_num_threads() if self.learner.processes.count == 1 else None,
@@ -176,10 +157,7 @@ class Run:
         self.learner.load(state)
         self.step = state["step"]
         self.sums = {k: v.to(self.learner.device) for k, v in state["sums"].items()}
-        self.validation = state["validation"]
-        if state["best"] is not None:
-            best = dict(state["best"])
-            self.best = BestCheckpoint(best.pop("epoch"), best.pop("validation"), best)
+        self.validation, self.best = state["validation"], state["best"]
         self.to_validate, self._before = state["to_validate"], state["minutes"]
         if self.learner.processes.count == 1:
             self.threads = state["threads"] or torch.get_num_threads()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,6 @@ class Trainer:
     Args:
         generator, discriminator: modules on their device, perhaps wrapped for precision.
         optimizers: optimisers of the generator and of the discriminator.
-        recipe: weights and rates.
         backward: called with a loss in place of ``loss.backward()``.
         ema: moving average of the discriminator, updated at every step.
         frozen_discriminator: gives the logits of the reconstructions that the generator learns
@@ -33,15 +33,10 @@ class Trainer:
 
     Example:
         >>> from squid_fast import PRESETS, SQUID, Discriminator
-        >>> model, discriminator = SQUID(**PRESETS["small"].model), Discriminator(size=2)
-        >>> recipe = Recipe(batch_size=2, n_critic=2)
-        >>> optimizers = make_optimizers(model, discriminator, recipe)
-        >>> trainer = Trainer(model, discriminator, optimizers, recipe, Tensor.backward)
-        >>> images = torch.rand(2, 1, 48, 48)
-        >>> list(trainer.step(images, 0))
+        >>> pair, recipe = (SQUID(**PRESETS["small"].model), Discriminator(size=2)), Recipe()
+        >>> trainer = Trainer(*pair, make_optimizers(*pair, recipe), recipe, Tensor.backward)
+        >>> list(trainer.step(torch.rand(2, 1, 48, 48), 0))
         ['discriminator', 'reconstruction', 'adversarial', 'teacher', 'distillation']
-        >>> list(trainer.step(images, 1))
-        ['discriminator']
     """
 
     def __init__(
@@ -110,36 +105,20 @@ def make_optimizers(
 
     Example:
         >>> from squid_fast import PRESETS, SQUID, Discriminator
-        >>> model, discriminator = SQUID(**PRESETS["small"].model), Discriminator(size=2)
-        >>> generator_adam, discriminator_adam = make_optimizers(
-        ...     model, discriminator, Recipe(lr=3e-3, discriminator_lr=1e-4)
-        ... )
-        >>> generator_adam.param_groups[0]["lr"], discriminator_adam.param_groups[0]["lr"]
-        (0.003, 0.0001)
+        >>> pair = SQUID(**PRESETS["small"].model), Discriminator(size=2)
+        >>> [adam.param_groups[0]["lr"] for adam in make_optimizers(*pair, Recipe(lr=3e-3))]
+        [0.003, 0.0001]
     """
 
     def rate(value: float) -> float | Tensor:
-        if not capturable:
-            return value
-        return torch.tensor(value, device=next(generator.parameters()).device)
+        device = next(generator.parameters()).device
+        return torch.tensor(value, device=device) if capturable else value
 
+    adam = partial(torch.optim.Adam, betas=recipe.betas, fused=True, capturable=capturable)
+    eps, decay = recipe.generator_eps, recipe.weight_decay
     return (
-        torch.optim.Adam(
-            generator.parameters(),
-            rate(recipe.lr),
-            recipe.betas,
-            eps=recipe.generator_eps,
-            weight_decay=recipe.weight_decay,
-            fused=True,
-            capturable=capturable,
-        ),
-        torch.optim.Adam(
-            discriminator.parameters(),
-            rate(recipe.discriminator_lr),
-            recipe.betas,
-            fused=True,
-            capturable=capturable,
-        ),
+        adam(generator.parameters(), rate(recipe.lr), eps=eps, weight_decay=decay),
+        adam(discriminator.parameters(), rate(recipe.discriminator_lr)),
     )
 
 

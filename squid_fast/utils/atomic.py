@@ -21,15 +21,11 @@ def replacing(path: Path, partial: Path | None = None) -> Iterator[BinaryIO]:
         path: the file to replace or create.
         partial: the file written until then, on the same file system; by default beside ``path``.
 
-    Raises:
-        OSError: the file cannot be written.
-
     Example:
         >>> path = Path("notes.txt")
         >>> with replacing(path) as file:
-        ...     size = file.write(b"whole")
-        ...     path.exists()
-        False
+        ...     (file.write(b"whole"), path.exists())
+        (5, False)
         >>> path.read_text()
         'whole'
     """
@@ -52,11 +48,10 @@ def write_json(value: Any, path: Path) -> None:
 
     Raises:
         ValueError: ``value`` holds NaN or infinity, which JSON does not know.
-        OSError: the file cannot be written.
     """
-    text = json.dumps(value, indent=2, allow_nan=False)
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     with replacing(path) as file:
-        file.write((text + "\n").encode())
+        file.write(text.encode())
 
 
 def sync_folder(folder: Path) -> None:

@@ -50,9 +50,6 @@ def cpu_has(units: tuple[str, ...]) -> bool:
     """Whether the processor has one of the units and oneDNN, which convolves, may use it.
 
     The environment variable ``ONEDNN_MAX_CPU_ISA`` limits oneDNN to what older processors have.
-
-    Args:
-        units: ``BF16_UNITS`` or ``INT8_UNITS``.
     """
     # Older releases of PyTorch cannot tell; there the answer is no.
     capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
@@ -94,9 +91,8 @@ def choose_precision(precision: Precision, device: torch.device) -> Literal["bf1
 def choose_layout(features_root: int) -> torch.memory_format:
     """The memory layout in which a model of that width is fast: channels-last, unless it is narrow.
 
-    With 8 channels, oneDNN has no vectorised channels-last convolution: measured on two AVX512
-    cores, a training step at F = 8 takes several times as long as with contiguous tensors, while
-    at F = 16 channels-last saves a third.
+    oneDNN has no vectorised channels-last convolution of 8 channels: on two AVX512 cores, a
+    training step takes several times as long as with contiguous tensors. With 16, it saves a third.
     """
     return torch.channels_last if features_root % 16 == 0 else torch.contiguous_format
 

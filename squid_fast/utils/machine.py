@@ -23,6 +23,10 @@ def describe(device: torch.device) -> dict[str, str | int | None]:
         >>> describe(torch.device("cpu"))["torch"] == torch.__version__
         True
     """
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = None
     return {
         "device": device_name(device),
         "instructions": torch.backends.cpu.get_cpu_capability(),
@@ -30,7 +34,7 @@ def describe(device: torch.device) -> dict[str, str | int | None]:
         "waiting": waiting(),
         "squid_fast": __version__,
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": triton,
         "python": platform.python_version(),
         "date": datetime.date.today().isoformat(),
     }
@@ -45,10 +49,3 @@ def device_name(device: torch.device) -> str:
         return next(x.split(":")[1].strip() for x in lines if x.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from importlib.util import spec_from_loader
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -18,8 +17,6 @@ Class = TypeVar("Class", bound=type)
 MOVED = {
     f"squid_fast.{old}": f"squid_fast.{new}"
     for old, new in {
-        "_extras": "utils.extras",
-        "_lazy": "utils.lazy",
         "ablation": "experiments.ablation",
         "atomic": "utils.atomic",
         "benchmark": "experiments.benchmark",
@@ -50,43 +47,35 @@ MOVED = {
 }
 
 
-class _OldPaths(MetaPathFinder):
-    """Finds modules by their former paths."""
+class _FormerPaths(MetaPathFinder, Loader):
+    """Finds modules by their former paths, and loads those of today in their place."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        new = _new_path(name)
-        return spec_from_loader(name, _Alias(new)) if new else None
-
-
-class _Alias(Loader):
-    """Loads the module that a former path stands for."""
-
-    def __init__(self, new: str) -> None:
-        self.new = new
+        for old, new in MOVED.items():
+            if f"{name}.".startswith(f"{old}."):
+                return ModuleSpec(name, self, loader_state=new + name[len(old) :])
+        return None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        warnings.warn(f"{spec.name} is now {self.new}", DeprecationWarning, stacklevel=2)
-        self.module = importlib.import_module(self.new)
-        self.spec, self.loader = self.module.__spec__, self.module.__loader__
-        return self.module
+        warnings.warn(f"{spec.name} is now {spec.loader_state}", DeprecationWarning, stacklevel=2)
+        module = importlib.import_module(spec.loader_state)
+        spec.loader_state = module.__spec__  # in place of which importlib puts the former path's
+        return module
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__, module.__loader__ = self.spec, self.loader  # not those of the old path
+        assert module.__spec__ is not None
+        module.__spec__ = module.__spec__.loader_state
 
 
-def _new_path(name: str) -> str | None:
-    for old, new in MOVED.items():
-        if name == old or name.startswith(f"{old}."):
-            return new + name[len(old) :]
-    return None
+_FORMER_PATHS = _FormerPaths()
 
 
 def accept_old_paths() -> None:
     """Make former import paths work."""
-    if not any(isinstance(finder, _OldPaths) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _OldPaths())
+    if _FORMER_PATHS not in sys.meta_path:
+        sys.meta_path.insert(0, _FORMER_PATHS)
 
 
 def moved_names(package: str, homes: Mapping[str, str]) -> Callable[[str], object]:
@@ -94,8 +83,8 @@ def moved_names(package: str, homes: Mapping[str, str]) -> Callable[[str], objec
 
     Args:
         package: ``__name__`` of the package.
-        homes: full present name by former name, such as
-            ``"squid_fast.data.contamination.check_apart"`` by ``"check_apart"``.
+        homes: full present names, such as ``"squid_fast.data.contamination.check_apart"``, by
+            former name.
     """
 
     def get(name: str) -> object:

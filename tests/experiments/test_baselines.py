@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,9 +37,11 @@ from squid_fast.training import CheckpointError
 from squid_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from tests.command_line import squid
 from tests.factories import labelled
+from tests.training.test_training import after_steps
 
 SIDE = 32
 TINY = dataclasses.replace(RECIPE, epochs=3, t_max=3, batch_size=8, shift=0.0, scale=0.0)
+OPTIONS = {"recipe": TINY, "device": "cpu", "precision": "float32"}
 
 
 def waves(count: int, seed: int, anomalous: int = 0) -> ImageSet:
@@ -51,23 +55,17 @@ def waves(count: int, seed: int, anomalous: int = 0) -> ImageSet:
     return labelled((images * 255).round().byte(), anomalous)
 
 
+def train_longer(name: str, out: Path) -> Path:
+    options = OPTIONS | {"recipe": dataclasses.replace(TINY, epochs=8, t_max=8)}
+    options |= {"validation_set": waves(40, 1, 20), "false_positive_rate": 0.1}
+    assert train_baseline(name, waves(64, 0), out, **options).finished
+    return out
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("methods")
-    recipe = dataclasses.replace(TINY, epochs=8, t_max=8)
-    for name in METHODS:
-        done = train_baseline(
-            name, waves(64, 0), folder / name, recipe=recipe, validation_set=waves(40, 1, 20),
-            device="cpu", precision="float32", false_positive_rate=0.1,
-        )  # fmt: skip
-        assert done.finished
-    return {name: folder / name for name in METHODS}
-
-
-def test_the_scorer_answers_to_its_old_name() -> None:
-    with pytest.deprecated_call():
-        from squid_fast.comparison import ComparisonScorer
-    assert ComparisonScorer is BaselineScorer
+    return {name: train_longer(name, folder / name) for name in METHODS}
 
 
 # A square adds edges, which are the contrary of what smoothness looks for.
@@ -96,13 +94,9 @@ def test_every_method_finds_a_bright_square(name: str, trained: dict[str, Path])
 
 
 def test_training_again_gives_the_same_scores(trained: dict[str, Path], tmp_path: Path) -> None:
-    recipe = dataclasses.replace(TINY, epochs=8, t_max=8)
     for name in ("pca", "memae"):
-        train_baseline(
-            name, waves(64, 0), tmp_path / name, recipe=recipe, validation_set=waves(40, 1, 20),
-            device="cpu", precision="float32", false_positive_rate=0.1,
-        )  # fmt: skip
-        one, other = (load_scorer(path, device="cpu") for path in (trained[name], tmp_path / name))
+        again = train_longer(name, tmp_path / name)
+        one, other = (load_scorer(path, device="cpu") for path in (trained[name], again))
         assert one.fingerprint == other.fingerprint
         images = waves(5, 3).images
         assert torch.equal(one.score(images).raw, other.score(images).raw)
@@ -188,29 +182,24 @@ def test_every_pixel_is_cut_out_once_and_not_seen_when_filled() -> None:
 
 
 def test_a_stopped_run_goes_on_to_the_same_result(tmp_path: Path) -> None:
-    options = {"recipe": TINY, "device": "cpu", "precision": "float32"}
-    train_baseline("pixel_inpainting", waves(20, 0), tmp_path / "whole", **options)
-    part = tmp_path / "part"
-    asked = iter(range(100))
-    stop = {"should_stop": lambda: next(asked) >= 2}
-    stopped = train_baseline("pixel_inpainting", waves(20, 0), part, **options, **stop)
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    train_in = partial(train_baseline, "pixel_inpainting", waves(20, 0), **OPTIONS)
+    train_in(whole)
+    stopped = train_in(part, should_stop=after_steps(3))
     assert (stopped.finished, stopped.step) == (False, 3)
     assert not (part / "config.json").exists()
     with pytest.raises(CheckpointError, match="already holds a run; add --resume"):
-        train_baseline("pixel_inpainting", waves(20, 0), part, **options)
+        train_in(part)
     with pytest.raises(CheckpointError, match="other settings: seed was 0 and is 1"):
-        train_baseline("pixel_inpainting", waves(20, 0), part, **options, resume=True, seed=1)
-    assert train_baseline("pixel_inpainting", waves(20, 0), part, **options, resume=True).finished
-    one, other = (load_scorer(path, device="cpu") for path in (tmp_path / "whole", part))
-    assert one.fingerprint == other.fingerprint
+        train_in(part, resume=True, seed=1)
+    assert train_in(part, resume=True).finished
+    assert load_scorer(whole).fingerprint == load_scorer(part).fingerprint
 
 
 def test_a_checkpoint_of_the_former_format_is_resumed(tmp_path: Path) -> None:
-    options = {"recipe": TINY, "device": "cpu", "precision": "float32"}
-    images, part = waves(20, 0), tmp_path / "part"
-    train_baseline("autoencoder", images, tmp_path / "whole", **options)
-    asked = iter(range(100))
-    train_baseline("autoencoder", images, part, **options, should_stop=lambda: next(asked) >= 2)
+    images, whole, part = waves(20, 0), tmp_path / "whole", tmp_path / "part"
+    train_baseline("autoencoder", images, whole, **OPTIONS)
+    train_baseline("autoencoder", images, part, **OPTIONS, should_stop=after_steps(3))
     new = load_checkpoint(part / "checkpoint.pt")
     recipe = new["settings"]["recipe"]
     recipe["averaging"] = recipe.pop("ema_decay")
@@ -227,16 +216,16 @@ def test_a_checkpoint_of_the_former_format_is_resumed(tmp_path: Path) -> None:
     }  # fmt: skip
     save_checkpoint(old, part / "checkpoint.pt")
     with pytest.raises(CheckpointError, match=r"model\.method was 'autoencoder' and is 'memae'"):
-        train_baseline("memae", images, part, **options, resume=True)
+        train_baseline("memae", images, part, **OPTIONS, resume=True)
     with pytest.raises(CheckpointError, match="images_sha256 was"):
-        train_baseline("autoencoder", waves(20, 1), part, **options, resume=True)
-    assert train_baseline("autoencoder", images, part, **options, resume=True).finished
-    one, other = (load_scorer(path, device="cpu") for path in (tmp_path / "whole", part))
-    assert one.fingerprint == other.fingerprint
+        train_baseline("autoencoder", waves(20, 1), part, **OPTIONS, resume=True)
+    assert train_baseline("autoencoder", images, part, **OPTIONS, resume=True).finished
+    assert load_scorer(whole).fingerprint == load_scorer(part).fingerprint
 
 
 def test_former_names_are_accepted() -> None:
-    for old, new in {"train_method": train_baseline, "MethodResult": BaselineResult}.items():
+    former = {"train_method": train_baseline, "MethodResult": BaselineResult}
+    for old, new in {**former, "ComparisonScorer": BaselineScorer}.items():
         with pytest.warns(DeprecationWarning, match=f"{old} is now"):
             assert getattr(baselines, old) is new
 
@@ -255,10 +244,7 @@ def test_what_does_not_fit_is_said(trained: dict[str, Path], tmp_path: Path) -> 
     scorer = load_scorer(trained["pca"])
     with pytest.raises(ValueError, match=r"this pca takes \[B, 1, 32, 32\]"):
         scorer.score(torch.zeros(1, 1, 48, 48))
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    for file in trained["memae"].iterdir():
-        (broken / file.name).write_bytes(file.read_bytes())
+    broken = shutil.copytree(trained["memae"], tmp_path / "broken")
     (broken / "model.safetensors").write_bytes(b"x")
     with pytest.raises(BundleError, match="does not hold a trained method"):
         load_scorer(broken)
@@ -266,8 +252,8 @@ def test_what_does_not_fit_is_said(trained: dict[str, Path], tmp_path: Path) -> 
 
 @pytest.mark.parametrize("method", ["knn", "autoencoder"])
 def test_the_verbs_take_a_method(method: str, tmp_path: Path) -> None:
-    for split, kinds in {"train": (24, 0), "val": (20, 10), "test": (20, 10)}.items():
-        found = waves(kinds[0], len(split), kinds[1])
+    for split, (count, anomalous) in {"train": (24, 0), "val": (20, 10), "test": (20, 10)}.items():
+        found = waves(count, len(split), anomalous)
         for name, image, label in zip(found.paths, found.images, found.labels, strict=True):
             folder = tmp_path / "data" / split / ("PNEUMONIA" if label else "NORMAL")
             folder.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -22,18 +24,15 @@ def model(**others: Any) -> SQUID:
 
 
 def test_hits_and_similarities_are_those_counted_one_by_one() -> None:
-    network, own = model().train(), image_set(9)
-    before = {name: value.clone() for name, value in network.state_dict().items()}
-    torch.manual_seed(5)
-    state = torch.get_rng_state()
+    network, own = model(), image_set(9)
+    before, random = copy.deepcopy(network.state_dict()), torch.get_rng_state()
     uses = memory_use(network, own)
-    assert torch.equal(state, torch.get_rng_state())
+    assert torch.equal(torch.get_rng_state(), random)
+    torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)
     assert network.training
     assert network.inpaint_block.memory.pending is None
-    assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
-    assert {name: use.kind for name, use in uses.items()} == {
-        "inpaint_block.memory": "queue", "memory_blocks.1.memory": "matrix"
-    }  # fmt: skip
+    kinds = {name: use.kind for name, use in uses.items()}
+    assert kinds == {"inpaint_block.memory": "queue", "memory_blocks.1.memory": "matrix"}
 
     asked: dict[str, np.ndarray] = {}
     for name in uses:
@@ -49,8 +48,7 @@ def test_hits_and_similarities_are_those_counted_one_by_one() -> None:
         for vectors in asked[name]:
             for n, vector in enumerate(vectors):
                 scores = slots[n] @ vector
-                for slot in np.argsort(-scores)[:2]:  # k = 3 keeps two
-                    hits[n, slot] += 1
+                hits[n, np.argsort(-scores)[:2]] += 1  # k = 3 keeps two
                 norms = np.linalg.norm(slots[n], axis=1) * np.linalg.norm(vector)
                 nearest[n] = np.maximum(nearest[n], scores / norms)
         assert np.array_equal(use.hits, hits)
@@ -64,44 +62,40 @@ def test_dead_and_effective_slots() -> None:
     assert use.effective_slots == pytest.approx([2.0, 4.0, 1.0])
 
 
-@pytest.mark.parametrize("inpainting", [{"memory": "shared"}, {"memory": "matrix"}, False], ids=str)
-def test_variants_are_looked_into_as_well(inpainting: Any) -> None:
-    uses = memory_use(model(inpainting=inpainting), image_set(5))
-    if inpainting is False:
-        assert uses.keys() == {"memory_blocks.1.memory"}
-        return
-    use = uses["inpaint_block.memory"]
-    places, answers = (1, 4 * 5) if inpainting == {"memory": "shared"} else (4, 5)
-    assert use.hits.shape[0] == places
-    assert use.kind == ("queue" if places == 1 else "matrix")
-    assert use.hits.sum(axis=1).tolist() == [2 * answers] * places
+@pytest.mark.parametrize(("memory", "kind", "N"), [("shared", "queue", 1), ("matrix", "matrix", 4)])
+def test_variants_are_looked_into_as_well(memory: str, kind: str, N: int) -> None:
+    use = memory_use(model(inpainting={"memory": memory}), image_set(5))["inpaint_block.memory"]
+    assert (use.kind, len(use.hits)) == (kind, N)
+    assert use.hits.sum(axis=1).tolist() == [2 * 4 * 5 // N] * N  # two a patch
+
+
+def test_without_in_painting_the_decoder_is_left() -> None:
+    uses = memory_use(model(inpainting=False), image_set(5))
+    assert uses.keys() == {"memory_blocks.1.memory"}
 
 
 def test_a_queue_of_real_features_lies_close_to_them() -> None:
-    network = model().train()
+    network = model()
     with torch.no_grad():
         network(image_batch(7))
-    network.inpaint_block.memory.update()
-    network.eval()
-    fresh = model()
-    fresh.load_state_dict(network.state_dict())
+    memory = network.inpaint_block.memory
+    memory.update()
+
+    def similarity() -> float:
+        return memory_use(network, image_set(7))["inpaint_block.memory"].figures()["similarity"]
+
+    filled = similarity()
     torch.manual_seed(1)
-    fresh.inpaint_block.memory.slots.uniform_(-0.1, 0.1)
-    filled, empty = (
-        memory_use(m, image_set(7))["inpaint_block.memory"].figures()["similarity"]
-        for m in (network, fresh)
-    )
-    assert filled > empty + 0.1
+    memory.slots.uniform_(-0.1, 0.1)
+    assert filled > similarity() + 0.1
 
 
 def test_a_run_keeps_its_pictures_over_a_resumption(tmp_path: Path) -> None:
     held_out = image_set(12, anomalous=6)
     network = model()
     figures = TrainingSnapshots(tmp_path, held_out).add(network, 1)
-    assert figures.keys() == {
-        "memory/dead_share_queue", "memory/similarity_queue",
-        "memory/dead_share_matrix", "memory/similarity_matrix",
-    }  # fmt: skip
+    named = itertools.product(("dead_share", "similarity"), ("queue", "matrix"))
+    assert figures.keys() == {f"memory/{figure}_{kind}" for figure, kind in named}
     use = memory_use(network, held_out)["inpaint_block.memory"]
     assert figures["memory/dead_share_queue"] == pytest.approx(use.dead_share)
     again = TrainingSnapshots(tmp_path, held_out)
@@ -136,8 +130,7 @@ def test_training_and_the_verb_draw(tmp_path: Path) -> None:
     options = ("--preset", "small", "--epochs", 1, "--batch-size", 10, "--device", "cpu")
     squid("train", *data, "--out", run, *options)
     assert (run / "pictures/reconstructions.png").exists()
-    log = (run / "metrics.csv").read_text()
-    assert "memory/similarity_queue" in log
+    assert "memory/similarity_queue" in (run / "metrics.csv").read_text()
     done = squid("diagnose", run, *data, "--out", tmp_path / "look", "--json")
     assert json.loads(done.stdout)["inpaint_block.memory"]["places"] == 9
     assert (tmp_path / "look/memory.png").exists()

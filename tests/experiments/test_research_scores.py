@@ -1,4 +1,8 @@
+"""Research scores: against the reference, and their combinations."""
+
 from __future__ import annotations
+
+import copy
 
 import numpy as np
 import torch
@@ -9,10 +13,10 @@ from tests.factories import TINY, image_set, tiny_squid
 
 
 def test_they_are_what_their_names_say_and_change_nothing() -> None:
-    model, images = tiny_squid().train(), image_set(19)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model, images = tiny_squid(), image_set(19)
+    before = copy.deepcopy(model.state_dict())
     found = other_scores(model, images, "float32", "cpu")
-    assert all(torch.equal(before[k], value) for k, value in model.state_dict().items())
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
     assert model.training
     assert model.inpaint_block.memory.pending is None
 
@@ -23,17 +27,13 @@ def test_they_are_what_their_names_say_and_change_nothing() -> None:
     convolution.register_forward_hook(lambda m, given, f: features.append(f.detach().numpy()))
     with torch.no_grad():
         outputs = plain(images.batch(slice(None)).double())
-    difference = (outputs["recon"] - outputs["teacher_recon"]).numpy()
-    np.testing.assert_allclose(
-        found["teacher_difference"], (difference**2).mean(axis=(1, 2, 3)), rtol=1e-4
-    )
-    (vectors,) = features
-    vectors = vectors.reshape(19, 4, 144)
+    difference = (outputs["recon"] - outputs["teacher_recon"]).square().mean(dim=(1, 2, 3))
+    np.testing.assert_allclose(found["teacher_difference"], difference, rtol=1e-4)
     slots = model.inpaint_block.memory.slots.double().numpy()
-    for image in range(19):
+    for image, vectors in enumerate(features[0].reshape(19, 4, 144)):
         nearest = [
             max(vector @ slot / np.linalg.norm(vector) / np.linalg.norm(slot) for slot in slots[n])
-            for n, vector in enumerate(vectors[image])
+            for n, vector in enumerate(vectors)
         ]
         assert abs(float(found["memory_distance"][image]) - (1 - np.mean(nearest))) < 1e-5
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import struct
-import subprocess
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
@@ -17,116 +16,24 @@ import pytest
 import torch
 
 from squid_fast.screening import find_files, pipeline, screen
-from squid_fast.screening.pipeline import score_batch, screen_listing
+from squid_fast.screening.pipeline import score_batch
 from squid_fast.screening.reading import source
 from squid_fast.screening.reading.packing import pack
 from squid_fast.screening.reading.worker import Decoded
 from tests.factories import MeanScorer
-
-SIZE = 8
-
-
-def write_level(path: Path, level: int) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.save(path, np.full((SIZE, SIZE), level, dtype=np.uint8))
-    return str(path)
+from tests.screening.levels import SIZE, write_level, write_levels
 
 
 @pytest.fixture
 def levels(tmp_path: Path) -> list[str]:
     """Images of the grey levels 0 to 19."""
-    return [write_level(tmp_path / f"{level:02d}.npy", level) for level in range(20)]
-
-
-def names(paths: Iterable[str], root: Path) -> list[str]:
-    return [os.path.relpath(path, root) for path in paths]
-
-
-# Finding files
-
-
-def test_folders_give_image_files_and_those_without_suffix_sorted(tmp_path: Path) -> None:
-    for name in ("b.png", "a.JPG", "notes.txt", "IM0001", "1.2.840.10008", ".hidden.png"):
-        (tmp_path / name).touch()
-    for folder in ("sub", ".cache"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "c.dcm").touch()
-    found = find_files(tmp_path)
-    assert names(found, tmp_path) == ["1.2.840.10008", "IM0001", "a.JPG", "b.png", "sub/c.dcm"]
-
-
-def test_inputs_keep_their_order_and_a_file_comes_once(tmp_path: Path) -> None:
-    for name in ("a.png", "b.png", "c.png"):
-        (tmp_path / name).touch()
-    inputs: list[str | Path] = [tmp_path / "c.png", str(tmp_path), tmp_path / "x" / ".." / "a.png"]
-    assert names(find_files(inputs), tmp_path) == ["c.png", "a.png", "b.png"]
-
-
-def test_nothing_that_was_named_is_dropped(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "notes.txt").touch()
-    inputs = [str(tmp_path / n) for n in ("missing.png", "*.dcm", "**/*.dcm", "empty", "notes.txt")]
-    assert find_files(inputs) == inputs
-
-
-def test_globs(tmp_path: Path) -> None:
-    for name in ("p1/x.dcm", "p1/deep/er/y.dcm", "p2/z.dcm", "p2/z.png", ".h/w.dcm", "v.dcm"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-
-    def found(pattern: str) -> list[str]:
-        return names(find_files(f"{tmp_path}/{pattern}"), tmp_path)
-
-    assert found("**/*.dcm") == ["p1/deep/er/y.dcm", "p1/x.dcm", "p2/z.dcm", "v.dcm"]
-    assert found("p?/**/*.dcm") == ["p1/deep/er/y.dcm", "p1/x.dcm", "p2/z.dcm"]
-    assert found("p[2-9]/*") == ["p2/z.dcm", "p2/z.png"]
-    assert found("p1/**") == ["p1/deep/er/y.dcm", "p1/x.dcm"]
-    assert found("**/de*") == ["p1/deep/er/y.dcm"]  # a matched folder is walked
-    assert found("**/er/**/*") == ["p1/deep/er/y.dcm"]
-
-
-def test_relative_globs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_level(tmp_path / "sub" / "a.npy", 0)
-    monkeypatch.chdir(tmp_path)
-    assert find_files("**/*.npy") == [os.path.join("sub", "a.npy")]
-    assert find_files("**") == [os.path.join(".", "sub", "a.npy")]
-    assert find_files("sub") == [os.path.join("sub", "a.npy")]
-
-
-def test_existing_file_with_glob_characters_is_a_file(tmp_path: Path) -> None:
-    (tmp_path / "scan[1].png").touch()
-    (tmp_path / "scan1.png").touch()
-    assert names(find_files(tmp_path / "scan[1].png"), tmp_path) == ["scan[1].png"]
-
-
-def test_folder_named_like_an_image(tmp_path: Path) -> None:
-    (tmp_path / "empty.png" / "inner").mkdir(parents=True)
-    (tmp_path / "full.png").mkdir()
-    (tmp_path / "full.png" / "a.png").touch()
-    assert names(find_files(tmp_path), tmp_path) == ["empty.png", "full.png/a.png"]
-
-
-def test_link_loops_end_and_linked_folders_are_walked_once(tmp_path: Path) -> None:
-    root, outside = tmp_path / "root", tmp_path / "outside"
-    for path in (root / "a" / "1.png", outside / "2.png"):
-        path.parent.mkdir(parents=True)
-        path.touch()
-    (root / "a" / "up").symlink_to(root)
-    (root / "a" / "above").symlink_to(tmp_path)
-    (root / "0-again").symlink_to(root / "a")
-    (root / "out").symlink_to(outside)
-    (outside / "back").symlink_to(root)
-    (root / "self.png").symlink_to("self.png")
-    (root / "gone.png").symlink_to("nowhere")
-    expected = ["a/1.png", "gone.png", "out/2.png", "self.png"]
-    assert names(find_files(root), root) == expected
-    assert names(find_files(f"{root}/**/*.png"), root) == expected
+    return write_levels(tmp_path, range(20))
 
 
 def test_folder_that_cannot_be_listed_gets_a_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_level(tmp_path / "a" / "1.npy", 9)
+    write_levels(tmp_path / "a", [9])
     locked = tmp_path / "locked.v2"
     locked.mkdir()
     scandir = os.scandir
@@ -139,12 +46,9 @@ def test_folder_that_cannot_be_listed_gets_a_row(
     monkeypatch.setattr(os, "scandir", refuse)
     for inputs in (str(tmp_path), f"{tmp_path}/**/*.npy", f"{tmp_path}/*"):
         rows = list(screen(MeanScorer(), inputs, workers=0))
-        assert names((row.path for row in rows), tmp_path) == ["a/1.npy", "locked.v2"]
+        assert [row.path for row in rows] == [f"{tmp_path}/a/09.npy", str(locked)]
         assert rows[0].error is None
         assert "cannot be listed: Permission denied" in (rows[1].error or "")
-
-
-# Screening
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
@@ -205,7 +109,7 @@ def broken_files(folder: Path) -> list[str]:
 def test_every_broken_file_gets_a_row_with_its_reason(tmp_path: Path, workers: int) -> None:
     (tmp_path / "broken").mkdir()
     bad = broken_files(tmp_path / "broken")
-    good = [write_level(tmp_path / "good" / f"{i}.npy", i) for i in range(len(bad))]
+    good = write_levels(tmp_path / "good", range(len(bad)))
     mixed = [path for pair in zip(good, bad, strict=True) for path in pair]
     scorer = MeanScorer()
     rows = list(screen(scorer, mixed, batch_size=4, workers=workers))
@@ -231,10 +135,10 @@ def test_every_broken_file_gets_a_row_with_its_reason(tmp_path: Path, workers: i
 
 
 def test_a_file_cut_short_after_it_was_listed(levels: list[str]) -> None:
-    files = find_files(levels)
+    found = screen(MeanScorer(), levels[:4], workers=1)
     os.truncate(levels[1], 140)
     os.remove(levels[2])
-    rows = list(screen_listing(MeanScorer(), files[:4], workers=1))
+    rows = list(found)
     assert [row.raw_score for row in rows] == [0, None, None, 3]
     assert "could not be decoded as NPY, it is damaged or truncated" in (rows[1].error or "")
     assert "does not exist" in (rows[2].error or "")
@@ -258,7 +162,7 @@ def test_score_that_is_not_finite_is_an_error(levels: list[str], bad: float) -> 
 
 def test_batches_are_filled_across_folders(tmp_path: Path) -> None:
     scorer = MeanScorer()
-    paths = [write_level(tmp_path / f"folder-{i}" / "a.npy", i) for i in range(11)]
+    paths = [path for i in range(11) for path in write_levels(tmp_path / f"folder-{i}", [i])]
     rows = list(screen(scorer, paths, batch_size=4, workers=2))
     assert scorer.batches == [4, 4, 3]
     assert [row.path for row in rows] == paths
@@ -337,7 +241,7 @@ def test_rows_go_on_behind_those_that_are_skipped(levels: list[str], tmp_path: P
     assert [row.raw_score for row in every] == [0, 5, 6, 7, 8, None, 1, 9, 10, 11, 2]
     assert [row.path for row in every[1:5]] == levels[5:9]
     for skip in range(len(every) + 2):
-        rows = list(screen_listing(MeanScorer(), files, 3, 0, skip=skip))
+        rows = list(screen(MeanScorer(), files, 3, 0, skip=skip))
         assert rows == every[skip:], skip
     with pytest.raises(ValueError, match="skip must be at least 0, not -1"):
         screen(MeanScorer(), [], skip=-1)
@@ -449,45 +353,3 @@ def test_arguments_are_checked_at_the_call() -> None:
     with pytest.raises(ValueError, match="timeout must be more than 0"):
         screen(MeanScorer(), [], timeout=0)
     assert list(screen(MeanScorer(), [])) == []
-
-
-SCRIPT = """
-import sys
-from types import SimpleNamespace
-
-import squid_fast
-
-
-class Scorer:
-    image_size, score_name, threshold, false_positive_rate = 8, "mean", 5.0, 0.05
-    fingerprint = "mean"
-
-    def prefetch(self, images):
-        return images
-
-    def score(self, images, reconstruction=False):
-        raw = images.float().mean(dim=(1, 2, 3))
-        return SimpleNamespace(raw=raw, z_score=raw, anomaly_score=raw, reconstruction=None)
-
-
-print([row.raw_score for row in squid_fast.screen(Scorer(), sys.argv[1:], workers=2)])
-"""
-
-
-def test_a_script_without_a_main_guard(levels: list[str], tmp_path: Path) -> None:
-    (tmp_path / "script.py").write_text(SCRIPT)
-    done = subprocess.run(
-        [sys.executable, tmp_path / "script.py", *levels],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.stdout == f"{[float(level) for level in range(20)]}\n", done.stderr
-
-
-@pytest.mark.parametrize("pattern", ["gone/**/*.png", "**/*.tiff", "*.tiff"])
-def test_a_pattern_without_a_match_keeps_its_own_row(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert find_files(pattern) == [pattern]

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -26,10 +27,9 @@ from squid_fast.screening import (
 )
 from squid_fast.screening.journal import Journal
 from tests.factories import MeanScorer
+from tests.screening.levels import SIZE, write_level
 from tests.screening.limits import file_size_limit
 from tests.screening.test_results import FORMATS, read_table
-
-SIZE = 8
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def images(tmp_path: Path) -> Path:
         if number % 10 == 7:
             (folder / f"{number:02d}.npy").write_text("not an image")
         else:
-            np.save(folder / f"{number:02d}.npy", np.full((SIZE, SIZE), number * 8, np.uint8))
+            write_level(folder / f"{number:02d}.npy", number * 8)
     return folder
 
 
@@ -68,14 +68,8 @@ def rows_in(folder: Path) -> int:
 
 
 def stop_after(batches: int) -> Callable[[], bool]:
-    asked = 0
-
-    def should_stop() -> bool:
-        nonlocal asked
-        asked += 1
-        return asked >= batches
-
-    return should_stop
+    asked = itertools.count(1)
+    return lambda: next(asked) >= batches
 
 
 def stopped(images: Path, out: Path, batches: int = 2) -> None:
@@ -90,14 +84,8 @@ def stopped(images: Path, out: Path, batches: int = 2) -> None:
 def test_one_row_for_each_file_and_their_figures(images: Path, tmp_path: Path, suffix: str) -> None:
     out = tmp_path / f"r{suffix}"
     steps: list[tuple[int, int]] = []
-    summary = screen_to_table(
-        MeanScorer(),
-        images,
-        out,
-        batch_size=4,
-        workers=0,
-        on_progress=lambda done, total: steps.append((done, total)),
-    )
+    summary = screen_to_table(MeanScorer(), images, out, batch_size=4, workers=0,
+                              on_progress=lambda *step: steps.append(step))  # fmt: skip
     assert found(out) == expected(images)
     assert summary is not None
     assert (summary.count, summary.errors, summary.flagged) == (30, 3, 12)
@@ -144,7 +132,7 @@ def test_stop_and_resume_give_the_table_of_an_uninterrupted_run(
 def test_resuming_takes_the_files_that_were_there(images: Path, tmp_path: Path) -> None:
     out = tmp_path / "r.csv"
     stopped(images, out)
-    np.save(images / "00-new.npy", np.zeros((SIZE, SIZE), np.uint8))
+    write_level(images / "00-new.npy", 0)
     (images / "20.npy").unlink()
     screen_to_table(MeanScorer(), images, out, resume=True, workers=0)
     rows = read_table(out)
@@ -162,11 +150,14 @@ def test_resuming_nothing_starts_at_the_beginning(images: Path, tmp_path: Path) 
 
 def test_an_unfinished_run_is_not_overwritten(images: Path, tmp_path: Path) -> None:
     out = tmp_path / "r.csv"
+    check_output(out)
     stopped(images, out)
     scorer = MeanScorer()
-    with pytest.raises(JournalError, match=r"holds an unfinished run of 'r\.csv': go on with --re"):
-        screen_to_table(scorer, images, out, workers=0)
+    for refused in (partial(screen_to_table, scorer, images, workers=0), check_output):
+        with pytest.raises(JournalError, match=r"holds an unfinished run of 'r\.csv': go on with"):
+            refused(out=out)
     assert not scorer.batches
+    check_output(out, resume=True)
     screen_to_table(MeanScorer(), images, out, resume=True, workers=0)
     assert found(out) == expected(images)
 
@@ -248,8 +239,7 @@ def test_names_that_are_not_utf8_go_through_a_resumed_run(tmp_path: Path) -> Non
     folder = tmp_path / "in"
     folder.mkdir()
     for number in range(8):
-        with open(os.fsencode(folder) + b"/caf\xe9-%d.npy" % number, "wb") as file:
-            np.save(file, np.full((SIZE, SIZE), number, np.uint8))
+        write_level(folder / os.fsdecode(b"caf\xe9-%d.npy" % number), number)
     out = tmp_path / "r.jsonl"
     stopped(folder, out, 1)
     screen_to_table(MeanScorer(), folder, out, resume=True, workers=0)
@@ -283,36 +273,28 @@ def test_packed_files_are_resumed_in_their_middle(images: Path, tmp_path: Path) 
     assert found(out) == [expected(images)[3], *expected(images)]
 
 
-def test_a_damaged_journal_is_refused_and_kept(images: Path, tmp_path: Path) -> None:
-    out = tmp_path / "r.csv"
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("journal.sqlite", "cannot be read: .* Delete the folder to start"),
+        ("run.json", r"holds 'run\.json', which is of no unfinished run of this version"),
+    ],
+)
+def test_what_is_no_journal_is_refused_and_kept(
+    images: Path, tmp_path: Path, name: str, sentence: str
+) -> None:
+    out, file = tmp_path / "r.csv", tmp_path / "r.csv.partial" / name
     stopped(images, out, 3)
-    journal = tmp_path / "r.csv.partial" / "journal.sqlite"
-    content = journal.read_bytes()
+    content = (file.parent / "journal.sqlite").read_bytes()
     damaged = content[:4096] + bytes(len(content) - 4096)
-    journal.write_bytes(damaged)
-    for resume in (True, False):
-        with pytest.raises(JournalError, match=r"cannot be read: .* Delete the folder to start"):
-            screen_to_table(MeanScorer(), images, out, resume=resume, workers=0)
-    with pytest.raises(JournalError, match=r"cannot be read: .* Delete the folder to start"):
-        check_output(out)
-    assert journal.read_bytes() == damaged
-    assert not out.exists()
-
-
-def test_a_run_of_an_earlier_version_is_refused_and_kept(images: Path, tmp_path: Path) -> None:
-    """Its journal was a folder of text files."""
-    out, folder = tmp_path / "r.csv", tmp_path / "r.csv.partial"
-    folder.mkdir()
-    files = {"run.json": b"{}", "files.bin": b"a.png\0", "rows.jsonl": b'["a.png"'}
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
-    sentence = "of an earlier version of squid_fast: finish it with that version, or start anew"
+    file.write_bytes(damaged)
     for resume in (True, False):
         with pytest.raises(JournalError, match=sentence):
             screen_to_table(MeanScorer(), images, out, resume=resume, workers=0)
     with pytest.raises(JournalError, match=sentence):
         check_output(out)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
+    assert file.read_bytes() == damaged
+    assert not out.exists()
 
 
 def test_a_scorer_that_fails_loses_nothing_before(images: Path, tmp_path: Path) -> None:
@@ -411,15 +393,6 @@ def test_arguments_out_of_range_leave_nothing_behind(images: Path, tmp_path: Pat
         with pytest.raises(ValueError, match=f"{next(iter(argument))} must be"):
             screen_to_table(MeanScorer(), images, tmp_path / "r.csv", **argument)
     assert os.listdir(tmp_path) == ["in"]
-
-
-def test_output_is_checked_without_a_scorer(images: Path, tmp_path: Path) -> None:
-    out = tmp_path / "r.csv"
-    check_output(out)
-    stopped(images, out)
-    with pytest.raises(JournalError, match="holds an unfinished run"):
-        check_output(out)
-    check_output(out, resume=True)
 
 
 def test_a_folder_that_may_not_be_written_to(

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from squid_fast.training import (
     CheckpointError,
     NonFiniteLossError,
     Trainer,
+    TrainingResult,
     learning_rate,
     loop,
     make_optimizers,
@@ -57,6 +59,11 @@ def assert_same_state(one: dict[str, torch.Tensor], other: dict[str, torch.Tenso
     assert one.keys() == other.keys()
     for name, value in one.items():
         assert torch.equal(value, other[name]), name
+
+
+def assert_same_pair(one: TrainingResult, other: TrainingResult) -> None:
+    assert_same_state(one.model.state_dict(), other.model.state_dict())
+    assert_same_state(one.discriminator.state_dict(), other.discriminator.state_dict())
 
 
 # --- losses ---------------------------------------------------------------------------------------
@@ -150,13 +157,8 @@ def test_only_every_n_critic_th_batch_trains_the_generator() -> None:
     model = tiny_model()
     trainer = make_trainer(model, dataclasses.replace(RECIPE, n_critic=2))
     images = image_batch(4)
-    assert trainer.step(images, 0).keys() == {
-        "discriminator",
-        "reconstruction",
-        "adversarial",
-        "teacher",
-        "distillation",
-    }
+    losses = {"discriminator", "reconstruction", "adversarial", "teacher", "distillation"}
+    assert trainer.step(images, 0).keys() == losses
     before = {name: p.clone() for name, p in model.named_parameters()}
     slots = model.inpaint_block.memory.slots.clone()
     discriminator = trainer.discriminator.regressor.weight.clone()
@@ -201,59 +203,33 @@ def test_augmentation_scales_about_the_centre() -> None:
 # --- the loop -------------------------------------------------------------------------------------
 
 
-def test_a_resumed_run_ends_as_the_uninterrupted_one(tmp_path: Path) -> None:
-    images, validation = image_set(14), image_set(12, anomalous=6)
-    whole = train(tiny_model(), images, tmp_path / "whole", RECIPE, validation_set=validation)
-    assert whole.finished
-    assert whole.step == 9
-
-    part = tmp_path / "part"
-    for stop in (2, 3, 1):  # within an epoch, across one, just after a validation
-        result = train(
-            tiny_model(),
-            images,
-            part,
-            RECIPE,
-            validation_set=validation,
-            resume=stop != 2,
-            should_stop=after_steps(stop),
-        )
-        assert not result.finished
-    resumed = train(tiny_model(), images, part, RECIPE, validation_set=validation, resume=True)
-    assert resumed.finished
-    assert_same_state(whole.model.state_dict(), resumed.model.state_dict())
-    assert_same_state(whole.discriminator.state_dict(), resumed.discriminator.state_dict())
-    assert whole.model.inpaint_block.memory.ptr == resumed.model.inpaint_block.memory.ptr
-    assert whole.validation == resumed.validation
-    assert whole.validation.keys() == {
-        "auroc_discriminator_instance",
-        "auroc_discriminator_running",
-        "auroc_discriminator_image",
-        "auroc_reconstruction_error",
-    }
-    log = logged(tmp_path / "whole")
-    assert log == logged(part)
-    assert len(log) == 3 * 5 + 2 * 4
-
-
-def test_a_resumed_run_with_an_average_ends_as_the_uninterrupted_one(tmp_path: Path) -> None:
-    recipe = dataclasses.replace(RECIPE, ema_decay=0.9)
-    images, validation = image_set(14), image_set(12, anomalous=6)
-    data = {"recipe": recipe, "validation_set": validation}
+# Stops within an epoch, across one, just after a validation.
+@pytest.mark.parametrize(("decay", "stops"), [(0.0, (2, 3, 1)), (0.9, (5,))])
+def test_a_resumed_run_ends_as_the_uninterrupted_one(
+    decay: float, stops: tuple[int, ...], tmp_path: Path
+) -> None:
+    images, part = image_set(14), tmp_path / "part"
+    recipe = dataclasses.replace(RECIPE, ema_decay=decay)
+    data = {"recipe": recipe, "validation_set": image_set(12, anomalous=6)}
     whole = train(tiny_model(), images, tmp_path / "whole", **data)
-    part = tmp_path / "part"
-    train(tiny_model(), images, part, should_stop=after_steps(5), **data)
+    assert (whole.finished, whole.step) == (True, 9)
+    for stop in stops:
+        options = {"resume": part.exists(), "should_stop": after_steps(stop)}
+        assert not train(tiny_model(), images, part, **data, **options).finished
     resumed = train(tiny_model(), images, part, resume=True, **data)
     assert resumed.finished
-    assert_same_state(whole.model.state_dict(), resumed.model.state_dict())
-    assert_same_state(whole.discriminator.state_dict(), resumed.discriminator.state_dict())
+    assert_same_pair(whole, resumed)
+    assert whole.model.inpaint_block.memory.ptr == resumed.model.inpaint_block.memory.ptr
     assert whole.validation == resumed.validation
+    discriminator = {f"auroc_discriminator_{kind}" for kind in ("instance", "running", "image")}
+    assert whole.validation.keys() == {*discriminator, "auroc_reconstruction_error"}
     log = logged(tmp_path / "whole")
     assert log == logged(part)
+    kinds = {"validation", "unaveraged"} if decay else {"validation"}
+    assert len(log) == 3 * 5 + 2 * 4 * len(kinds)
     rows = {name: float(value) for _, name, value in log}
-    name = "auroc_discriminator_instance"
-    assert rows[f"validation/{name}"] == whole.validation[name]
-    assert f"unaveraged/{name}" in rows
+    assert {name.split("/")[0] for name in rows} == kinds | {"loss"}
+    assert {name: rows[f"validation/{name}"] for name in whole.validation} == whole.validation
 
 
 def test_the_best_validated_pair_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,8 +243,7 @@ def test_the_best_validated_pair_is_kept(tmp_path: Path, monkeypatch: pytest.Mon
     after_two = load_checkpoint(tmp_path / "best/checkpoint.pt")["best"]
     second = train(tiny_model(), images, tmp_path / "two", recipe, should_stop=after_steps(4))
     assert not second.finished
-    assert_same_state(second.model.state_dict(), best.model.state_dict())
-    assert_same_state(second.discriminator.state_dict(), best.discriminator.state_dict())
+    assert_same_pair(second, best)
     assert second.model.inpaint_block.memory.ptr == best.model.inpaint_block.memory.ptr
     assert_same_state(after_two["generator"], best.model.state_dict())
 
@@ -322,12 +297,11 @@ def test_training_leaves_the_callers_random_numbers_alone(tmp_path: Path) -> Non
 
 def test_another_seed_is_another_run(tmp_path: Path) -> None:
     recipe = dataclasses.replace(RECIPE, epochs=1, n_critic=1)
-    runs = [
-        train(tiny_model(), image_set(8), tmp_path / str(seed), recipe, seed=seed)
+    zero, one = (
+        train(tiny_model(), image_set(8), tmp_path / str(seed), recipe, seed=seed).model
         for seed in (0, 1)
-    ]
-    weights = [run.model.out_conv.conv.weight for run in runs]
-    assert not torch.equal(*weights)
+    )
+    assert not torch.equal(zero.out_conv.conv.weight, one.out_conv.conv.weight)
 
 
 def test_a_nan_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
@@ -371,12 +345,13 @@ def test_images_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_recipe_takes_the_former_name_of_the_decay() -> None:
-    with pytest.warns(DeprecationWarning, match="Recipe.averaging is now ema_decay"):
+    warns = partial(pytest.warns, DeprecationWarning, match="Recipe.averaging is now ema_decay")
+    with warns():
         old = Recipe(batch_size=4, averaging=0.9)
     assert old == Recipe(batch_size=4, ema_decay=0.9)
-    with pytest.warns(DeprecationWarning, match="Recipe.averaging is now ema_decay"):
+    with warns():
         assert old.averaging == 0.9
-    with pytest.warns(DeprecationWarning, match="Recipe.averaging is now ema_decay"):
+    with warns():
         assert dataclasses.replace(old, averaging=0.5) == Recipe(batch_size=4, ema_decay=0.5)
     assert dataclasses.replace(old, lr=1.0).ema_decay == 0.9
 
@@ -395,8 +370,7 @@ def test_a_checkpoint_of_an_earlier_version_is_resumed(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"recipe\.ema_decay was 0\.9 and is 0\.0"):
         train(tiny_model(), images, part, RECIPE, resume=True)
     resumed = train(tiny_model(), images, part, recipe, resume=True)
-    assert_same_state(whole.model.state_dict(), resumed.model.state_dict())
-    assert_same_state(whole.discriminator.state_dict(), resumed.discriminator.state_dict())
+    assert_same_pair(whole, resumed)
 
 
 # --- checkpoints ----------------------------------------------------------------------------------
@@ -442,7 +416,17 @@ def test_training_in_bf16_keeps_weights_in_float32(tmp_path: Path) -> None:
     assert difference.abs().max() < 0.02
 
 
-# --- by the clock ---------------------------------------------------------------------------------
+# --- the rate, and runs by the clock --------------------------------------------------------------
+
+
+def test_the_rate_of_a_run_by_epochs_is_set_once_an_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+    monkeypatch.setattr(loop, "set_learning_rate", lambda _, rate: rates.append(rate))
+    train(tiny_model(), image_set(8), tmp_path, RECIPE, should_stop=after_steps(3))
+    train(tiny_model(), image_set(8), tmp_path, RECIPE, resume=True)  # from within the second
+    assert rates == [learning_rate(RECIPE, epoch) for epoch in (0, 1, 1, 2)]
 
 
 def by_the_clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
@@ -508,6 +492,5 @@ def test_a_run_whose_validation_fails_is_saved_before_and_goes_on_with_it(
     resumed = train(tiny_model(), images, part, resume=True, **data)
     assert resumed.finished
     assert (resumed.epoch, resumed.validation) == (whole.epoch, whole.validation)
-    assert_same_state(whole.model.state_dict(), resumed.model.state_dict())
-    assert_same_state(whole.discriminator.state_dict(), resumed.discriminator.state_dict())
+    assert_same_pair(whole, resumed)
     assert logged(part) == logged(tmp_path / "whole")

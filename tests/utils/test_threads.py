@@ -17,7 +17,7 @@ from squid_fast.training.checkpoint import load_checkpoint
 from squid_fast.utils import threads as module
 from squid_fast.utils.threads import SPIN, fastest_threads, limit_spinning, threads, waiting
 from tests.factories import image_set
-from tests.training.test_training import RECIPE, after_steps, tiny_model
+from tests.training.test_training import RECIPE, after_steps, assert_same_pair, tiny_model
 
 pytest.importorskip("lightning_fabric")
 
@@ -54,6 +54,7 @@ def test_the_environment_decides_where_it_says_something(monkeypatch: pytest.Mon
     assert waiting() == "OMP_WAIT_POLICY=active"
 
 
+@pytest.mark.usefixtures("unset")
 @pytest.mark.parametrize(
     "program",
     [
@@ -62,15 +63,8 @@ def test_the_environment_decides_where_it_says_something(monkeypatch: pytest.Mon
     ],
 )
 def test_programs_say_how_threads_wait_before_torch_is_imported(program: str) -> None:
-    environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", *SPIN)}
-    done = subprocess.run(
-        [sys.executable, "-c", AT_TORCH + program],
-        env=environment,
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    command, root = [sys.executable, "-c", AT_TORCH + program], Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True, check=True)
     assert done.stdout.split() == list(SPIN.values())
 
 
@@ -86,10 +80,7 @@ def test_programs_say_how_threads_wait_before_torch_is_imported(program: str) ->
     ],
 )
 def test_the_number_with_which_a_step_is_fastest(
-    seconds: dict[int, float],
-    expected: int,
-    tried: list[int],
-    monkeypatch: pytest.MonkeyPatch,
+    seconds: dict[int, float], expected: int, tried: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock, seen = [0.0], []
     monkeypatch.setattr(module.time, "perf_counter", lambda: clock[0])
@@ -170,10 +161,7 @@ def test_timing_leaves_no_trace_in_training(
     given = train(tiny_model(), images, tmp_path / "given", RECIPE, thread_count=1)
     assert len(calls) == 1
     assert calls[0] in (1, 2)
-    for name, value in given.model.state_dict().items():
-        assert torch.equal(value, chosen.model.state_dict()[name]), name
-    for name, value in given.discriminator.state_dict().items():
-        assert torch.equal(value, chosen.discriminator.state_dict()[name]), name
+    assert_same_pair(given, chosen)
 
 
 @pytest.mark.usefixtures("two_threads")

@@ -5,13 +5,8 @@ from .scorer import METHODS, BaselineScorer, load_scorer
 from .training import RECIPE, BaselineResult, train_baseline
 
 __all__ = [
-    "METHODS",
-    "RECIPE",
-    "BaselineResult",
-    "BaselineScorer",
-    "load_scorer",
-    "train_baseline",
-]
+    "METHODS", "RECIPE", "BaselineResult", "BaselineScorer", "load_scorer", "train_baseline"
+]  # fmt: skip
 
 __getattr__ = moved_names(
     __name__,

@@ -27,7 +27,7 @@ METHODS: dict[str, tuple[type[PixelMethod] | type[AutoEncoder], str]] = {
     "smoothness": (Smoothness, "how little neighbouring pixels differ, of 32 x 32"),
     "autoencoder": (AutoEncoder, "reconstruction error of a plain auto-encoder"),
     "memae": (MemAE, "reconstruction error of an auto-encoder with a memory (MemAE)"),
-    "pixel_inpainting": (PixelInpainting, "error of painting squares that are cut out"),
+    "pixel_inpainting": (PixelInpainting, "error of in-painting squares that are cut out"),
 }
 """What SQUID is compared with: name to class and meaning of its score."""
 
@@ -36,10 +36,10 @@ class BaselineScorer(BaseScorer):
     """Scores images with a trained method of ``METHODS``, in float32 or float64.
 
     Args:
-        name: of the method.
-        method: trained.
-        image_size: S.
-        calibration: of its score; without one only ``raw_scores`` can be used.
+        name: name of the method.
+        method: the trained module, which maps images to scores and reconstructions.
+        image_size: side S of the images in pixels.
+        calibration: calibration of its score; without one only ``raw_scores`` can be used.
         device: "cpu", "cuda", ...; a GPU if there is one unless given.
 
     Example:
@@ -67,8 +67,8 @@ class BaselineScorer(BaseScorer):
     @cached_property
     def fingerprint(self) -> str:
         """Hash of method, weights and calibration."""
-        state = self.method.state_dict().items()
-        return fingerprint(state, vars(self.calibration_of()), self.name)
+        weights = self.method.state_dict().items()
+        return fingerprint(weights, vars(self.calibration_of()), self.name)
 
     @torch.inference_mode()
     def measure(self, images: Tensor, names: Collection[str]) -> tuple[dict[str, Tensor], Tensor]:
@@ -118,9 +118,10 @@ def load_scorer(
         ('Scorer', 48)
     """
     folder = Path(folder)
-    if not (folder / "config.json").is_file() or "method" not in read_json(folder / "config.json"):
+    path = folder / "config.json"
+    config = read_json(path) if path.is_file() else {}
+    if "method" not in config:
         return Scorer.load(folder, score, precision, device)
-    config = read_json(folder / "config.json")
     try:
         name, side = config["method"], config["image_size"]
         kind = METHODS[name][0]

@@ -91,17 +91,15 @@ def train_baseline(
 ) -> BaselineResult:
     """Train a method of ``METHODS`` and, once it is finished, write its bundle into ``out``.
 
+    The arguments that are not described here are those of ``squid_fast.training.train``.
+
     Args:
         name: name of the method.
-        train_set: normal images.
         out: run folder, which becomes the bundle.
         recipe: epochs, batch size, rate, schedule and augmentation; shallow methods need none.
         validation_set: its normal images give the threshold, both kinds the AUROC that is kept.
         false_positive_rate: share of normal images above the threshold.
-        seed: seed of the network's weights and of everything drawn in training.
         about: further facts that the bundle states about its training.
-        device, precision, thread_count, resume, report, should_stop: as of
-            ``squid_fast.training.train``.
 
     Raises:
         ValueError: no such method, fewer images than a batch, or the hardware does not compute in
@@ -112,10 +110,7 @@ def train_baseline(
     Example:
         >>> pixels = torch.randint(256, (4, 1, 48, 48), dtype=torch.uint8)
         >>> images = ImageSet(pixels, labels=torch.zeros(4).long(), paths=["a", "b", "c", "d"])
-        >>> result = train_baseline(
-        ...     "smoothness", images, Path("run"), device="cpu", false_positive_rate=0.25
-        ... )
-        >>> result.finished
+        >>> train_baseline("smoothness", images, Path("run"), false_positive_rate=0.25).finished
         True
         >>> sorted(path.name for path in Path("run").iterdir())
         ['calibration.json', 'config.json', 'model.safetensors']
@@ -133,14 +128,8 @@ def train_baseline(
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             method = kind(image_size=side)
-        settings = Settings(
-            {"method": name, **method.config},
-            recipe,
-            seed,
-            chosen,
-            len(train_set),
-            train_set.fingerprint,
-        )
+        config = {"method": name, **method.config}
+        settings = Settings(config, recipe, seed, chosen, len(train_set), train_set.fingerprint)
         learner = NetworkLearner(method, settings, where)
         with closing(Run(learner, settings, out, resume=resume)) as run:
             finished = fit(

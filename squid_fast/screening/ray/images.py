@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ...utils.extras import require
+from ..reading.packing import arrow_columns
 from ..reading.source import Source
 
 if TYPE_CHECKING:
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 arrow = require("pyarrow", "ray")
 
 _ROWS_PER_BLOCK = 512
+_COLUMNS = {"index": "int64", "path": "binary", "image": "binary", "error": "string"}
+_SCHEMA = arrow.schema(list(_COLUMNS.items()))
 
 
 def cut_listing(source: Source, per_part: int) -> Iterator[Table]:
@@ -50,8 +53,7 @@ def decode(part: Table, size: int, timeout: float, folder: str) -> Iterator[Tabl
         folder: the folder in which relative paths start. It becomes the current folder.
 
     Yields:
-        Tables with the columns ``index``, the number of the image; ``path``, bytes; ``image``, the
-        size x size bytes of a uint8 image, or null; ``error``, text or null.
+        Numbers of images, names of files, uint8 pixels [size, size] or null, errors or null.
 
     Raises:
         ValueError: a packed file no longer holds as many images as when the files were listed.
@@ -63,13 +65,5 @@ def decode(part: Table, size: int, timeout: float, folder: str) -> Iterator[Tabl
     images = Source(paths).read(size, workers=1, timeout=timeout)
     numbered = zip(range(first, first + total), images, strict=True)
     while block := list(itertools.islice(numbered, _ROWS_PER_BLOCK)):
-        items = [item for _, item in block]
-        pixels = [None if item.image is None else item.image.tobytes() for item in items]
-        yield arrow.table(
-            {
-                "index": arrow.array([number for number, _ in block], arrow.int64()),
-                "path": arrow.array([os.fsencode(item.path) for item in items]),
-                "image": arrow.array(pixels, arrow.binary()),
-                "error": arrow.array([item.error for item in items], arrow.string()),
-            }
-        )
+        numbers, items = zip(*block, strict=True)
+        yield arrow.table({"index": numbers} | arrow_columns(items), _SCHEMA)

@@ -66,8 +66,8 @@ def screen_with_ray(
     """Score every image in ``inputs`` into Parquet files in ``out_folder``.
 
     The rows are those of ``screen`` in any order: the column ``index`` is a row's place in that
-    order, from 0. Paths are text, as in all tables. ``_summary.json`` beside the files holds what
-    is returned. Until all rows are there, the folder is called ``out_folder`` + ``.partial``.
+    order, from 0. ``_summary.json`` beside the files holds what is returned. Until all rows are
+    there, the folder is called ``out_folder`` + ``.partial``.
 
     Args:
         bundle: folder of a trained model.
@@ -144,20 +144,17 @@ def score_dataset(
     precision: ScoringPrecision = "auto",
     score: str | None = None,
 ) -> Dataset:
-    """Score the images of a dataset, lazily.
+    """Score the images of a dataset, lazily; see ``screen_with_ray``.
 
     Args:
         dataset: a dataset with the columns ``path``, bytes or text; ``image``, the S x S bytes of
             a uint8 image, 255 = 1.0, or null; ``error``, why there is no image, or null.
-        bundle: folder of a trained model. For the other arguments see ``screen_with_ray``.
 
     Returns:
         The columns of ``COLUMNS``, and the other columns of ``dataset``.
 
     Raises:
-        ValueError: an argument is out of range, or the cluster has no room for a scorer; an image
-            of another size raises it when the dataset is read.
-        BundleError: ``bundle`` cannot be loaded on the machine of a scorer.
+        ValueError: also when the dataset is read, if an image has another size.
     """
     pool = ScorerPool.fit(
         bundle, batch_size, scorers, cpus_per_scorer, gpus_per_scorer, precision, score

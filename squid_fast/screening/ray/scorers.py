@@ -54,14 +54,9 @@ class ScorerPool:
         precision: ScoringPrecision,
         score: str | None,
     ) -> ScorerPool:
-        """Fit a pool to the cluster, and load the bundle once on a machine for a scorer.
-
-        Raises:
-            ValueError: an argument is out of range, or the cluster has no room for a scorer.
-            BundleError: the bundle cannot be loaded there.
-        """
-        at_least_one = {"batch_size": batch_size, "cpus_per_scorer": cpus, "scorers": scorers}
-        for name, value in at_least_one.items():
+        """Fit a pool to the cluster, and load the bundle once on a machine for a scorer."""
+        counts = {"batch_size": batch_size, "cpus_per_scorer": cpus, "scorers": scorers}
+        for name, value in counts.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
         if not ray.is_initialized():

@@ -43,10 +43,20 @@ def find_files(inputs: PathInput | Iterable[PathInput]) -> list[str]:
     ['b.png']
     """
     found: dict[str, str] = {}
-    for name in as_paths(inputs):
-        for path in _expand(name):
-            found.setdefault(os.path.abspath(path), path)
+    for *_, path in sorted(search_files(as_paths(inputs))):
+        found.setdefault(os.path.abspath(path), path)
     return list(found.values())
+
+
+def search_files(names: Iterable[str]) -> Iterator[tuple[int, str, str]]:
+    """Yield the files of ``find_files`` as they are found, unsorted, and some of them repeatedly.
+
+    A file comes as (index of its name in ``names``, match of a glob, path). Sorted, and each once,
+    they are what ``find_files`` returns, which needs memory for all of them.
+    """
+    for index, name in enumerate(names):
+        for match, path in _expand(name):
+            yield index, match, path
 
 
 def as_paths(inputs: PathInput | Iterable[PathInput]) -> list[str]:
@@ -92,11 +102,8 @@ def check_is_file(path: str) -> None:
         try:
             os.scandir(path).close()
         except OSError as error:
-            raise ImageReadError(
-                "{path} is a directory that cannot be listed: {reason}",
-                path=repr(path),
-                reason=error.strerror,
-            ) from error
+            problem = f"{{path}} is a directory that cannot be listed: {error.strerror}"
+            raise ImageReadError(problem, path=repr(path)) from error
         raise ImageReadError("{path} is a directory without image files", path=repr(path))
     elif glob.has_magic(path) and not os.path.lexists(path):
         raise ImageReadError("no file matches the pattern {path}", path=repr(path))
@@ -108,22 +115,19 @@ def _lies_inside(path: str, root: str) -> bool:
     return os.path.commonpath([real_root, os.path.realpath(path)]) == real_root
 
 
-def _expand(path: str) -> list[str]:
-    if _LISTED in path:
-        return [path]
-    if os.path.isdir(path):
-        return _files_in(path) or [path]
-    if os.path.lexists(path) or not glob.has_magic(path):
-        return [path]
-    found = []
-    for match in _glob(path):
-        found += _files_in(match) if os.path.isdir(match) else [match]
-    return found or [path]
+def _expand(name: str) -> Iterator[tuple[str, str]]:
+    is_glob = _LISTED not in name and glob.has_magic(name) and not os.path.lexists(name)
+    is_empty = True
+    for match in _glob(name) if is_glob else [name]:
+        is_folder = _LISTED not in name and os.path.isdir(match)
+        for path in _files_in(match) if is_folder else [match]:
+            is_empty = False
+            yield match, path
+    if is_empty:
+        yield name, name
 
 
-def _files_in(folder: str) -> list[str]:
-    """Paths in ``folder`` that get a row, sorted; see ``find_files``."""
-    found = []
+def _files_in(folder: str) -> Iterator[str]:
     for path, kind in _walk(folder):
         name = os.path.basename(path).lower()
         suffix = os.path.splitext(name)[1]
@@ -136,8 +140,7 @@ def _files_in(folder: str) -> list[str]:
             no_suffix = not suffix or suffix[1:].isdigit()
             wanted = kind == "unlisted" or no_suffix or name.endswith(_WANTED_SUFFIXES)
         if wanted:
-            found.append(path)
-    return sorted(found)
+            yield path
 
 
 def _walk(root: str) -> Iterator[tuple[str, str]]:
@@ -187,27 +190,27 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _glob(pattern: str) -> list[str]:
-    """List what a pattern matches, sorted. Unlike in ``glob.glob``, ``**`` survives link loops."""
+def _glob(pattern: str) -> Iterator[str]:
+    """Yield what a pattern matches. Unlike in ``glob.glob``, ``**`` survives link loops."""
     parts = pattern.replace(os.sep, "/").split("/")
     if "**" not in parts:
-        return sorted(glob.glob(pattern))
+        yield from glob.iglob(pattern)
+        return
     first = parts.index("**")
     rest = parts[first:]
     while rest and rest[-1] in ("**", ""):  # "folder/**" is the folder
         rest.pop()
     start = "/".join(parts[:first]) + "/" * (first > 0)
-    roots = sorted(glob.glob(start)) if glob.has_magic(start) else [start]
-    roots = [root for root in roots if os.path.isdir(root or os.curdir)]
-    if not rest:
-        return [root or os.curdir for root in roots]
-    found = []
-    for root in roots:
+    for root in glob.iglob(start) if glob.has_magic(start) else [start]:
+        if not os.path.isdir(root or os.curdir):
+            continue
+        if not rest:
+            yield root or os.curdir
+            continue
         for path, kind in _walk(root):
             names = path[len(root) :].replace(os.sep, "/").strip("/").split("/")
             if kind == "unlisted" or (names != [""] and _matches(names, rest)):
-                found.append(path)
-    return sorted(found)
+                yield path
 
 
 def _matches(names: list[str], patterns: list[str]) -> bool:

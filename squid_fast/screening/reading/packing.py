@@ -1,8 +1,8 @@
 """Packed images: decoded once and kept in Arrow files, so that they need not be decoded again.
 
 A *shard* is a file in Arrow's IPC file format with one row for each image: ``path``, the bytes of
-its name; ``image``, its pixels; ``error``, why there are none. Any tool that reads Arrow can open
-it. The kinds of the errors stand in the custom metadata of the record batches.
+its name; ``image``, its pixels; ``error``, why there are none. The kinds of the errors stand in the
+custom metadata of the record batches.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ import numpy as np
 from ...data.pixels import ImageReadError
 from ...utils.atomic import replacing
 from ...utils.extras import require
-from ...utils.text import one_line, utf8_text
+from ...utils.text import utf8_text
 from .files import PACKED_SUFFIX, PathInput, check_is_file, find_files
 from .pool import TIMEOUT, read_ahead
 from .worker import Decoded
@@ -41,7 +41,7 @@ class ShardHeader:
 
     Attributes:
         image_size: side S of the images, uint8 [S, S].
-        listing_sha256: hash of the names of all files that were packed into these shards.
+        listing_sha256: hash of the names of all files that were packed together.
         rows_per_shard: number of rows in every shard but the last.
         first_row: place of the shard's first row in the listing.
         rows: number of rows in this shard.
@@ -54,28 +54,17 @@ class ShardHeader:
     rows: int
 
     def schema(self) -> Any:
-        """Make the shard's Arrow schema, with all this in its metadata."""
+        """The shard's Arrow schema, with all this in its metadata."""
         arrow = require("pyarrow", "screen")
-        return arrow.schema(
-            [
-                # Bytes, since names of files need not be UTF-8.
-                ("path", arrow.binary()),
-                ("image", arrow.binary(self.image_size**2)),
-                ("error", arrow.string()),
-            ],
-            {_MARK: str(_FORMAT)} | {name: str(value) for name, value in asdict(self).items()},
-        )
+        image = arrow.binary(self.image_size**2)
+        metadata = {_MARK: str(_FORMAT)} | {key: str(value) for key, value in asdict(self).items()}
+        columns = [("path", arrow.binary()), ("image", image), ("error", arrow.string())]
+        return arrow.schema(columns, metadata)
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Result of ``pack``.
-
-    Attributes:
-        files: number of rows in all shards, one for each file.
-        errors: number of rows that hold an error and no image.
-        shards: number of shards.
-        bytes: size of all shards.
+    """What ``pack`` wrote: a row for each file, ``errors`` of which hold no image; size in bytes.
 
     >>> packed = Packed(files=1000, errors=2, shards=1, bytes=16_800_000)
     >>> packed.files - packed.errors
@@ -110,8 +99,7 @@ def pack(
         out_folder: folder for the shards, made if it is missing.
         size: side of the images in pixels, that of the model that will screen them.
         rows_per_shard: number of images in each shard; the last may have fewer.
-        workers: number of processes that decode, by default one for each core and at most 16.
-        timeout: seconds after which a file is given up.
+        workers, timeout: see ``screen``.
         resume: continue in a folder that holds some shards of the same files.
         on_progress: called as ``on_progress(rows_done, rows_in_total)``.
 
@@ -141,26 +129,20 @@ def pack(
     errors = _errors_of_present(plan, folder, resume)
     missing = [path for path in plan if path not in errors]
     done = sum(plan[path].rows for path in errors)
-    wanted = itertools.chain.from_iterable(
-        files[plan[path].first_row : plan[path].first_row + plan[path].rows] for path in missing
-    )
+    parts = (plan[path] for path in missing)
+    wanted = (file for part in parts for file in files[part.first_row : part.first_row + part.rows])
     folder.mkdir(parents=True, exist_ok=True)
     with closing(read_ahead(wanted, size, workers=workers, timeout=timeout)) as decoded:
         rows = _reporting(decoded, done, len(files), on_progress)
         for path in missing:
             errors[path] = _write_shard(path, plan[path], rows)
-    return Packed(
-        files=len(files),
-        errors=sum(errors.values()),
-        shards=len(plan),
-        bytes=sum(path.stat().st_size for path in plan),
-    )
+    size_of_all = sum(path.stat().st_size for path in plan)
+    return Packed(len(files), sum(errors.values()), len(plan), size_of_all)
 
 
 def _plan(
     files: list[str], folder: Path, size: int, rows_per_shard: int
 ) -> dict[Path, ShardHeader]:
-    """Plan the shards that are to hold ``files``, with their headers."""
     listing = hashlib.sha256(b"".join(os.fsencode(path) + b"\0" for path in files)).hexdigest()
     return {
         folder / f"shard-{number:05d}{PACKED_SUFFIX}": ShardHeader(
@@ -231,21 +213,23 @@ def _write_shard(path: Path, header: ShardHeader, rows: Iterator[Decoded]) -> in
     written = errors = 0
     with replacing(path) as file, arrow.ipc.new_file(file, schema) as writer:
         while batch := list(itertools.islice(rows, per_batch)):
-            paths = [os.fsencode(item.path) for item in batch]
-            images = [None if item.image is None else item.image.tobytes() for item in batch]
-            texts = [None if item.error is None else utf8_text(item.error) for item in batch]
             kinds = [item.error_kind for item in batch if item.error is not None]
-            columns = zip((paths, images, texts), schema, strict=True)
-            arrays = [arrow.array(column, field.type) for column, field in columns]
-            writer.write_batch(
-                arrow.record_batch(arrays, schema=schema),
-                custom_metadata={_KINDS: json.dumps(kinds)} if kinds else None,
-            )
+            metadata = {_KINDS: json.dumps(kinds)} if kinds else None
+            writer.write_batch(arrow.record_batch(arrow_columns(batch), schema), metadata)
             written += len(batch)
             errors += len(kinds)
         if written != header.rows:
             raise RuntimeError(f"{written} images were read for the {header.rows} of {path}")
     return errors
+
+
+def arrow_columns(items: Sequence[Decoded]) -> dict[str, list[Any]]:
+    """Columns for Arrow: names of files and pixels as bytes, errors as text that is UTF-8."""
+    return {
+        "path": [os.fsencode(item.path) for item in items],
+        "image": [None if item.image is None else item.image.tobytes() for item in items],
+        "error": [None if item.error is None else utf8_text(item.error) for item in items],
+    }
 
 
 def is_shard(path: str) -> bool:
@@ -254,11 +238,7 @@ def is_shard(path: str) -> bool:
 
 
 def count_rows(path: str) -> int:
-    """Number of rows that ``read_shard`` gives: as the header says, or one without a header.
-
-    Raises:
-        ImportError: pyarrow is not installed.
-    """
+    """Number of rows that ``read_shard`` gives: as the header says, or one without a header."""
     try:
         with open_shard(path) as (header, _):
             return header.rows
@@ -272,35 +252,25 @@ def read_shard(path: str, size: int) -> Iterator[Decoded]:
     Images are read-only views of the record batch that was read: uint8 [size, size], 255 = 1.0.
     The number of rows is always that of ``count_rows``. A file that is not a shard gives one row
     with an error, under its own path. If a shard breaks off, the remaining rows are errors, named
-    ``shard-00000.arrow#4096`` by their number in the shard. Images of another size than ``size``
-    are errors.
-
-    Raises:
-        ImportError: pyarrow is not installed.
+    ``shard-00000.arrow#4096`` by their number in the shard. Images of another size are errors.
     """
     try:
         with open_shard(path) as (header, batches):
-            done, problem = 0, ""
-            while done < header.rows and not problem:
+            done = 0
+            while done < header.rows:
                 try:
                     batch, metadata = batches.read_next_batch_with_custom_metadata()
                     rows = _rows(batch, metadata or {}, header, path, size)
-                except StopIteration:
-                    problem = "the file ends there"
                 except Exception as error:
-                    problem = f"{type(error).__name__}: {error}"
-                else:
-                    yield from rows[: header.rows - done]
-                    done += len(rows)
-            if problem:
-                damaged = ImageReadError(
-                    "{path} is damaged from row {row} on: {problem}",
-                    path=repr(path),
-                    row=done,
-                    problem=problem,
-                )
-                for row in range(done, header.rows):
-                    yield Decoded.failed(f"{path}#{row}", damaged)
+                    ends = isinstance(error, StopIteration)
+                    reason = "the file ends there" if ends else f"{type(error).__name__}: {{error}}"
+                    message = f"is damaged from row {{row}} on: {reason}"
+                    damaged = _shard_error(message, path, row=done, error=error)
+                    rows = [
+                        Decoded.failed(f"{path}#{row}", damaged) for row in range(done, header.rows)
+                    ]
+                yield from rows[: header.rows - done]
+                done += len(rows)
     except ImageReadError as error:
         yield Decoded.failed(path, error)
 
@@ -315,7 +285,6 @@ def open_shard(path: str) -> Iterator[tuple[ShardHeader, Any]]:
 
     Raises:
         ImageReadError: the file is not a shard that can be read.
-        ImportError: pyarrow is not installed.
     """
     arrow = require("pyarrow", "screen")
     check_is_file(path)
@@ -333,10 +302,8 @@ def open_shard(path: str) -> Iterator[tuple[ShardHeader, Any]]:
         except ImageReadError:
             raise
         except Exception as error:  # Arrow raises many kinds on damaged files
-            name = type(error).__name__
-            raise _shard_error(
-                f"cannot be read as a shard: {name}: {{error}}", path, error=one_line(str(error))
-            ) from error
+            problem = f"cannot be read as a shard: {type(error).__name__}: {{error}}"
+            raise _shard_error(problem, path, error=error) from error
         yield header, reader
 
 
@@ -355,21 +322,15 @@ def _header(path: str, schema: Any) -> ShardHeader:
             format=metadata[_MARK].decode(errors="replace"),
         )
     try:
-        header = ShardHeader(
-            image_size=int(metadata[b"image_size"]),
-            listing_sha256=metadata[b"listing_sha256"].decode("ascii"),
-            rows_per_shard=int(metadata[b"rows_per_shard"]),
-            first_row=int(metadata[b"first_row"]),
-            rows=int(metadata[b"rows"]),
-        )
-        if min(header.image_size, header.rows) < 1 or not schema.equals(
-            header.schema(), check_metadata=True
-        ):
+        listing = metadata[b"listing_sha256"].decode("ascii")
+        names = (b"image_size", b"rows_per_shard", b"first_row", b"rows")
+        side, rows_per_shard, first_row, rows = (int(metadata[name]) for name in names)
+        header = ShardHeader(side, listing, rows_per_shard, first_row, rows)
+        if min(side, rows) < 1 or not schema.equals(header.schema(), check_metadata=True):
             raise ValueError("its columns do not fit its image size")
     except (KeyError, ValueError) as error:
-        raise _shard_error(
-            "has a damaged head: {error}", path, error=one_line(f"{type(error).__name__}: {error}")
-        ) from error
+        problem = f"has a damaged head: {type(error).__name__}: {{error}}"
+        raise _shard_error(problem, path, error=error) from error
     return header
 
 
@@ -380,7 +341,6 @@ def _shard_error(problem: str, path: str, **details: object) -> ImageReadError:
 def _rows(
     batch: Any, metadata: Mapping[bytes, bytes], header: ShardHeader, path: str, size: int
 ) -> list[Decoded]:
-    """Read the rows of a record batch; images are views of its memory."""
     batch.validate(full=True)
     names, pixels, errors = batch.columns
     side = header.image_size

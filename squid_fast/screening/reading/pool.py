@@ -14,12 +14,14 @@ from __future__ import annotations
 import math
 import os
 import selectors
+import tempfile
 import time
 from collections import deque
 from collections.abc import Generator, Iterable
+from typing import BinaryIO
 
 from ...data.pixels import ImageReadError
-from .worker import MAX_FILES, Decoded, File, Reader, decode, map_images, shared_memory
+from .worker import MAX_FILES, Decoded, File, Reader, decode, map_images
 
 TIMEOUT = 60.0
 """Seconds that decoding one file may take by default."""
@@ -61,17 +63,12 @@ def read_ahead(
     if look_ahead < 1:
         raise ValueError(f"look_ahead must be at least 1, not {look_ahead}")
     if workers == 0:
-        return _read_here(paths, size)
+        return (decode(path, size) for path in paths)
     return _read_in_processes(paths, size, workers, look_ahead, timeout)
 
 
 def check_reading(workers: int | None, timeout: float) -> int:
-    """Check arguments of ``read_ahead``; returns the number of processes.
-
-    Raises:
-        ValueError: ``workers`` or ``timeout`` is out of range; on a system without POSIX,
-            ``workers`` is more than 0.
-    """
+    """Check arguments of ``read_ahead``; returns the number of processes."""
     if not 0 < timeout <= _MAX_TIMEOUT:
         raise ValueError(f"timeout must be more than 0 and at most 1e6 seconds, not {timeout}")
     posix = os.name == "posix"
@@ -82,11 +79,6 @@ def check_reading(workers: int | None, timeout: float) -> int:
     if workers and not posix:
         raise ValueError(f"workers must be 0 on this system, which is no POSIX, not {workers}")
     return workers
-
-
-def _read_here(paths: Iterable[str], size: int) -> Generator[Decoded, None, None]:
-    for path in paths:
-        yield decode(path, size)
 
 
 def _read_in_processes(
@@ -111,12 +103,12 @@ class _Pool:
     def __init__(self, size: int, workers: int, look_ahead: int, timeout: float) -> None:
         self._workers = workers
         self._at_once = max(1, min(MAX_FILES, look_ahead // (4 * workers)))
-        self._memory = shared_memory(look_ahead * size * size)
+        self._memory = _shared_memory(look_ahead * size * size)
         self._images = map_images(self._memory, look_ahead, size)
         self._reader_arguments = (self._memory.fileno(), look_ahead, size, timeout)
         self._free_places = list(range(look_ahead))
-        self._under_way: deque[File] = deque()
-        self._waiting: deque[File] = deque()
+        self._under_way = deque[File]()
+        self._waiting = deque[File]()
         self._readers: list[Reader] = []
         self._selector = selectors.DefaultSelector()
         self._failed_starts = 0
@@ -142,7 +134,6 @@ class _Pool:
         return not self._under_way
 
     def add(self, path: str) -> None:
-        """Add a file behind the others."""
         file = File(path, self._free_places.pop())
         self._under_way.append(file)
         if not file.done:
@@ -245,7 +236,16 @@ class _Pool:
         file.finish(Decoded.failed(file.path, ImageReadError(problem, path=file.path)))
 
 
+def _shared_memory(length: int) -> BinaryIO:
+    """Open a file of ``length`` bytes without a name, in memory if the system can do that."""
+    if hasattr(os, "memfd_create"):
+        file: BinaryIO = os.fdopen(os.memfd_create("squid-fast"), "r+b")
+    else:
+        file = tempfile.TemporaryFile()  # noqa: SIM115
+    file.truncate(length)
+    return file
+
+
 def _available_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1

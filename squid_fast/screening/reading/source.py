@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator
 from contextlib import closing
 from functools import cached_property
 
@@ -18,7 +18,8 @@ class Source:
     A packed file stands for all the images in it, any other file for one.
 
     Args:
-        paths: the listing, see ``find_files``. It need not be held in memory.
+        paths: the listing, see ``find_files``. It is iterated several times, and need not be held
+            in memory.
 
     >>> source = Source(["a.png", "b.png"])
     >>> len(source)
@@ -27,7 +28,7 @@ class Source:
     ['b.png']
     """
 
-    def __init__(self, paths: Sequence[str]) -> None:
+    def __init__(self, paths: Collection[str]) -> None:
         self.paths = paths
 
     @cached_property
@@ -36,7 +37,6 @@ class Source:
         return {i: count_rows(path) for i, path in enumerate(self.paths) if is_shard(path)}
 
     def __len__(self) -> int:
-        """Number of images."""
         return len(self.paths) + sum(self.packed.values()) - len(self.packed)
 
     def read(
@@ -47,18 +47,11 @@ class Source:
         timeout: float = TIMEOUT,
         first: int = 0,
     ) -> Generator[Decoded, None, None]:
-        """Yield the images from number ``first`` on, in order.
-
-        Args:
-            size: side of the images in pixels.
-            workers, look_ahead, timeout: see ``read_ahead``.
-            first: number of the first image.
-        """
+        """Yield the images from number ``first`` on, in order; see ``read_ahead``."""
         index, row = self._find(first)
-        paths = self.paths[index:]
-        single = (path for path in paths if not is_shard(path))
+        single = (path for path in itertools.islice(self.paths, index, None) if not is_shard(path))
         with closing(read_ahead(single, size, workers, look_ahead, timeout)) as images:
-            for path in paths:
+            for path in itertools.islice(self.paths, index, None):
                 if is_shard(path):
                     yield from itertools.islice(read_shard(path, size), row, None)
                     row = 0

@@ -16,7 +16,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
@@ -57,7 +56,6 @@ class Decoded(NamedTuple):
     """One file that was read: its image, or why there is none.
 
     Attributes:
-        path: name of the file.
         image: uint8 [S, S] with 255 = 1.0, or None.
         error: why there is no image, in one sentence, or None.
         error_kind: the error without what is particular to the file, as ``ImageReadError.kind``;
@@ -71,7 +69,6 @@ class Decoded(NamedTuple):
 
     @classmethod
     def failed(cls, path: str, error: Exception) -> Decoded:
-        """Make the result for a file that raised ``error``."""
         if isinstance(error, ImageReadError):
             text, kind = str(error), error.kind
         else:
@@ -96,8 +93,8 @@ def serve(memory: int, places: int, size: int, max_memory: int, timeout: float) 
         memory: file descriptor of the shared memory, uint8 [places, size, size].
         places, size: shape of the shared memory.
         max_memory: bytes of address space that this process may take.
-        timeout: seconds after which the parent kills this process if a file is not decoded. If
-            the parent no longer exists, this process ends itself after twice that time.
+        timeout: seconds after which the parent kills this process if a file is not decoded. Without
+            a parent, it ends itself after twice that time.
     """
     import resource
 
@@ -134,21 +131,13 @@ def _messages() -> Iterator[bytes]:
 
 @dataclass(eq=False)
 class File:
-    """A file that is to be decoded.
-
-    Attributes:
-        path: name of the file.
-        place: index of its image in the shared memory.
-        done: whether it has its image or error.
-        failed: the result if there is no image.
-        suspect: whether a reader has died while it was decoding this file.
-    """
+    """A file that is to be decoded."""
 
     path: str
-    place: int
+    place: int  # index of its image in the shared memory
     done: bool = False
-    failed: Decoded | None = None
-    suspect: bool = False
+    failed: Decoded | None = None  # the result if there is no image
+    suspect: bool = False  # whether a reader has died while it was decoding this file
 
     def __post_init__(self) -> None:
         path = self.path.encode("utf-8", "surrogatepass")
@@ -157,7 +146,6 @@ class File:
             self.finish(decode(self.path, 1))
 
     def finish(self, failed: Decoded | None = None) -> None:
-        """Note that there is an image, or why there is none."""
         self.done, self.failed = True, failed
 
 
@@ -175,7 +163,7 @@ class Reader:
     """
 
     def __init__(self, memory: int, places: int, size: int, timeout: float) -> None:
-        self.files: deque[File] = deque()
+        self.files = deque[File]()
         self.started = False
         self.waited = 0.0
         self._timeout = timeout
@@ -253,16 +241,6 @@ class Reader:
                 return f"{signal.strsignal(-code)}" if code < 0 else f"exit code {code}"
             self.kill()
         return "it hangs in the system"
-
-
-def shared_memory(length: int) -> BinaryIO:
-    """Open a file of ``length`` bytes without a name, in memory if the system can do that."""
-    if hasattr(os, "memfd_create"):
-        file: BinaryIO = os.fdopen(os.memfd_create("squid-fast"), "r+b")
-    else:
-        file = tempfile.TemporaryFile()  # noqa: SIM115
-    file.truncate(length)
-    return file
 
 
 def map_images(file: BinaryIO, places: int, size: int) -> npt.NDArray[np.uint8]:

@@ -91,10 +91,8 @@ def _bulk(values: np.ndarray) -> tuple[float, float]:
     """Range of the values within four interquartile ranges of the quartiles."""
     quarter, three_quarters = np.quantile(values, (0.25, 0.75))
     reach = 4 * (three_quarters - quarter)
-    return (
-        float(max(values.min(), quarter - reach)),
-        float(min(values.max(), three_quarters + reach)),
-    )
+    low, high = max(values.min(), quarter - reach), min(values.max(), three_quarters + reach)
+    return float(low), float(high)
 
 
 def _round_step(step: float) -> float:

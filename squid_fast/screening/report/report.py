@@ -13,6 +13,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,16 +32,9 @@ _RESCORE_BATCH = 16
 _MAX_SIDE = 320  # pixels; larger images are shown at this size
 _MAX_TEXT = 400  # characters of a path or an error
 _HEAT_ANCHORS = (  # colours from black to pale yellow, evenly spaced and ever brighter
-    (0, 0, 4),
-    (31, 12, 72),
-    (85, 15, 109),
-    (136, 34, 106),
-    (186, 54, 85),
-    (227, 89, 51),
-    (249, 140, 10),
-    (249, 201, 50),
-    (252, 255, 164),
-)
+    (0, 0, 4), (31, 12, 72), (85, 15, 109), (136, 34, 106), (186, 54, 85), (227, 89, 51),
+    (249, 140, 10), (249, 201, 50), (252, 255, 164),
+)  # fmt: skip
 
 
 def write_report(
@@ -57,7 +51,6 @@ def write_report(
 ) -> None:
     """Write the report of a run to ``path``, replacing a file there only when it is complete.
 
-    All that is needed of the rows is a ``Summary``, which can be filled while they go elsewhere.
     The images shown, ``most_anomalous`` of the summary, are read and scored again for their
     reconstructions. One that can no longer be read is shown by its name, such as the original of a
     packed image that was moved. Flagged images beyond those are listed, and files that could not be
@@ -116,11 +109,7 @@ def write_report(
         findings=findings,
         heat_scale=heat_scale,
         heat_colours=", ".join("rgb({}, {}, {})".format(*colour) for colour in _HEAT_ANCHORS),
-        flagged=[
-            (_shown(row.path), _number(row.z_score))
-            for row in summary.flagged_rows
-            if row.z_score is not None
-        ],
+        flagged=[(_shown(row.path), _number(row.z_score or 0.0)) for row in summary.flagged_rows],
         error_kinds=[
             (_shown(kind.reason), kind.count, [_shown(row.path) for row in kind.rows])
             for kind in summary.error_kinds
@@ -134,27 +123,13 @@ def write_report(
         file.write(html.encode("utf-8"))
 
 
-@dataclass(frozen=True)
-class _Finding:
-    """One image of the gallery; pictures are data URLs, or None if there is none."""
-
-    rank: int
-    name: str
-    path: str
-    flag: bool
-    z_score: str
-    meaning: str
-    anomaly_score: str
-    image: str | None
-    reconstruction: str | None
-    difference: str | None
-    problem: str | None
-
-
 def _findings(
     scorer: ScorerLike, rows: list[ScreenRow], reference: np.ndarray
-) -> tuple[list[_Finding], float]:
-    """Make the gallery; also returns the difference that has the last colour of its heat maps."""
+) -> tuple[list[dict[str, Any]], float]:
+    """The images of the gallery, and the difference that has the last colour of its heat maps.
+
+    Pictures are data URLs, or None if there is none.
+    """
     pictures = list(_pictures(scorer, rows))
     peaks = [np.quantile(p.difference, 0.995) for p in pictures if p.difference is not None]
     scale = min(1.0, max(0.05, math.ceil(max(peaks, default=0.0) * 20) / 20))
@@ -162,21 +137,20 @@ def _findings(
     for rank, (row, picture) in enumerate(zip(rows, pictures, strict=True), start=1):
         assert row.z_score is not None
         assert row.anomaly_score is not None
-        findings.append(
-            _Finding(
-                rank=rank,
-                name=_shown(os.path.basename(row.path) or row.path),
-                path=_shown(row.path),
-                flag=bool(row.flag),
-                z_score=_number(row.z_score),
-                meaning=_meaning(row.z_score, reference),
-                anomaly_score=_anomaly_text(row.anomaly_score),
-                image=_grey_png(picture.image),
-                reconstruction=_grey_png(picture.reconstruction),
-                difference=_heat_png(picture.difference, scale),
-                problem=None if picture.problem is None else _shown(picture.problem),
-            )
-        )
+        finding = {
+            "rank": rank,
+            "name": _shown(os.path.basename(row.path) or row.path),
+            "path": _shown(row.path),
+            "flag": row.flag,
+            "z_score": _number(row.z_score),
+            "meaning": _meaning(row.z_score, reference),
+            "anomaly_score": _anomaly_text(row.anomaly_score),
+            "image": _grey_png(picture.image),
+            "reconstruction": _grey_png(picture.reconstruction),
+            "difference": _heat_png(picture.difference, scale),
+            "problem": None if picture.problem is None else _shown(picture.problem),
+        }
+        findings.append(finding)
     return findings, scale
 
 
@@ -194,23 +168,18 @@ def _pictures(scorer: ScorerLike, rows: list[ScreenRow]) -> Iterator[_Picture]:
     with closing(read_ahead([row.path for row in rows], scorer.image_size)) as decoded:
         while batch := list(itertools.islice(decoded, _RESCORE_BATCH)):
             images = [item.image for item in batch if item.image is not None]
-            reconstructions: Iterator[np.ndarray] | None = None
+            others: Iterator[np.ndarray | None] = itertools.repeat(None)
             if images:
                 stacked = torch.from_numpy(np.stack(images))[:, None]
                 scored = scorer.score(stacked, reconstruction=True).reconstruction
                 if scored is not None:
-                    pixels = np.nan_to_num(scored.float().numpy()[:, 0]).clip(0, 1)
-                    reconstructions = iter(pixels)
+                    others = iter(np.nan_to_num(scored.float().numpy()[:, 0]).clip(0, 1))
             for item in batch:
                 if item.image is None:
                     yield _Picture(problem=item.error)
                     continue
-                image = item.image.astype(np.float32) / 255
-                if reconstructions is None:
-                    yield _Picture(image)
-                else:
-                    other = next(reconstructions)
-                    yield _Picture(image, other, np.abs(image - other))
+                image, other = item.image.astype(np.float32) / 255, next(others)
+                yield _Picture(image, other, None if other is None else np.abs(image - other))
 
 
 def _meaning(z: float, reference: np.ndarray) -> str:
@@ -245,8 +214,7 @@ def _heat_png(difference: np.ndarray | None, scale: float) -> str | None:
     position = (difference / scale).clip(0, 1) * (len(anchors) - 1)
     index = np.minimum(position.astype(np.int64), len(anchors) - 2)
     part = (position - index)[..., None]
-    colours = anchors[index] * (1 - part) + anchors[index + 1] * part
-    return _png(colours)
+    return _png(anchors[index] * (1 - part) + anchors[index + 1] * part)
 
 
 def _png(pixels: np.ndarray) -> str:

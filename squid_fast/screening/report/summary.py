@@ -24,17 +24,11 @@ _OTHER = "other reasons"
 
 @dataclass
 class ErrorKind:
-    """Errors that differ only in the file and what is particular to it.
+    """Errors that differ only in the file and what is particular to it."""
 
-    Attributes:
-        reason: the sentence without the file's path; ``…`` stands for what differs.
-        count: number of files with an error of this kind.
-        rows: the first 100 of them.
-    """
-
-    reason: str
+    reason: str  # the sentence without the file's path; … stands for what differs
     count: int = 0
-    rows: list[ScreenRow] = field(default_factory=list)
+    rows: list[ScreenRow] = field(default_factory=list)  # the first 100
 
 
 class Summary:
@@ -140,24 +134,20 @@ class Summary:
         median, q95 and max, or None without a scored row; and error_kinds, a list with a dict for
         each kind, the most frequent first: reason, count, and example, the path of its first file.
         """
-        z_scores = self.z_scores
+        z = self.z_scores
+        quantiles = {key: float(np.quantile(z, q)) for key, q in _QUANTILES.items() if z.size}
+        kinds = [
+            {"reason": utf8_text(k.reason), "count": k.count, "example": utf8_text(k.rows[0].path)}
+            for k in self.error_kinds
+        ]
         return {
             "count": self.count,
             "scored": self.scored,
             "flagged": self.flagged,
             "errors": self.errors,
             "threshold": finite_or_none(self.threshold),
-            "z_score": {key: float(np.quantile(z_scores, q)) for key, q in _QUANTILES.items()}
-            if self.scored
-            else None,
-            "error_kinds": [
-                {
-                    "reason": utf8_text(kind.reason),
-                    "count": kind.count,
-                    "example": utf8_text(kind.rows[0].path),
-                }
-                for kind in self.error_kinds
-            ],
+            "z_score": quantiles or None,
+            "error_kinds": kinds,
         }
 
 
@@ -176,10 +166,11 @@ def summarise(rows: Iterable[ScreenRow], top_k: int = 12) -> Summary:
 
 
 def _without_path(error: str, path: str) -> str:
-    """The sentence with "the file" in place of its path, or with nothing if a colon follows it."""
+    """The sentence with "the file" where its path first is, or with nothing if a colon follows."""
+    found = []
     for name in (os.path.abspath(path), path):
-        for spelled in (repr(name), name, one_line(name)):
-            before, found, after = error.partition(spelled) if spelled else (error, "", "")
-            if found and not (before[-1:].isalnum() or after[:1].isalnum()):
-                return f"{before}the file{after}".removeprefix("the file: ")
-    return error
+        for spelled in filter(None, (repr(name), name, one_line(name))):
+            before, spelled, after = error.partition(spelled)
+            if spelled and not (before[-1:].isalnum() or after[:1].isalnum()):
+                found.append((len(before), len(after), f"{before}the file{after}"))
+    return min(found)[-1].removeprefix("the file: ") if found else error

@@ -1,4 +1,4 @@
-"""Lists of files: every name has its row, and none leads out of the list's root."""
+"""Files of folders, globs and lists: every name has its row, no list leads out of its root."""
 
 from __future__ import annotations
 
@@ -37,10 +37,92 @@ def names(paths: list[str], root: Path) -> list[str]:
     return [os.path.relpath(path, root) for path in paths]
 
 
-def test_folders_give_their_shards(tmp_path: Path) -> None:
-    for name in ("shard-00000.arrow", "shard-00001.arrow.new", "x.ARROW", "a.png"):
+def test_folders_give_image_files_and_those_without_suffix_sorted(tmp_path: Path) -> None:
+    for name in ("b.png", "a.JPG", "notes.txt", "IM0001", "1.2.840.10008", ".hidden.png",
+                 "shard-00000.arrow", "shard-00001.arrow.new", "x.ARROW"):  # fmt: skip
         (tmp_path / name).touch()
-    assert names(find_files(tmp_path), tmp_path) == ["a.png", "shard-00000.arrow", "x.ARROW"]
+    for folder in ("sub", ".cache"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "c.dcm").touch()
+    found = find_files(tmp_path)
+    assert names(found, tmp_path) == [
+        "1.2.840.10008", "IM0001", "a.JPG", "b.png", "shard-00000.arrow", "sub/c.dcm", "x.ARROW",
+    ]  # fmt: skip
+
+
+def test_inputs_keep_their_order_and_a_file_comes_once(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png", "c.png"):
+        (tmp_path / name).touch()
+    inputs: list[str | Path] = [tmp_path / "c.png", str(tmp_path), tmp_path / "x" / ".." / "a.png"]
+    assert names(find_files(inputs), tmp_path) == ["c.png", "a.png", "b.png"]
+
+
+def test_nothing_that_was_named_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    Path("notes.txt").touch()
+    inputs = ["missing.png", "*.dcm", "**/*.dcm", "gone/**/*.png", "empty", "notes.txt"]
+    assert find_files(inputs) == inputs
+    inputs = [str(tmp_path / name) for name in inputs]
+    assert find_files(inputs) == inputs
+
+
+def test_globs(tmp_path: Path) -> None:
+    for name in ("p1/x.dcm", "p1/deep/er/y.dcm", "p2/z.dcm", "p2/z.png", ".h/w.dcm", "v.dcm"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+
+    def found(pattern: str) -> list[str]:
+        return names(find_files(f"{tmp_path}/{pattern}"), tmp_path)
+
+    assert found("**/*.dcm") == ["p1/deep/er/y.dcm", "p1/x.dcm", "p2/z.dcm", "v.dcm"]
+    assert found("p?/**/*.dcm") == ["p1/deep/er/y.dcm", "p1/x.dcm", "p2/z.dcm"]
+    assert found("p[2-9]/*") == ["p2/z.dcm", "p2/z.png"]
+    assert found("p1/**") == ["p1/deep/er/y.dcm", "p1/x.dcm"]
+    assert found("**/de*") == ["p1/deep/er/y.dcm"]  # a matched folder is walked
+    assert found("**/er/**/*") == ["p1/deep/er/y.dcm"]
+
+
+def test_relative_globs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.npy").touch()
+    monkeypatch.chdir(tmp_path)
+    assert find_files("**/*.npy") == [os.path.join("sub", "a.npy")]
+    assert find_files("**") == [os.path.join(".", "sub", "a.npy")]
+    assert find_files("sub") == [os.path.join("sub", "a.npy")]
+
+
+def test_existing_file_with_glob_characters_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "scan[1].png").touch()
+    (tmp_path / "scan1.png").touch()
+    assert names(find_files(tmp_path / "scan[1].png"), tmp_path) == ["scan[1].png"]
+
+
+def test_folder_named_like_an_image(tmp_path: Path) -> None:
+    (tmp_path / "empty.png" / "inner").mkdir(parents=True)
+    (tmp_path / "full.png").mkdir()
+    (tmp_path / "full.png" / "a.png").touch()
+    assert names(find_files(tmp_path), tmp_path) == ["empty.png", "full.png/a.png"]
+
+
+def test_link_loops_end_and_linked_folders_are_walked_once(tmp_path: Path) -> None:
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    for path in (root / "a" / "1.png", outside / "2.png"):
+        path.parent.mkdir(parents=True)
+        path.touch()
+    (root / "a" / "up").symlink_to(root)
+    (root / "a" / "above").symlink_to(tmp_path)
+    (root / "0-again").symlink_to(root / "a")
+    (root / "out").symlink_to(outside)
+    (outside / "back").symlink_to(root)
+    (root / "self.png").symlink_to("self.png")
+    (root / "gone.png").symlink_to("nowhere")
+    expected = ["a/1.png", "gone.png", "out/2.png", "self.png"]
+    assert names(find_files(root), root) == expected
+    assert names(find_files(f"{root}/**/*.png"), root) == expected
+
+
+# Lists
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -30,6 +29,7 @@ from squid_fast.screening.reading.packing import (  # noqa: E402
 )
 from squid_fast.screening.reading.worker import Decoded, decode  # noqa: E402
 from tests.factories import tiny_bundle  # noqa: E402
+from tests.screening.limits import file_size_limit  # noqa: E402
 
 SIZE = 8
 
@@ -51,14 +51,10 @@ def comparable(rows: Sequence[Decoded]) -> list[tuple[str, str | bytes | None]]:
     return [(row.path, row.error if row.image is None else row.image.tobytes()) for row in rows]
 
 
-def in_small_batches(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
-    monkeypatch.setattr(packing, "_BATCH_BYTES", rows * SIZE**2)
-
-
 @pytest.fixture
 def shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Eleven rows in batches of four, row 5 an error."""
-    in_small_batches(monkeypatch, 4)
+    monkeypatch.setattr(packing, "_BATCH_BYTES", 4 * SIZE**2)
     images = write_images(tmp_path / "images", 11)
     images[5].write_bytes(b"no image")
     pack(tmp_path / "images", tmp_path / "packed", SIZE, workers=1)
@@ -136,14 +132,8 @@ def test_shard_of_nothing_but_errors(tmp_path: Path) -> None:
 def test_progress_counts_rows_and_ends_at_all(tmp_path: Path) -> None:
     calls: list[tuple[int, int]] = []
     write_images(tmp_path / "images", 70)
-    pack(
-        tmp_path / "images",
-        tmp_path / "packed",
-        SIZE,
-        rows_per_shard=30,
-        workers=1,
-        on_progress=lambda done, total: calls.append((done, total)),
-    )
+    pack(tmp_path / "images", tmp_path / "packed", SIZE, rows_per_shard=30, workers=1,
+         on_progress=lambda done, total: calls.append((done, total)))  # fmt: skip
     assert calls == [(64, 70), (70, 70)]
 
 
@@ -190,15 +180,8 @@ def test_killed_runs_leave_whole_shards_and_resume_to_the_same_bytes(tmp_path: P
     assert whole == [[], names[:1], names[:4]]
 
     calls: list[tuple[int, int]] = []
-    packed = pack(
-        tmp_path / "images",
-        tmp_path / "packed",
-        SIZE,
-        rows_per_shard=4,
-        workers=1,
-        resume=True,
-        on_progress=lambda done, total: calls.append((done, total)),
-    )
+    packed = pack(tmp_path / "images", tmp_path / "packed", SIZE, rows_per_shard=4, workers=1,
+                  resume=True, on_progress=lambda *step: calls.append(step))  # fmt: skip
     once = pack(tmp_path / "images", tmp_path / "once", SIZE, rows_per_shard=4, workers=1)
     assert packed == once
     assert (packed.files, packed.errors, packed.shards) == (19, 1, 5)
@@ -258,16 +241,11 @@ def test_shards_inside_of_the_packed_folder_are_not_packed_again(tmp_path: Path)
 def test_full_disk_ends_in_an_error_and_leaves_whole_shards(tmp_path: Path) -> None:
     write_images(tmp_path / "images", 9)
     out = tmp_path / "packed"
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     pack(tmp_path / "images", tmp_path / "once", SIZE, rows_per_shard=4, workers=1)
     last, first = (os.path.getsize(tmp_path / "once" / f"shard-0000{i}.arrow") for i in (2, 0))
     assert last < first
-    resource.setrlimit(resource.RLIMIT_FSIZE, (first - 1, hard))
-    try:
-        with pytest.raises(OSError, match="File too large"):
-            pack(tmp_path / "images", out, SIZE, rows_per_shard=4, workers=0)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with file_size_limit(first - 1), pytest.raises(OSError, match="File too large"):
+        pack(tmp_path / "images", out, SIZE, rows_per_shard=4, workers=0)
     assert list(out.iterdir()) == []
     assert pack(tmp_path / "images", out, SIZE, rows_per_shard=4, workers=1, resume=True).files == 9
 

@@ -5,21 +5,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from squid_fast.screening.reading.packing import pack
 from squid_fast.screening.reading.source import Source
-
-SIZE = 8
-
-
-def write_levels(folder: Path, levels: range) -> list[str]:
-    folder.mkdir(exist_ok=True)
-    paths = [str(folder / f"{level:02d}.npy") for level in levels]
-    for level, path in zip(levels, paths, strict=True):
-        np.save(path, np.full((SIZE, SIZE), level, dtype=np.uint8))
-    return paths
+from tests.screening.levels import SIZE, write_levels
 
 
 def levels_of(source: Source, first: int) -> list[int | None]:

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from squid_fast.data import ImageReadError
-from squid_fast.screening import ScreenRow, Summary, screen, summarise, write_report
+from squid_fast.screening import ScreenRow, screen, summarise, write_report
 from squid_fast.screening.report.histogram import Histogram, draw_histogram
 from tests.factories import MeanScorer
 
@@ -89,16 +89,8 @@ def test_page_says_what_was_found(tmp_path: Path) -> None:
     paths = save(tmp_path, {"low": 0.2, "high": 0.8, "mid": 0.4, "top": 1.0})
     inputs = [*paths, str(tmp_path / "missing.png")]
     out = tmp_path / "new" / "report.html"
-    write_report(
-        out,
-        MeanScorer(),
-        screen(MeanScorer(), inputs),
-        title="Ward 3",
-        inputs=inputs,
-        model_name="zhanglab",
-        results="results.csv",
-        created=CREATED,
-    )
+    write_report(out, MeanScorer(), screen(MeanScorer(), inputs), title="Ward 3", inputs=inputs,
+                 model_name="zhanglab", results="results.csv", created=CREATED)  # fmt: skip
     assert os.listdir(out.parent) == ["report.html"]
     page = Page(out)
     local = CREATED.astimezone().strftime("%d %B %Y, %H:%M").lstrip("0")
@@ -136,11 +128,8 @@ def test_pictures_are_image_reconstruction_and_difference(tmp_path: Path) -> Non
     write_report(tmp_path / "r.html", MeanScorer(), screen(MeanScorer(), paths))
     page = Page(tmp_path / "r.html")
     pictures = page.pictures()
-    assert [picture.shape for picture in pictures] == [
-        (SIZE, SIZE),
-        (SIZE, SIZE),
-        (SIZE, SIZE, 3),
-    ] * 2
+    shapes = [picture.shape for picture in pictures]
+    assert shapes == [(SIZE, SIZE), (SIZE, SIZE), (SIZE, SIZE, 3)] * 2
     assert [int(picture.flat[0]) for picture in pictures[0:2]] == [204, 102]  # full, and half of it
     assert [int(picture.flat[0]) for picture in pictures[3:5]] == [102, 51]
     assert "0.40 and more" in page.text  # the greatest difference sets the scale for all
@@ -187,6 +176,15 @@ def test_scorer_without_reconstructions(tmp_path: Path) -> None:
 EVIL = "<script>alert('x')</script>&\"><img src=x onerror=y>"
 
 
+@pytest.mark.parametrize("name", ["reconstruction_error", "patch_error", "discriminator_instance"])
+def test_whether_the_difference_is_what_the_score_measures(tmp_path: Path, name: str) -> None:
+    scorer = MeanScorer()
+    scorer.score_name = name
+    write_report(tmp_path / "r.html", scorer, screen(scorer, save(tmp_path, {"a": 0.5})))
+    said = "The score is not computed from it" in (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert said == (name == "discriminator_instance")
+
+
 def test_everything_foreign_is_escaped(tmp_path: Path) -> None:
     scorer = MeanScorer()
     scorer.score_name = EVIL
@@ -194,15 +192,8 @@ def test_everything_foreign_is_escaped(tmp_path: Path) -> None:
         ScreenRow(f"{EVIL}.png", 1.0, 9.0, 0.9, True, 5.0, None),
         ScreenRow(f"bad {EVIL}", None, None, None, None, 5.0, f"reason {EVIL}"),
     ]
-    write_report(
-        tmp_path / "r.html",
-        scorer,
-        rows,
-        title=EVIL,
-        inputs=EVIL,
-        model_name=EVIL,
-        results=EVIL,
-    )
+    foreign = dict.fromkeys(("title", "inputs", "model_name", "results"), EVIL)
+    write_report(tmp_path / "r.html", scorer, rows, **foreign)
     page = Page(tmp_path / "r.html")
     assert page.all("script") == []
     assert page.all("img") == []
@@ -380,11 +371,3 @@ def test_reference_outline_has_the_total_of_the_run() -> None:
     outline = sum(100 - y for _, y in points[::2])
     bars = sum(bar.height for bar in histogram.bars)
     assert outline == pytest.approx(bars, rel=0.01)
-
-
-def test_summary_can_be_filled_while_rows_go_elsewhere(tmp_path: Path) -> None:
-    summary = Summary(top_k=1)
-    seen = [row.path for row in summary.watch(fake_row(i, float(i)) for i in range(10))]
-    write_report(tmp_path / "r.html", MeanScorer(), summary)
-    assert len(seen) == 10
-    assert "000009.png" in Page(tmp_path / "r.html").text

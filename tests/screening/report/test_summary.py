@@ -91,6 +91,7 @@ def test_errors_that_differ_in_the_file_alone_are_of_one_kind() -> None:
 def test_a_path_in_a_sentence_of_one_line_is_found() -> None:
     path = "two  spaces\n.png"
     assert kinds(failed(path, "two spaces .png: no pixels")) == [("no pixels", 1)]
+    assert kinds(failed(" ", "there is no image")) == [("there is no image", 1)]
 
 
 def test_what_differs_within_a_kind_is_left_out() -> None:
@@ -101,6 +102,9 @@ def test_what_differs_within_a_kind_is_left_out() -> None:
             "{path} is no image, it begins with {detail}; PNG are read": head,
             "{path} is a link to {detail}, which does not exist": link,
             "{path} doesn't hold the image's pixels": None,
+            "{path} is damaged ({detail})": OSError(f"only {size} bytes are left"),
+            "{path} is damaged (OSError: {detail})": OSError("broken data stream"),
+            "{path} cannot be opened: {detail}": OSError(5, f"Link of {size} parts", path),
         }
         errors = [
             ImageReadError(text, path=path, detail=detail) for text, detail in problems.items()
@@ -113,12 +117,19 @@ def test_what_differs_within_a_kind_is_left_out() -> None:
         ('the file is no image, it begins with b"it\'s"; PNG are read', 1),
         ("the file is a link to /a/b c.png, which does not exist", 1),
         ("the file doesn't hold the image's pixels", 1),
+        ("the file is damaged (only 17 bytes are left)", 1),
+        ("the file is damaged (OSError: broken data stream)", 1),
+        ("the file cannot be opened: [Errno 5] Link of 17 parts: '1.png'", 1),
     ]
-    both = dict(kinds(*first, *second))
-    assert both["the file was cut off (… of 9,000 bytes), is 8-bit"] == 2
-    assert both["the file is no image, it begins with …; PNG are read"] == 2
-    assert both["the file is a link to …, which does not exist"] == 2
-    assert both["the file doesn't hold the image's pixels"] == 2
+    assert kinds(*first, *second) == [
+        ("the file was cut off (… of 9,000 bytes), is 8-bit", 2),
+        ("the file is no image, it begins with …; PNG are read", 2),
+        ("the file is a link to …, which does not exist", 2),
+        ("the file doesn't hold the image's pixels", 2),
+        ("the file is damaged (only …)", 2),
+        ("the file is damaged (OSError: broken data stream)", 2),
+        ("the file cannot be opened: Link of …", 2),
+    ]
 
 
 def test_rows_of_which_no_kind_is_known_are_grouped_by_their_sentences() -> None:
