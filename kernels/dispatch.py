@@ -49,10 +49,9 @@ def use(setting: str) -> Iterator[None]:
         ValueError: another setting.
         RuntimeError: with ``"interpret"``, by a call inside while ``TRITON_INTERPRET`` is not 1.
 
-    Example:
-        >>> with use("off"):
-        ...     serves_hard_shrinkage(torch.zeros(2, 3))
-        False
+    >>> with use("off"):
+    ...     serves_hard_shrinkage(torch.zeros(2, 3))
+    False
     """
     global _setting
     before = _setting

@@ -27,10 +27,9 @@ class Recipe:
     becomes the trained model: the last one's, or that with the best AUROC of the paper's score
     among those that were validated (the last where no validation images of both kinds are given).
 
-    Example:
-        >>> recipe = Recipe(epochs=10, ema_decay=0.998)
-        >>> recipe.batch_size, recipe.lr
-        (16, 0.0001)
+    >>> recipe = Recipe(epochs=10, ema_decay=0.998)
+    >>> recipe.batch_size, recipe.lr
+    (16, 0.0001)
     """
 
     batch_size: int = 16
@@ -71,9 +70,8 @@ class Preset:
         model: arguments of ``SQUID``.
         recipe: how the model is trained.
 
-    Example:
-        >>> PRESETS["small"].image_size, PRESETS["small"].recipe.epochs
-        (48, 100)
+    >>> PRESETS["small"].image_size, PRESETS["small"].recipe.epochs
+    (48, 100)
     """
 
     name: str
@@ -149,9 +147,8 @@ def preset(name: str) -> Preset:
     Raises:
         ValueError: there is none.
 
-    Example:
-        >>> preset("zhanglab").image_size
-        128
+    >>> preset("zhanglab").image_size
+    128
     """
     if name not in PRESETS:
         raise ValueError(f"preset is {name!r}; known are {', '.join(PRESETS)}.")

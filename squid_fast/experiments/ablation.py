@@ -96,10 +96,9 @@ def changed_model(base: dict[str, Any], name: str) -> dict[str, Any]:
     Raises:
         ValueError: the name is unknown.
 
-    Example:
-        >>> from squid_fast import PRESETS
-        >>> changed_model(PRESETS["small"].model, "no_teacher")["dist"]
-        False
+    >>> from squid_fast import PRESETS
+    >>> changed_model(PRESETS["small"].model, "no_teacher")["dist"]
+    False
     """
     if name not in VARIANTS:
         raise ValueError(f"variant is {name!r}; known are {', '.join(VARIANTS)}.")

@@ -193,10 +193,9 @@ def compare(
 ) -> Seconds:
     """Seconds for one image by contender and round; they take turns after an untimed call of each.
 
-    Example:
-        >>> seconds = compare({"sum": (100, lambda: sum(range(100)))}, rounds=3)
-        >>> len(seconds["sum"])
-        3
+    >>> seconds = compare({"sum": (100, lambda: sum(range(100)))}, rounds=3)
+    >>> len(seconds["sum"])
+    3
     """
     seconds: Seconds = {name: [] for name in contenders}
     total = (rounds + 1) * len(contenders)
@@ -214,9 +213,8 @@ def compare(
 def times_as_fast(slow: Sequence[float], fast: Sequence[float]) -> float:
     """How many times as fast as ``slow`` the other one is, the median over the rounds.
 
-    Example:
-        >>> times_as_fast([2.0, 4.0, 3.0], [1.0, 1.0, 1.5])
-        2.0
+    >>> times_as_fast([2.0, 4.0, 3.0], [1.0, 1.0, 1.5])
+    2.0
     """
     return round(statistics.median([a / b for a, b in zip(slow, fast, strict=True)]), 3)
 

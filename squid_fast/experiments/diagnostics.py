@@ -37,10 +37,9 @@ class MemoryUse:
         hits: int64 [N, M], the number of images for which the shrinkage kept a slot.
         similarity: float32 [N, M], the cosine similarity of a slot and the feature nearest to it.
 
-    Example:
-        >>> use = MemoryUse("queue", np.array([[3, 3, 0, 0]]), np.zeros((1, 4), np.float32))
-        >>> use.dead_share, use.effective_slots
-        (0.5, [2.0])
+    >>> use = MemoryUse("queue", np.array([[3, 3, 0, 0]]), np.zeros((1, 4), np.float32))
+    >>> use.dead_share, use.effective_slots
+    (0.5, [2.0])
     """
 
     kind: str

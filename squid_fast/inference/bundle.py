@@ -37,10 +37,9 @@ class Bundle:
         score: name of the score that screening uses, see ``squid_fast.inference.scores.SCORES``.
         about: facts for people, such as preset, recipe and machine.
 
-    Example:
-        >>> model, discriminator = SQUID.from_preset("small"), Discriminator(2)
-        >>> Bundle(model, discriminator, about={"preset": "small"}).score
-        'discriminator_instance'
+    >>> model, discriminator = SQUID.from_preset("small"), Discriminator(2)
+    >>> Bundle(model, discriminator, about={"preset": "small"}).score
+    'discriminator_instance'
     """
 
     model: SQUID
@@ -53,10 +52,9 @@ class Bundle:
 def save_bundle(bundle: Bundle, folder: str | Path) -> None:
     """Write a bundle into a folder; each file is replaced whole or not at all.
 
-    Example:
-        >>> save_bundle(Bundle(SQUID.from_preset("small"), Discriminator(2)), "model")
-        >>> sorted(path.name for path in Path("model").iterdir())
-        ['config.json', 'discriminator.safetensors', 'model.safetensors']
+    >>> save_bundle(Bundle(SQUID.from_preset("small"), Discriminator(2)), "model")
+    >>> sorted(path.name for path in Path("model").iterdir())
+    ['config.json', 'discriminator.safetensors', 'model.safetensors']
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -85,11 +83,10 @@ def load_bundle(folder: str | Path) -> Bundle:
     Raises:
         BundleError: a file is missing, damaged or does not fit the others.
 
-    Example:
-        >>> save_bundle(Bundle(SQUID.from_preset("small"), Discriminator(2)), "model")
-        >>> bundle = load_bundle("model")
-        >>> bundle.model.image_size, bundle.model.training
-        (48, False)
+    >>> save_bundle(Bundle(SQUID.from_preset("small"), Discriminator(2)), "model")
+    >>> bundle = load_bundle("model")
+    >>> bundle.model.image_size, bundle.model.training
+    (48, False)
     """
     folder = Path(folder)
     if not folder.is_dir():

@@ -57,13 +57,12 @@ def calibrate(
     Raises:
         ValueError: no training images, or a rate outside (0, 1).
 
-    Example:
-        >>> model = SQUID(1, 8, 3, level=2, memory_channel=200, ops=["none", "none"])
-        >>> pixels = torch.randint(0, 256, (20, 1, 40, 40), dtype=torch.uint8)
-        >>> normal = ImageSet(pixels, torch.zeros(20, dtype=torch.int64), [""] * 20)
-        >>> known = calibrate(model, Discriminator(2), normal, device="cpu")
-        >>> known.scores["patch_error"].false_positive_rate, known.threshold_images
-        (0.05, 'training')
+    >>> model = SQUID(1, 8, 3, level=2, memory_channel=200, ops=["none", "none"])
+    >>> pixels = torch.randint(0, 256, (20, 1, 40, 40), dtype=torch.uint8)
+    >>> normal = ImageSet(pixels, torch.zeros(20, dtype=torch.int64), [""] * 20)
+    >>> known = calibrate(model, Discriminator(2), normal, device="cpu")
+    >>> known.scores["patch_error"].false_positive_rate, known.threshold_images
+    (0.05, 'training')
     """
     if not 0 < false_positive_rate < 1:
         raise ValueError(

@@ -25,12 +25,11 @@ def check_hardware(precision: ScoringPrecision, device: torch.device) -> None:
     Raises:
         ValueError: the name is unknown, or the hardware does not compute in the precision.
 
-    Example:
-        >>> check_hardware("float32", torch.device("cpu"))
-        >>> check_hardware("int4", torch.device("cpu"))
-        Traceback (most recent call last):
-        ...
-        ValueError: precision is 'int4'; it must be 'auto', 'int8', 'bf16' or 'float32'.
+    >>> check_hardware("float32", torch.device("cpu"))
+    >>> check_hardware("int4", torch.device("cpu"))
+    Traceback (most recent call last):
+    ...
+    ValueError: precision is 'int4'; it must be 'auto', 'int8', 'bf16' or 'float32'.
     """
     *others, last = map(repr, get_args(ScoringPrecision))
     if repr(precision) not in (*others, last):

@@ -38,10 +38,9 @@ class Scores:
             saturates and ties where z_score does not.
         reconstruction: [B, 1, H, W], where asked for.
 
-    Example:
-        >>> z_score = torch.tensor([-1.0, 0.0, 2.0])
-        >>> Scores(-z_score, z_score, torch.sigmoid(z_score)).anomaly_score
-        tensor([0.2689, 0.5000, 0.8808])
+    >>> z_score = torch.tensor([-1.0, 0.0, 2.0])
+    >>> Scores(-z_score, z_score, torch.sigmoid(z_score)).anomaly_score
+    tensor([0.2689, 0.5000, 0.8808])
     """
 
     raw: Tensor
@@ -180,15 +179,14 @@ class Scorer(BaseScorer):
     Raises:
         ValueError: no such score, precision or device; or the hardware does not compute in it.
 
-    Example:
-        >>> from squid_fast import calibrate
-        >>> model = SQUID(1, 8, 3, level=2, memory_channel=200, ops=["none", "none"])
-        >>> images = torch.randint(0, 256, (20, 1, 40, 40), dtype=torch.uint8)
-        >>> normal = ImageSet(images, torch.zeros(20, dtype=torch.int64), [""] * 20)
-        >>> calibration = calibrate(model, Discriminator(2), normal, device="cpu")
-        >>> scorer = Scorer(model, Discriminator(2), calibration, "patch_error", device="cpu")
-        >>> (scorer.score(images).z_score > scorer.threshold).sum()  # 5% of the normal images
-        tensor(1)
+    >>> from squid_fast import calibrate
+    >>> model = SQUID(1, 8, 3, level=2, memory_channel=200, ops=["none", "none"])
+    >>> images = torch.randint(0, 256, (20, 1, 40, 40), dtype=torch.uint8)
+    >>> normal = ImageSet(images, torch.zeros(20, dtype=torch.int64), [""] * 20)
+    >>> calibration = calibrate(model, Discriminator(2), normal, device="cpu")
+    >>> scorer = Scorer(model, Discriminator(2), calibration, "patch_error", device="cpu")
+    >>> (scorer.score(images).z_score > scorer.threshold).sum()  # 5% of the normal images
+    tensor(1)
     """
 
     def __init__(

@@ -125,11 +125,10 @@ def neighbourhood_attention(
     Raises:
         ValueError: a shape does not fit, N is no square, or C is not divisible by ``num_heads``.
 
-    Example:
-        >>> zeros, ones, pad = torch.zeros(1, 4, 1), torch.ones(1, 4, 1), torch.zeros(1)
-        >>> answer = neighbourhood_attention(zeros, zeros, ones, pad, pad, num_heads=1)
-        >>> answer.flatten()  # three of eight neighbours lie inside a grid of 2 x 2
-        tensor([0.3750, 0.3750, 0.3750, 0.3750])
+    >>> zeros, ones, pad = torch.zeros(1, 4, 1), torch.ones(1, 4, 1), torch.zeros(1)
+    >>> answer = neighbourhood_attention(zeros, zeros, ones, pad, pad, num_heads=1)
+    >>> answer.flatten()  # three of eight neighbours lie inside a grid of 2 x 2
+    tensor([0.3750, 0.3750, 0.3750, 0.3750])
     """
     if query.dim() != 3 or key.shape != query.shape or value.shape != query.shape:
         raise ValueError(

@@ -132,10 +132,9 @@ def gumbel_shrinkage(logits: Tensor, top_k: int) -> Tensor:
     Raises:
         ValueError: ``top_k`` is not between 1 and M, or ``logits`` is not floating point.
 
-    Example:
-        >>> logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log()
-        >>> gumbel_shrinkage(logits, top_k=3)  # keeps 2 slots: 3/7 and 4/7
-        tensor([0.0000, 0.0000, 0.4286, 0.5714])
+    >>> logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log()
+    >>> gumbel_shrinkage(logits, top_k=3)  # keeps 2 slots: 3/7 and 4/7
+    tensor([0.0000, 0.0000, 0.4286, 0.5714])
     """
     check_floating("logits", logits)
     if logits.dim() == 0:
@@ -153,9 +152,8 @@ def hard_shrinkage(logits: Tensor, threshold: float) -> Tensor:
     Raises:
         ValueError: ``threshold`` is not positive and finite, or ``logits`` is not floating point.
 
-    Example:
-        >>> hard_shrinkage(torch.tensor([0.5, 1.0, 1.5, 2.5]), threshold=1.0)
-        tensor([0.0000, 0.0000, 0.3750, 0.6250])
+    >>> hard_shrinkage(torch.tensor([0.5, 1.0, 1.5, 2.5]), threshold=1.0)
+    tensor([0.0000, 0.0000, 0.3750, 0.6250])
     """
     check_floating("logits", logits)
     check_threshold(threshold)
@@ -341,10 +339,9 @@ def memory_lookup(
         ValueError: shapes do not fit, both kinds of shrinkage are asked for, or one is out of
             range; or a gradient is asked for that ``values`` do not have.
 
-    Example:
-        >>> memory = torch.tensor([[0.9, 0.1], [0.0, 1.0], [-1.0, 0.0]])
-        >>> memory_lookup(torch.tensor([[1.0, 0.0]]), memory, top_k=2)  # the best slot alone
-        tensor([[0.9000, 0.1000]])
+    >>> memory = torch.tensor([[0.9, 0.1], [0.0, 1.0], [-1.0, 0.0]])
+    >>> memory_lookup(torch.tensor([[1.0, 0.0]]), memory, top_k=2)  # the best slot alone
+    tensor([[0.9000, 0.1000]])
     """
     if query.dim() == 2 and memory.dim() == 2:
         single = None if values is None else values[None]

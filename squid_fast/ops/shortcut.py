@@ -121,11 +121,10 @@ def masked_shortcut(
         ValueError: shapes or dtypes differ, the probability is outside [0, 1], or only one of
             ``scale`` and ``shift`` is given.
 
-    Example:
-        >>> ones, zeros = torch.ones(1, 3, 2, 4), torch.zeros(1, 3, 2, 4)
-        >>> masked_shortcut(ones, zeros, 0.5, torch.tensor(7))[0, 0]
-        tensor([[1., 0., 1., 0.],
-                [0., 0., 1., 0.]])
+    >>> ones, zeros = torch.ones(1, 3, 2, 4), torch.zeros(1, 3, 2, 4)
+    >>> masked_shortcut(ones, zeros, 0.5, torch.tensor(7))[0, 0]
+    tensor([[1., 0., 1., 0.],
+            [0., 0., 1., 0.]])
     """
     if inpainted.dim() != 4 or inpainted.shape != shortcut.shape:
         raise ValueError(

@@ -49,12 +49,11 @@ def write_table(
         ImportError: Parquet without pyarrow.
         OSError: the table cannot be written.
 
-    Example:
-        >>> row = ScreenRow("a.png", 0.25, 1.5, 0.75, True, 1.0, None)
-        >>> write_table([row], "results.jsonl")
-        >>> print(Path("results.jsonl").read_text())
-        {"path": "a.png", "raw_score": 0.25, "z_score": 1.5, "anomaly_score": 0.75, "flag": true,
-        "threshold": 1.0, "error": null}
+    >>> row = ScreenRow("a.png", 0.25, 1.5, 0.75, True, 1.0, None)
+    >>> write_table([row], "results.jsonl")
+    >>> print(Path("results.jsonl").read_text())
+    {"path": "a.png", "raw_score": 0.25, "z_score": 1.5, "anomaly_score": 0.75, "flag": true,
+    "threshold": 1.0, "error": null}
     """
     write = table_writer(path)
     with replacing(Path(path), None if partial is None else Path(partial)) as file:

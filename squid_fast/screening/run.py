@@ -70,20 +70,19 @@ def screen_to_table(
             scorer or other inputs, or is in use; or the disk is full.
         Exception: whatever the scorer raises; the rows before can be resumed.
 
-    Example:
-        >>> import numpy as np
-        >>> from types import SimpleNamespace
-        >>> class Brightness:
-        ...     image_size, score_name, threshold, fingerprint = 4, "brightness", 0.5, "1"
-        ...     def prefetch(self, images):
-        ...         return images / 255
-        ...     def score(self, images):
-        ...         mean = images.mean((1, 2, 3))
-        ...         return SimpleNamespace(raw=mean, z_score=mean, anomaly_score=mean)
-        >>> np.save("light.npy", np.full((4, 4), 255, np.uint8))
-        >>> summary = screen_to_table(Brightness(), "light.npy", "results.csv", workers=0)
-        >>> Path("results.csv").read_text().splitlines()[1]
-        'light.npy,1.0,1.0,1.0,true,0.5,'
+    >>> import numpy as np
+    >>> from types import SimpleNamespace
+    >>> class Brightness:
+    ...     image_size, score_name, threshold, fingerprint = 4, "brightness", 0.5, "1"
+    ...     def prefetch(self, images):
+    ...         return images / 255
+    ...     def score(self, images):
+    ...         mean = images.mean((1, 2, 3))
+    ...         return SimpleNamespace(raw=mean, z_score=mean, anomaly_score=mean)
+    >>> np.save("light.npy", np.full((4, 4), 255, np.uint8))
+    >>> summary = screen_to_table(Brightness(), "light.npy", "results.csv", workers=0)
+    >>> Path("results.csv").read_text().splitlines()[1]
+    'light.npy,1.0,1.0,1.0,true,0.5,'
     """
     out = Path(out)
     check_output(out, resume=True)  # an unfinished run is refused below
@@ -130,11 +129,10 @@ def check_output(out: PathInput, resume: bool = False) -> None:
     Raises:
         ValueError, OSError, ImportError, JournalError: as ``screen_to_table`` does.
 
-    Example:
-        >>> check_output("results.csv")
-        >>> check_output("results.xlsx")
-        Traceback (most recent call last):
-        ValueError: results are written as .parquet, .csv, .jsonl; 'results.xlsx' has the ...
+    >>> check_output("results.csv")
+    >>> check_output("results.xlsx")
+    Traceback (most recent call last):
+    ValueError: results are written as .parquet, .csv, .jsonl; 'results.xlsx' has the ...
     """
     out = Path(out)
     table_writer(out)
@@ -154,10 +152,9 @@ def check_folder(out: PathInput) -> None:
         FileNotFoundError: the folder is missing.
         PermissionError: the folder cannot be written to.
 
-    Example:
-        >>> check_folder("reports/ward-3.html")
-        Traceback (most recent call last):
-        FileNotFoundError: 'reports/ward-3.html' cannot be written: there is no ...
+    >>> check_folder("reports/ward-3.html")
+    Traceback (most recent call last):
+    FileNotFoundError: 'reports/ward-3.html' cannot be written: there is no ...
     """
     folder = Path(out).parent
     if not folder.is_dir():

@@ -40,10 +40,9 @@ class Progress:
         losses: returns the mean losses of this epoch so far, weighted as in the recipe.
         validation: AUROCs by name, if a validation followed the step.
 
-    Example:
-        >>> progress = Progress(0, 2, step=5, share=0.25, losses=lambda: {"reconstruction": 0.5})
-        >>> f"epoch {progress.epoch + 1}/{progress.epochs}: {progress.share:.0%}"
-        'epoch 1/2: 25%'
+    >>> progress = Progress(0, 2, step=5, share=0.25, losses=lambda: {"reconstruction": 0.5})
+    >>> f"epoch {progress.epoch + 1}/{progress.epochs}: {progress.share:.0%}"
+    'epoch 1/2: 25%'
     """
 
     epoch: int
@@ -59,10 +58,9 @@ def learning_rate(recipe: Recipe, epoch: float) -> float:
 
     Past ``t_max`` it rises again, as the published schedule does.
 
-    Example:
-        >>> recipe = Recipe(lr=1e-3, lr_floor=0.1, t_max=100)
-        >>> [round(learning_rate(recipe, epoch), 6) for epoch in (0, 50, 100)]
-        [0.001, 0.00055, 0.0001]
+    >>> recipe = Recipe(lr=1e-3, lr_floor=0.1, t_max=100)
+    >>> [round(learning_rate(recipe, epoch), 6) for epoch in (0, 50, 100)]
+    [0.001, 0.00055, 0.0001]
     """
     cosine = (1 + math.cos(math.pi * epoch / recipe.t_max)) / 2
     return recipe.lr * (recipe.lr_floor + (1 - recipe.lr_floor) * cosine)

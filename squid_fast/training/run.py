@@ -49,12 +49,11 @@ class TrainingResult:
         threads: number of threads that PyTorch computed with.
         validation: AUROCs of the pair by name.
 
-    Example:
-        >>> from squid_fast import PRESETS, SQUID, Discriminator
-        >>> pair = SQUID(**PRESETS["small"].model), Discriminator(size=2)
-        >>> result = TrainingResult(*pair, 90, True, epoch=3, minutes=1.5, threads=2)
-        >>> f"{result.step} steps, {60 * result.minutes / result.step:.0f} s each"
-        '90 steps, 1 s each'
+    >>> from squid_fast import PRESETS, SQUID, Discriminator
+    >>> pair = SQUID(**PRESETS["small"].model), Discriminator(size=2)
+    >>> result = TrainingResult(*pair, 90, True, epoch=3, minutes=1.5, threads=2)
+    >>> f"{result.step} steps, {60 * result.minutes / result.step:.0f} s each"
+    '90 steps, 1 s each'
     """
 
     model: SQUID
@@ -81,14 +80,13 @@ def load_splits(
     Raises:
         ValueError: no training images.
 
-    Example:
-        >>> from PIL import Image
-        >>> Image.new("L", (64, 64)).save("a.png")
-        >>> Image.new("L", (64, 64)).save("b.png")
-        >>> records = [Record(Path("a.png"), 0, "train"), Record(Path("b.png"), 1, "val")]
-        >>> train_set, validation_set = load_splits(records, size=48)
-        >>> train_set.paths, validation_set.paths
-        (['a.png'], ['b.png'])
+    >>> from PIL import Image
+    >>> Image.new("L", (64, 64)).save("a.png")
+    >>> Image.new("L", (64, 64)).save("b.png")
+    >>> records = [Record(Path("a.png"), 0, "train"), Record(Path("b.png"), 1, "val")]
+    >>> train_set, validation_set = load_splits(records, size=48)
+    >>> train_set.paths, validation_set.paths
+    (['a.png'], ['b.png'])
     """
     training = [r for r in records if r.split in ("train", None) and r.label in (NORMAL, None)]
     if not training:
@@ -159,16 +157,15 @@ def train(
         CheckpointError: nothing to resume, or from a run with other settings.
         NonFiniteLossError: a loss became NaN or infinite.
 
-    Example:
-        >>> from squid_fast import PRESETS, SQUID
-        >>> pixels = torch.randint(256, (4, 1, 48, 48), dtype=torch.uint8)
-        >>> images = ImageSet(pixels, labels=torch.zeros(4).long(), paths=["a", "b", "c", "d"])
-        >>> model, recipe = SQUID(**PRESETS["small"].model), Recipe(epochs=1, batch_size=2)
-        >>> result = train(model, images, Path("run"), recipe, device="cpu", precision="float32")
-        >>> result.step, result.finished
-        (2, True)
-        >>> sorted(path.name for path in Path("run").iterdir())
-        ['checkpoint.pt', 'metrics.csv']
+    >>> from squid_fast import PRESETS, SQUID
+    >>> pixels = torch.randint(256, (4, 1, 48, 48), dtype=torch.uint8)
+    >>> images = ImageSet(pixels, labels=torch.zeros(4).long(), paths=["a", "b", "c", "d"])
+    >>> model, recipe = SQUID(**PRESETS["small"].model), Recipe(epochs=1, batch_size=2)
+    >>> result = train(model, images, Path("run"), recipe, device="cpu", precision="float32")
+    >>> result.step, result.finished
+    (2, True)
+    >>> sorted(path.name for path in Path("run").iterdir())
+    ['checkpoint.pt', 'metrics.csv']
     """
     processes = Processes.from_environment()
     processes.check_batch(recipe.batch_size)
@@ -236,14 +233,13 @@ def train_bundle(
         about: further facts that the bundle states about its training.
         options: further keyword arguments of ``train``, which describes all others too.
 
-    Example:
-        >>> from squid_fast import PRESETS
-        >>> pixels = torch.randint(256, (4, 1, 48, 48), dtype=torch.uint8)
-        >>> images = ImageSet(pixels, labels=torch.zeros(4).long(), paths=["a", "b", "c", "d"])
-        >>> options = {"recipe": Recipe(epochs=1, batch_size=2), "false_positive_rate": 0.25}
-        >>> result = train_bundle(PRESETS["small"], images, Path("bundle"), **options)
-        >>> Path("bundle/model.safetensors").exists()
-        True
+    >>> from squid_fast import PRESETS
+    >>> pixels = torch.randint(256, (4, 1, 48, 48), dtype=torch.uint8)
+    >>> images = ImageSet(pixels, labels=torch.zeros(4).long(), paths=["a", "b", "c", "d"])
+    >>> options = {"recipe": Recipe(epochs=1, batch_size=2), "false_positive_rate": 0.25}
+    >>> result = train_bundle(PRESETS["small"], images, Path("bundle"), **options)
+    >>> Path("bundle/model.safetensors").exists()
+    True
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -31,12 +31,11 @@ class Trainer:
             from; the ``discriminator`` unless given, which cannot be called without training it
             where several processes train.
 
-    Example:
-        >>> from squid_fast import PRESETS, SQUID, Discriminator
-        >>> pair, recipe = (SQUID(**PRESETS["small"].model), Discriminator(size=2)), Recipe()
-        >>> trainer = Trainer(*pair, make_optimizers(*pair, recipe), recipe, Tensor.backward)
-        >>> list(trainer.step(torch.rand(2, 1, 48, 48), 0))
-        ['discriminator', 'reconstruction', 'adversarial', 'teacher', 'distillation']
+    >>> from squid_fast import PRESETS, SQUID, Discriminator
+    >>> pair, recipe = (SQUID(**PRESETS["small"].model), Discriminator(size=2)), Recipe()
+    >>> trainer = Trainer(*pair, make_optimizers(*pair, recipe), recipe, Tensor.backward)
+    >>> list(trainer.step(torch.rand(2, 1, 48, 48), 0))
+    ['discriminator', 'reconstruction', 'adversarial', 'teacher', 'distillation']
     """
 
     def __init__(
@@ -103,11 +102,10 @@ def make_optimizers(
         capturable: for steps in a CUDA graph; then learning rates are tensors, see
             ``set_learning_rate``.
 
-    Example:
-        >>> from squid_fast import PRESETS, SQUID, Discriminator
-        >>> pair = SQUID(**PRESETS["small"].model), Discriminator(size=2)
-        >>> [adam.param_groups[0]["lr"] for adam in make_optimizers(*pair, Recipe(lr=3e-3))]
-        [0.003, 0.0001]
+    >>> from squid_fast import PRESETS, SQUID, Discriminator
+    >>> pair = SQUID(**PRESETS["small"].model), Discriminator(size=2)
+    >>> [adam.param_groups[0]["lr"] for adam in make_optimizers(*pair, Recipe(lr=3e-3))]
+    [0.003, 0.0001]
     """
 
     def rate(value: float) -> float | Tensor:

@@ -21,13 +21,12 @@ def replacing(path: Path, partial: Path | None = None) -> Iterator[BinaryIO]:
         path: the file to replace or create.
         partial: the file written until then, on the same file system; by default beside ``path``.
 
-    Example:
-        >>> path = Path("notes.txt")
-        >>> with replacing(path) as file:
-        ...     (file.write(b"whole"), path.exists())
-        (5, False)
-        >>> path.read_text()
-        'whole'
+    >>> path = Path("notes.txt")
+    >>> with replacing(path) as file:
+    ...     (file.write(b"whole"), path.exists())
+    (5, False)
+    >>> path.read_text()
+    'whole'
     """
     partial = partial or path.with_name(path.name + ".new")
     try:

@@ -34,9 +34,8 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
     Raises:
         ValueError: a GPU is given, but PyTorch sees none.
 
-    Example:
-        >>> choose_device("cpu")
-        device(type='cpu')
+    >>> choose_device("cpu")
+    device(type='cpu')
     """
     if device is None or device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -71,9 +70,8 @@ def choose_precision(precision: Precision, device: torch.device) -> Literal["bf1
     Raises:
         ValueError: the name is unknown, or the hardware does not compute in bfloat16.
 
-    Example:
-        >>> choose_precision("float32", torch.device("cpu"))
-        'float32'
+    >>> choose_precision("float32", torch.device("cpu"))
+    'float32'
     """
     if precision not in ("auto", "bf16", "float32"):
         raise ValueError(f"precision is {precision!r}; it must be 'auto', 'bf16' or 'float32'.")

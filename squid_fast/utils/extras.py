@@ -12,9 +12,8 @@ def require(module: str, extra: str) -> ModuleType:
     Raises:
         ImportError: ``module`` is not installed; the message names the group to install.
 
-    Example:
-        >>> require("json", "train").dumps([1])
-        '[1]'
+    >>> require("json", "train").dumps([1])
+    '[1]'
     """
     try:
         return importlib.import_module(module)

@@ -19,9 +19,8 @@ def describe(device: torch.device) -> dict[str, str | int | None]:
     ``instructions`` is the instruction set that PyTorch uses on the CPU, which the environment may
     limit; ``waiting`` says how threads wait for one another.
 
-    Example:
-        >>> describe(torch.device("cpu"))["torch"] == torch.__version__
-        True
+    >>> describe(torch.device("cpu"))["torch"] == torch.__version__
+    True
     """
     try:
         triton = importlib.metadata.version("triton")

@@ -43,11 +43,10 @@ def waiting() -> str:
 def threads(count: int) -> Iterator[None]:
     """Let PyTorch compute with that many threads inside the block.
 
-    Example:
-        >>> import torch
-        >>> with threads(1):
-        ...     torch.get_num_threads()
-        1
+    >>> import torch
+    >>> with threads(1):
+    ...     torch.get_num_threads()
+    1
     """
     import torch  # not at the top: limit_spinning has to run before
 

@@ -42,12 +42,11 @@ class BaselineScorer(BaseScorer):
         calibration: calibration of its score; without one only ``raw_scores`` can be used.
         device: "cpu", "cuda", ...; a GPU if there is one unless given.
 
-    Example:
-        >>> method = PcaResidual(mean=torch.zeros(1024), components=torch.eye(2, 1024))
-        >>> known = Calibration({"distance": ScoreCalibration(1.0, 0.5, 2.0, 0.05, [])}, [], [], "")
-        >>> scorer = BaselineScorer("pca", method, 32, known, "cpu")
-        >>> scorer.score(torch.full((1, 1, 32, 32), 255, dtype=torch.uint8)).z_score
-        tensor([61.9375])
+    >>> method = PcaResidual(mean=torch.zeros(1024), components=torch.eye(2, 1024))
+    >>> known = Calibration({"distance": ScoreCalibration(1.0, 0.5, 2.0, 0.05, [])}, [], [], "")
+    >>> scorer = BaselineScorer("pca", method, 32, known, "cpu")
+    >>> scorer.score(torch.full((1, 1, 32, 32), 255, dtype=torch.uint8)).z_score
+    tensor([61.9375])
     """
 
     batch_size = 32
@@ -110,12 +109,11 @@ def load_scorer(
         BundleError: the folder is no bundle, or damaged.
         ValueError: a score or precision that a baseline does not have.
 
-    Example:
-        >>> from squid_fast import SQUID, Bundle, Discriminator, save_bundle
-        >>> save_bundle(Bundle(SQUID.from_preset("small"), Discriminator(2)), "model")
-        >>> scorer = load_scorer("model", device="cpu")
-        >>> type(scorer).__name__, scorer.image_size
-        ('Scorer', 48)
+    >>> from squid_fast import SQUID, Bundle, Discriminator, save_bundle
+    >>> save_bundle(Bundle(SQUID.from_preset("small"), Discriminator(2)), "model")
+    >>> scorer = load_scorer("model", device="cpu")
+    >>> type(scorer).__name__, scorer.image_size
+    ('Scorer', 48)
     """
     folder = Path(folder)
     path = folder / "config.json"

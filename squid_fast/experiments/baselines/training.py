@@ -40,9 +40,8 @@ class BaselineResult:
         step: number of steps that are done; 0 for shallow methods.
         validation: AUROC by the name of the score.
 
-    Example:
-        >>> BaselineResult(finished=False, step=12)
-        BaselineResult(finished=False, step=12, validation={})
+    >>> BaselineResult(finished=False, step=12)
+    BaselineResult(finished=False, step=12, validation={})
     """
 
     finished: bool
@@ -107,13 +106,12 @@ def train_baseline(
         CheckpointError: nothing to resume, or ``out`` already holds a run.
         NonFiniteLossError: the loss became NaN or infinite.
 
-    Example:
-        >>> pixels = torch.randint(256, (4, 1, 48, 48), dtype=torch.uint8)
-        >>> images = ImageSet(pixels, labels=torch.zeros(4).long(), paths=["a", "b", "c", "d"])
-        >>> train_baseline("smoothness", images, Path("run"), false_positive_rate=0.25).finished
-        True
-        >>> sorted(path.name for path in Path("run").iterdir())
-        ['calibration.json', 'config.json', 'model.safetensors']
+    >>> pixels = torch.randint(256, (4, 1, 48, 48), dtype=torch.uint8)
+    >>> images = ImageSet(pixels, labels=torch.zeros(4).long(), paths=["a", "b", "c", "d"])
+    >>> train_baseline("smoothness", images, Path("run"), false_positive_rate=0.25).finished
+    True
+    >>> sorted(path.name for path in Path("run").iterdir())
+    ['calibration.json', 'config.json', 'model.safetensors']
     """
     if name not in METHODS:
         raise ValueError(f"method is {name!r}; known are squid, {', '.join(METHODS)}.")
