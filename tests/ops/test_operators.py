@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from squid_fast import ops
-from tests.ops.samples import compile_cases, normal, operator_samples, with_gradients
+from tests.ops.samples import assert_compiled_equals_eager, compile_cases, operator_samples
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -31,30 +31,16 @@ def test_these_are_all_operators() -> None:
     assert registered == set(operator_samples())
 
 
-# Inductor alone asserts the strides that the fakes promise; on a CPU it needs a C++ compiler.
-@pytest.mark.parametrize(
-    "backend",
-    [
-        "aot_eager",
-        pytest.param(
-            "inductor",
-            marks=pytest.mark.skipif(
-                not any(map(which, ("g++", "clang++", "c++"))), reason="there is no C++ compiler"
-            ),
-        ),
-    ],
+no_compiler = pytest.mark.skipif(
+    not any(map(which, ("g++", "clang++", "c++"))), reason="there is no C++ compiler"
 )
+
+
+# Inductor alone asserts the strides that the fakes promise; on a CPU it needs a C++ compiler.
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=no_compiler)])
 @pytest.mark.parametrize("name", compile_cases())
 def test_compiled_equals_eager(name: str, backend: str) -> None:
-    torch.compiler.reset()
-    function, inputs = compile_cases()[name]
-    inputs = [x.float() for x in inputs]
-    grad = normal(*function(*inputs).shape, seed=9).float()
-    compiled = torch.compile(function, fullgraph=True, backend=backend)
-    for got, value in zip(
-        with_gradients(compiled, inputs, grad), with_gradients(function, inputs, grad), strict=True
-    ):
-        assert torch.equal(got, value)
+    assert_compiled_equals_eager(name, backend, "cpu")
 
 
 def test_compiled_shortcut_draws_anew_at_every_call() -> None:
@@ -70,19 +56,19 @@ def test_compiled_shortcut_draws_anew_at_every_call() -> None:
 # --- errors ---------------------------------------------------------------------------------------
 
 X = torch.zeros(2, 4)
+MAP = X[None, None]
+Z = torch.zeros
 ERRORS: dict[str, tuple[Callable[[], Tensor], str]] = {
     "k of zero": (
         lambda: ops.gumbel_shrinkage(X, 0),
         "top_k is 0, but there are 4 memory slots; it must lie between 1 and 4.",
     ),
     "a scale without a shift": (
-        lambda: ops.masked_shortcut(X[None, None], X[None, None], 0.5, scale=torch.ones(1)),
+        lambda: ops.masked_shortcut(MAP, MAP, 0.5, scale=torch.ones(1)),
         "scale is given without shift; an affine needs both, [1] each.",
     ),
     "a shift of other channels": (
-        lambda: ops.masked_shortcut(
-            X[None, None], X[None, None], 0.5, scale=torch.ones(1), shift=torch.ones(2)
-        ),
+        lambda: ops.masked_shortcut(MAP, MAP, 0.5, scale=torch.ones(1), shift=torch.ones(2)),
         "scale is [1] and shift [2]; both must be [1].",
     ),
     "values of other slots": (
@@ -107,64 +93,54 @@ ERRORS: dict[str, tuple[Callable[[], Tensor], str]] = {
     "infinite threshold": (lambda: ops.hard_shrinkage(X, torch.inf), "threshold is inf"),
     "NaN threshold": (lambda: ops.hard_shrinkage(X, torch.nan), "threshold is nan"),
     "lookup dimensions": (
-        lambda: ops.memory_lookup(torch.zeros(2, 3, 4), torch.zeros(5, 4), 2),
+        lambda: ops.memory_lookup(Z(2, 3, 4), Z(5, 4), 2),
         "query is [2, 3, 4] and memory [5, 4]; they must be [B, N, C] and [N, M, C]",
     ),
     "lookup places": (
-        lambda: ops.memory_lookup(torch.zeros(2, 3, 4), torch.zeros(5, 6, 4), 2),
+        lambda: ops.memory_lookup(Z(2, 3, 4), Z(5, 6, 4), 2),
         "query is [2, 3, 4] and memory [5, 6, 4]; a query [B, 5, 4] would fit this memory.",
     ),
-    "lookup width": (
-        lambda: ops.memory_lookup(torch.zeros(2, 4), torch.zeros(6, 7), 2),
-        "a query [B, 1, 7] would fit",
-    ),
-    "lookup integer": (
-        lambda: ops.memory_lookup(torch.zeros(2, 4).long(), torch.zeros(6, 4), 2),
-        "query is torch.int64",
-    ),
+    "lookup width": (lambda: ops.memory_lookup(X, Z(6, 7), 2), "a query [B, 1, 7] would fit"),
+    "lookup integer": (lambda: ops.memory_lookup(X.long(), Z(6, 4), 2), "query is torch.int64"),
     "lookup both shrinkages": (
-        lambda: ops.memory_lookup(X, torch.zeros(6, 4), 2, threshold=0.5),
+        lambda: ops.memory_lookup(X, Z(6, 4), 2, threshold=0.5),
         "top_k=2 and threshold=0.5 are both given; give one.",
     ),
     "lookup k": (
-        lambda: ops.memory_lookup(X, torch.zeros(6, 4), 7),
+        lambda: ops.memory_lookup(X, Z(6, 4), 7),
         "top_k is 7, but there are 6 memory slots",
     ),
     "lookup threshold": (
-        lambda: ops.memory_lookup(X, torch.zeros(6, 4), threshold=-1.0),
+        lambda: ops.memory_lookup(X, Z(6, 4), threshold=-1.0),
         "threshold is -1.0",
     ),
     "shortcut shapes": (
-        lambda: ops.masked_shortcut(torch.zeros(1, 2, 3, 3), torch.zeros(1, 2, 3, 4), 0.5),
+        lambda: ops.masked_shortcut(Z(1, 2, 3, 3), Z(1, 2, 3, 4), 0.5),
         "inpainted is [1, 2, 3, 3] and shortcut [1, 2, 3, 4]",
     ),
     "shortcut dimensions": (lambda: ops.masked_shortcut(X, X, 0.5), "inpainted is [2, 4]"),
     "shortcut dtypes": (
-        lambda: ops.masked_shortcut(
-            torch.zeros(1, 2, 3, 3), torch.zeros(1, 2, 3, 3, dtype=torch.bfloat16), 0.5
-        ),
+        lambda: ops.masked_shortcut(MAP, MAP.bfloat16(), 0.5),
         "inpainted is torch.float32 and shortcut torch.bfloat16",
     ),
     "shortcut probability": (
-        lambda: ops.masked_shortcut(torch.zeros(1, 2, 3, 3), torch.zeros(1, 2, 3, 3), 1.5),
+        lambda: ops.masked_shortcut(MAP, MAP, 1.5),
         "keep_probability is 1.5; it must lie in [0, 1].",
     ),
     "attention shapes": (
-        lambda: ops.neighbourhood_attention(
-            torch.zeros(1, 4, 2), torch.zeros(1, 4, 3), torch.zeros(1, 4, 2), X[0], X[0], 1
-        ),
+        lambda: ops.neighbourhood_attention(Z(1, 4, 2), Z(1, 4, 3), Z(1, 4, 2), X[0], X[0], 1),
         "query is [1, 4, 2], key [1, 4, 3] and value [1, 4, 2]",
     ),
     "attention grid": (
-        lambda: ops.neighbourhood_attention(*[torch.zeros(1, 5, 2)] * 3, X[0], X[0], 1),
+        lambda: ops.neighbourhood_attention(*[Z(1, 5, 2)] * 3, X[0], X[0], 1),
         "N is 5; a square grid",
     ),
     "attention heads": (
-        lambda: ops.neighbourhood_attention(*[torch.zeros(1, 4, 4)] * 3, X[0], X[0], 3),
+        lambda: ops.neighbourhood_attention(*[Z(1, 4, 4)] * 3, X[0], X[0], 3),
         "C is 4 and num_heads 3; the heads must divide C.",
     ),
     "attention padding": (
-        lambda: ops.neighbourhood_attention(*[torch.zeros(1, 4, 6)] * 3, X[0], X[0], 3),
+        lambda: ops.neighbourhood_attention(*[Z(1, 4, 6)] * 3, X[0], X[0], 3),
         "pad_key is [4] and pad_value [4]; both must be [6].",
     ),
 }
