@@ -7,14 +7,12 @@ import torch
 
 import squid_fast
 from squid_fast import ops
+from tests.kernels.devices import ON_GPU
 from tests.modules import test_golden as golden_tests
 from tests.modules.test_golden import Load, models
 from tests.tolerances import assert_close
 
-pytestmark = [
-    pytest.mark.usefixtures("device"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="the golden tests run on the CPU"),
-]
+pytestmark = pytest.mark.skipif(ON_GPU, reason="the golden tests run on the CPU")
 
 
 @pytest.mark.parametrize("case", golden_tests.GUMBEL)

@@ -114,7 +114,7 @@ def exact_memories(N: int, C: int, scores: Tensor) -> list[Tensor]:
 
 
 def looked_up_values(query: Tensor, memory: Tensor, values: Tensor, **mode: Any) -> Tensor:
-    """The reference's answer if slots were longer by the values, of which the query knows nothing."""
+    """The reference's answer from slots that are longer by the values, which no query sees."""
     V = values.shape[-1]
     longer = torch.cat([query, query.new_zeros(*query.shape[:2], V)], dim=2)
     return reference.memory_lookup(longer, torch.cat([memory, values], dim=2), **mode)[..., -V:]

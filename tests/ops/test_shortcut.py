@@ -17,7 +17,7 @@ from squid_fast.ops import shortcut
 from squid_fast.ops.philox import philox_uniform
 from squid_fast.ops.shortcut import shortcut_mask
 from tests.ops.samples import DTYPES, blend, compare, normal, shortcut_of, with_gradients
-from tests.tolerances import TOLERANCES, assert_close
+from tests.tolerances import TOLERANCES
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
