@@ -12,10 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import squid_fast
 from squid_fast import PRESETS, SQUID, InpaintBlock, reference
 from squid_fast.modules.unet import to_image, to_patches
 from tests.factories import TINY, open_masks
+from tests.modules.published import (
+    assert_same_gradients,
+    gradients,
+    published,
+    update_queues,
+)
 from tests.tolerances import assert_close, error
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -96,22 +101,6 @@ def images_for(model: SQUID, B: int = 3) -> Tensor:
     return torch.rand(B, model.num_in_ch, model.image_size, model.image_size, dtype=dtype)
 
 
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Gradients under the published names; those that stayed None are left out."""
-    found = {}
-    for name, parameter in model.named_parameters():
-        if parameter.grad is None:
-            continue
-        if name.endswith(".slots") and not isinstance(model, reference.SQUID):
-            stem, grads = name.removesuffix("slots"), parameter.grad
-            single = f"{stem}memMatrix" in model.state_dict()
-            keys = [f"{stem}{'' if single else f'{i}.'}memMatrix" for i in range(len(grads))]
-            found |= dict(zip(keys, grads, strict=True))
-        else:
-            found[name] = parameter.grad
-    return found
-
-
 def loss_of(outputs: dict[str, Tensor | None], images: Tensor, dist_w: float) -> Tensor:
     recon, teacher = outputs["recon"], outputs["teacher_recon"]
     assert recon is not None
@@ -119,14 +108,6 @@ def loss_of(outputs: dict[str, Tensor | None], images: Tensor, dist_w: float) ->
     if teacher is not None and outputs["dist_loss"] is not None:
         loss = loss + 0.5 * F.mse_loss(teacher, images) + dist_w * outputs["dist_loss"]
     return loss
-
-
-def assert_same_gradients(model: SQUID, plain: reference.SQUID, bound: float) -> None:
-    actual, expected = gradients(model), gradients(plain)
-    assert set(actual) == set(expected)
-    largest = max(float(value.abs().max()) for value in expected.values())
-    for key, value in expected.items():
-        assert float((actual[key] - value).abs().max()) <= bound * largest, key
 
 
 @configs
@@ -146,14 +127,11 @@ def test_equals_reference(name: str, training: bool, dist_w: float) -> None:
 
     loss_of(outputs, images, dist_w).backward()
     loss_of(expected, images, dist_w).backward()
-    assert_same_gradients(model, plain, EXACT)
+    assert_same_gradients(gradients(model), gradients(plain), EXACT)
 
-    for each in (model, plain):
-        for module in each.modules():
-            if isinstance(module, (squid_fast.MemoryQueue, reference.MemoryQueue)):
-                module.update()
-    state, expected_state = model.state_dict(), plain.state_dict()
-    for key, value in expected_state.items():
+    update_queues(model, plain)
+    state = model.state_dict()
+    for key, value in plain.state_dict().items():
         assert_close(state[key].double(), value.double(), EXACT)
 
 
@@ -404,7 +382,7 @@ def test_channels_last_equals_contiguous(name: str, training: bool) -> None:
         assert_close(outputs[key], expected[key], EXACT)
     loss_of(outputs, images, 0.0).backward()
     loss_of(expected, images, 0.0).backward()
-    assert_same_gradients(model, plain, EXACT)
+    assert_same_gradients(gradients(model), gradients(plain), EXACT)
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
@@ -443,13 +421,8 @@ def test_compiled_equals_eager(training: bool) -> None:
     if training:
         loss_of(outputs, images, 0.1).backward()
         loss_of(expected, images, 0.1).backward()
-        largest = max(float(g.abs().max()) for g in gradients(model).values())
-        for (key, value), grad in zip(
-            gradients(model).items(), gradients(other).values(), strict=True
-        ):
-            assert float((grad - value).abs().max()) <= 1e-5 * largest, key
-        for each in (model, other):
-            each.inpaint_block.memory.update()
+        assert_same_gradients(gradients(other), gradients(model), 1e-5)
+        update_queues(model, other)
         slots, twin = model.inpaint_block.memory.slots, other.inpaint_block.memory.slots
         assert_close(twin, slots, 1e-6)
         assert int(other.inpaint_block.memory.ptr) == 3
@@ -466,14 +439,12 @@ def test_published_presets_are_there() -> None:
 
 def published_shapes(model: nn.Module) -> dict[str, torch.Size]:
     """Shapes by published name; ``state_dict`` cannot be asked of a model without data."""
-    shapes = {}
-    for name, value in (*model.named_parameters(), *model.named_buffers()):
-        if name.endswith(".slots"):
-            stem = name.removesuffix("slots")
-            shapes |= {f"{stem}{i}.memMatrix": value.shape[1:] for i in range(value.shape[0])}
-        elif not name.endswith((".ptr", ".code")):
-            shapes[name] = value.shape
-    return shapes
+    values = dict((*model.named_parameters(), *model.named_buffers()))
+    return {
+        name: value.shape
+        for name, value in published(model, values).items()
+        if not name.endswith((".ptr", ".code"))
+    }
 
 
 @pytest.mark.parametrize("name", PRESETS)
