@@ -153,12 +153,7 @@ def few_tiles(sizes: tuple[int, int, int, int]) -> bool:
 # All of them large, once: several tiles in each direction, at several places, in several parts.
 @example(sizes=(33, 3, 70, 66), k=64, threshold=0.3, mode="gumbel", parts=3, seed=0)
 def test_drawn_sizes(
-    sizes: tuple[int, int, int, int],
-    k: int,
-    threshold: float,
-    mode: str,
-    parts: int,
-    seed: int,
+    sizes: tuple[int, int, int, int], k: int, threshold: float, mode: str, parts: int, seed: int
 ) -> None:
     query, memory = memories(*sizes, seed=seed)
     drawn = {"gumbel": {"top_k": min(k, sizes[2])}, "hard": {"threshold": threshold}, "raw": {}}

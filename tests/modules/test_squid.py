@@ -15,12 +15,7 @@ from torch import Tensor, nn
 from squid_fast import PRESETS, SQUID, InpaintBlock, reference
 from squid_fast.modules.unet import to_image, to_patches
 from tests.factories import TINY, open_masks
-from tests.modules.published import (
-    assert_same_gradients,
-    gradients,
-    published,
-    update_queues,
-)
+from tests.modules.published import assert_same_gradients, gradients, published, update_queues
 from tests.tolerances import assert_close, error
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -56,10 +51,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "initial_combine": 1,
         "decoder_memory": [memory(V1, 64, 4), memory(V1, 4, 4)],
     },
-    "memories of patches": {
-        "initial_combine": 1,
-        "decoder_memory": [None, memory(V3, 16, 4)],
-    },
+    "memories of patches": {"initial_combine": 1, "decoder_memory": [None, memory(V3, 16, 4)]},
     "one memory for all": {
         "initial_combine": 1,
         "decoder_memory": [memory(V4, 256, 4), memory(V4, 16, 1)],
