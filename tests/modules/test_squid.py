@@ -106,8 +106,7 @@ def loss_of(outputs: dict[str, Tensor | None], images: Tensor, dist_w: float) ->
 def test_equals_reference(name: str, training: bool, dist_w: float) -> None:
     model, plain = pair(name)
     images = images_for(model)
-    outputs = model.train(training)(images)
-    expected = plain.train(training)(images)
+    outputs, expected = model.train(training)(images), plain.train(training)(images)
     assert list(outputs) == list(expected)
     for key, value in expected.items():
         if value is None:
@@ -210,8 +209,7 @@ def test_masks_are_drawn_anew_and_repeat_under_a_seed() -> None:
 
 
 def test_closed_masks_let_the_features_pass() -> None:
-    model, _ = pair("combine 1")
-    block = model.inpaint_block.train()
+    block = pair("combine 1")[0].inpaint_block.train()
     block.mask_ratio = 0.0
     x = torch.randn(8, 16, 2, 2, dtype=torch.float64)
     assert torch.equal(block(x), x)
@@ -219,8 +217,7 @@ def test_closed_masks_let_the_features_pass() -> None:
 
 def test_the_models_ratio_does_not_reach_the_decoder_memories() -> None:
     entries = [memory(V1, 64, 4), memory(V3, 16, 4) | {"ratio": 0.5}]
-    config = BASE | {"initial_combine": 1, "ratio": 0.25, "decoder_memory": entries}
-    model = SQUID(**config)
+    model = SQUID(**BASE | {"initial_combine": 1, "ratio": 0.25, "decoder_memory": entries})
     ratios = [m.mask_ratio for m in model.modules() if hasattr(m, "mask_ratio")]
     assert ratios == [0.25, 0.95, 0.5]
 
@@ -246,8 +243,7 @@ def test_evaluation_does_not_depend_on_the_batch() -> None:
 def test_code_of_the_patch_index(N: int) -> None:
     block = InpaintBlock(16, 5, N, 16, 3)
     bits = len(f"{N:b}")  # floor(log2 N) + 1
-    expected = [[int(digit) for digit in f"{n:0{bits}b}"] for n in range(N)]
-    assert block.code.tolist() == expected
+    assert block.code.tolist() == [[int(digit) for digit in f"{n:0{bits}b}"] for n in range(N)]
     assert torch.equal(reference.inpaint.patch_code(N), block.code)
     assert block.bottleneck_conv2[0].in_channels == 4 + bits
 
@@ -260,8 +256,7 @@ def test_block_equals_reference(N: int, h: int, w: int) -> None:
     plain.load_state_dict(block.state_dict(), strict=True)
     x = torch.randn(2 * N, 8, h, w, dtype=torch.float64)
     for training in (False, True):
-        expected = plain.train(training)(x)
-        assert_close(block.train(training)(x), expected, EXACT)
+        assert_close(block.train(training)(x), plain.train(training)(x), EXACT)
 
 
 @pytest.mark.parametrize("shrink_thres", [3, 0.2, 0])
@@ -283,7 +278,7 @@ def test_a_frozen_block_is_the_same_until_it_changes(shrink_thres: float) -> Non
         block.freeze()
         assert_close(block(x), changed)
         assert not torch.allclose(changed, plain)
-        # Nor does it outlive a change behind the block's back.
+        # Nor does it outlive a change that the block is not told of.
         for change in (
             lambda: block.memory.slots.mul_(1.5),
             lambda: block.attention.in_proj_weight.add_(0.1),
@@ -413,9 +408,9 @@ def test_compiled_equals_eager(training: bool) -> None:
         loss_of(expected, images, 0.1).backward()
         assert_same_gradients(gradients(other), gradients(model), 1e-5)
         update_queues(model, other)
-        slots, twin = model.inpaint_block.memory.slots, other.inpaint_block.memory.slots
-        assert_close(twin, slots, 1e-6)
-        assert int(other.inpaint_block.memory.ptr) == 3
+        queue, twin = model.inpaint_block.memory, other.inpaint_block.memory
+        assert_close(twin.slots, queue.slots, 1e-6)
+        assert int(twin.ptr) == 3
 
 
 # --- presets --------------------------------------------------------------------------------------
@@ -451,7 +446,7 @@ def test_published_settings() -> None:
     }  # fmt: skip
     for name in ("zhanglab", "chexpert"):
         model, recipe = PRESETS[name].model, PRESETS[name].recipe
-        assert model | radiographs == model
+        assert model == model | radiographs
         assert (recipe.recon_w, recipe.g_w, recipe.t_w) == (10, 0.005, 0.01)
         assert (recipe.dist_w, recipe.d_w, recipe.n_critic) == (0.001, 0.005, 2)
     digit = PRESETS["digit_anatomy"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -94,17 +95,14 @@ def test_a_convolution_mixes_the_answers_of_the_neighbours() -> None:
     features = torch.randn(2, 9, 16).double()
     answers, mixed = own._convolve(features)
     weight, bias = own.convolution.weight, own.convolution.bias
-    for b in range(2):
-        for row in range(3):
-            for column in range(3):
-                expected = bias.clone()
-                for down in (-1, 0, 1):
-                    for right in (-1, 0, 1):
-                        r, c = row + down, column + right
-                        if 0 <= r < 3 and 0 <= c < 3:
-                            tap = weight[:, :, down + 1, right + 1]
-                            expected = expected + tap @ answers[b, 3 * r + c]
-                torch.testing.assert_close(mixed[b, 3 * row + column], expected)
+    for b, row, column in itertools.product(range(2), range(3), range(3)):
+        expected = bias.clone()
+        for down, right in itertools.product((-1, 0, 1), repeat=2):
+            r, c = row + down, column + right
+            if 0 <= r < 3 and 0 <= c < 3:
+                tap = weight[:, :, down + 1, right + 1]
+                expected = expected + tap @ answers[b, 3 * r + c]
+        torch.testing.assert_close(mixed[b, 3 * row + column], expected)
     assert not any(name.startswith("attention") for name in own.state_dict())
 
 
