@@ -5,19 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
 from squid_fast import ops, reference
 from tests.kernels.devices import DEVICE, DTYPES, drawn
 from tests.ops.samples import (
     LAYOUTS,
+    SEEDS,
     assert_nan_stays_in_its_row,
     compare,
     separated,
     some_k,
     survivors,
     tied,
+    up_to,
 )
 from tests.tolerances import assert_close
 
@@ -51,13 +52,7 @@ def test_rows_longer_than_a_tile(k: int) -> None:
 
 
 @drawn
-@given(
-    rows=st.integers(1, 12),
-    M=st.integers(1, 70),
-    k=st.integers(1, 64),
-    levels=st.integers(1, 6),
-    seed=st.integers(0, 2**16),
-)
+@given(rows=up_to(12), M=up_to(70), k=up_to(64), levels=up_to(6), seed=SEEDS)
 def test_ties(rows: int, M: int, k: int, levels: int, seed: int) -> None:
     logits, k = tied(rows, M, levels, seed), min(k, M)
     weights = assert_right(logits.to(DEVICE, torch.float32), k)

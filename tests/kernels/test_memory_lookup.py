@@ -17,11 +17,13 @@ from squid_fast.kernels import card, matrix_product, memory_lookup, memory_searc
 from squid_fast.kernels.card import card_of
 from tests.kernels.devices import DEVICE, DTYPES, ON_GPU, drawn, tensors
 from tests.ops.samples import (
+    SEEDS,
     assert_nan_stays_in_its_row,
     compare,
     exact_memories,
     looked_up_values,
     normal,
+    up_to,
     with_gradients,
 )
 from tests.tolerances import TOLERANCES, assert_close
@@ -141,14 +143,12 @@ def few_tiles(sizes: tuple[int, int, int, int]) -> bool:
 
 @drawn
 @given(
-    sizes=st.tuples(
-        st.integers(1, 70), st.integers(1, 4), st.integers(1, 90), st.integers(1, 80)
-    ).filter(few_tiles),
-    k=st.integers(1, 64),
+    sizes=st.tuples(up_to(70), up_to(4), up_to(90), up_to(80)).filter(few_tiles),
+    k=up_to(64),
     threshold=st.floats(0.01, 1.0),
     mode=st.sampled_from(sorted(MODES)),
-    parts=st.integers(1, 4),
-    seed=st.integers(0, 2**16),
+    parts=up_to(4),
+    seed=SEEDS,
 )
 # All of them large, once: several tiles in each direction, at several places, in several parts.
 @example(sizes=(33, 3, 70, 66), k=64, threshold=0.3, mode="gumbel", parts=3, seed=0)

@@ -14,7 +14,7 @@ from torch import Tensor
 from squid_fast import ops
 from squid_fast.kernels import card
 from tests.kernels.devices import DEVICE, DTYPES, drawn, tensors
-from tests.ops.samples import attention_inputs, compare_attention, normal, with_gradients
+from tests.ops.samples import attention_inputs, compare_attention, normal, up_to, with_gradients
 from tests.tolerances import assert_close
 
 NAMES = ("query", "key", "value", "pad_key", "pad_value")
@@ -45,13 +45,7 @@ def test_equals_reference(B: int, P: int, heads: int, width: int, dtype: torch.d
 
 
 @drawn
-@given(
-    B=st.integers(1, 5),
-    P=st.integers(1, 4),
-    heads=st.integers(1, 4),
-    width=st.integers(1, 9),
-    scale=st.sampled_from([0.1, 1.0]),
-)
+@given(B=up_to(5), P=up_to(4), heads=up_to(4), width=up_to(9), scale=st.sampled_from([0.1, 1.0]))
 def test_at_drawn_sizes(B: int, P: int, heads: int, width: int, scale: float) -> None:
     compare_attention(inputs_on_device(B, P, heads * width, scale), heads)
 

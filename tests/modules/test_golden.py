@@ -198,6 +198,16 @@ def test_no_golden_case_is_left_out(golden: Load) -> None:
     assert {key.split(".")[0] for key in part(tensors, "hard.")} == set(HARD)
 
 
+def assert_gradients(
+    result: Tensor, t: dict[str, Tensor], tolerance: float | None = None, **inputs: Tensor
+) -> None:
+    """Of a golden file's inputs by name, for its upstream gradient."""
+    found = torch.autograd.grad(result, list(inputs.values()), t["grad_out"])
+    for name, grad in zip(inputs, found, strict=True):
+        expected = t[f"grad_{name}"]
+        assert_close(grad.view(expected.shape), expected, tolerance)
+
+
 @rooms
 @pytest.mark.parametrize("case", GUMBEL)
 def test_gumbel_shrinkage(golden: Load, case: str, room: ModuleType) -> None:
@@ -207,8 +217,7 @@ def test_gumbel_shrinkage(golden: Load, case: str, room: ModuleType) -> None:
     # Below 1e-30 the published p + (h - p) has lost h to rounding; squid_fast has it still.
     assert torch.equal(weights > 1e-30, t["weights"] > 1e-30)
     assert_close(weights, t["weights"], floor=1e-6)
-    (grad,) = torch.autograd.grad(weights, logits, t["grad_out"])
-    assert_close(grad, t["grad_logits"])
+    assert_gradients(weights, t, logits=logits)
 
 
 @rooms
@@ -219,8 +228,7 @@ def test_hard_shrinkage(golden: Load, case: str, room: ModuleType) -> None:
     weights = operations(room).hard_shrinkage(logits, float(t["lambd"]))
     assert torch.equal(weights != 0, t["weights"] != 0)
     assert_close(weights, t["weights"])
-    (grad,) = torch.autograd.grad(weights, logits, t["grad_out"])
-    assert_close(grad, t["grad_logits"])
+    assert_gradients(weights, t, logits=logits)
 
 
 @rooms
@@ -233,12 +241,10 @@ def test_queue(golden: Load, room: ModuleType) -> None:
         queue.update()
         assert torch.equal(queue.state_dict()["memMatrix"], t[f"after{i}"]), i
         assert int(queue.ptr) == int(t[f"ptr{i}"]), i
-
     query = t["query"].requires_grad_()
     answer = queue.eval()(query)
     assert_close(answer, t["out"])
-    (grad,) = torch.autograd.grad(answer, query, t["grad_out"])
-    assert_close(grad, t["grad_query"])
+    assert_gradients(answer, t, query=query)
 
 
 @rooms
@@ -250,6 +256,4 @@ def test_matrix(golden: Load, room: ModuleType) -> None:
     query = t["query"].requires_grad_()
     answer = matrix(query)
     assert_close(answer, t["out"])
-    grads = torch.autograd.grad(answer, (query, slots), t["grad_out"])
-    assert_close(grads[0], t["grad_query"])
-    assert_close(grads[1].view(16, 6), t["grad_memory"])
+    assert_gradients(answer, t, query=query, memory=slots)

@@ -10,20 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from squid_fast import (
-    SQUID,
-    Bundle,
-    Discriminator,
-    MemoryMatrix,
-    MemoryQueue,
-    Scorer,
-    load_bundle,
-    save_bundle,
-)
+from squid_fast import SQUID, Bundle, Discriminator, MemoryMatrix, MemoryQueue, Scorer
 from squid_fast.experiments.published import published_way
-from squid_fast.inference import calibrate
+from squid_fast.inference import calibrate, load_bundle, save_bundle
 from squid_fast.modules.inpaint import InpaintBlock
 from tests.factories import image_batch, image_set, tiny_squid
+from tests.modules.published import update_queues
 
 ALL: list[Any] = [
     None,
@@ -137,13 +129,9 @@ def test_a_variant_is_saved_loaded_and_scored(inpainting: Any, tmp_path: Path) -
     with torch.no_grad():
         network.out_conv.conv.weight *= 30
         discriminator(network(image_batch(8))["recon"])
-    for module in network.modules():
-        if isinstance(module, MemoryQueue):
-            module.update()
-    calibration = calibrate(
-        network.eval(), discriminator.eval(), image_set(20), precision="float32"
-    )
-    save_bundle(Bundle(network, discriminator, calibration), tmp_path)
+    update_queues(network)
+    pair = network.eval(), discriminator.eval()
+    save_bundle(Bundle(*pair, calibrate(*pair, image_set(20), precision="float32")), tmp_path)
     loaded = load_bundle(tmp_path)
     for name, value in network.state_dict().items():
         assert torch.equal(value, loaded.model.state_dict()[name]), name

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from squid_fast import ops, reference
@@ -14,6 +16,8 @@ from tests.tolerances import assert_close
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 LOW = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [1, 2, 3, 5, 7, 17, 33]
+SEEDS = st.integers(0, 2**16)
+up_to = partial(st.integers, 1)
 
 
 def normal(*shape: int, scale: float = 1.0, seed: int = 0) -> Tensor:

@@ -16,6 +16,7 @@ from tests.ops.samples import (
     DTYPES,
     LAYOUTS,
     LOW,
+    SEEDS,
     SIZES,
     assert_nan_stays_in_its_row,
     compare,
@@ -26,6 +27,7 @@ from tests.ops.samples import (
     some_k,
     survivors,
     tied,
+    up_to,
 )
 from tests.tolerances import assert_close
 
@@ -45,13 +47,7 @@ def test_gumbel_equals_reference(M: int, dtype: torch.dtype) -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(
-    rows=st.integers(0, 4),
-    M=st.integers(1, 40),
-    k=st.integers(1, 40),
-    levels=st.integers(1, 6),
-    seed=st.integers(0, 2**16),
-)
+@given(rows=st.integers(0, 4), M=up_to(40), k=up_to(40), levels=up_to(6), seed=SEEDS)
 def test_gumbel_with_ties(rows: int, M: int, k: int, levels: int, seed: int) -> None:
     logits, k = tied(rows, M, levels, seed), min(k, M)
     weights = compare(*GUMBEL, [logits], k)[0]
@@ -118,12 +114,7 @@ def test_hard_equals_reference(threshold: float, M: int, dtype: torch.dtype) -> 
 
 
 @settings(max_examples=25, deadline=None)
-@given(
-    rows=st.integers(0, 4),
-    M=st.integers(1, 40),
-    threshold=st.floats(1e-3, 2.0),
-    seed=st.integers(0, 2**16),
-)
+@given(rows=st.integers(0, 4), M=up_to(40), threshold=st.floats(1e-3, 2.0), seed=SEEDS)
 def test_hard_at_drawn_sizes(rows: int, M: int, threshold: float, seed: int) -> None:
     compare(*HARD, [normal(rows, M, seed=seed)], threshold, floor=1.0)
 
@@ -187,11 +178,11 @@ def test_lookup_equals_reference(B: int, N: int, M: int, C: int, mode: dict[str,
 
 @settings(max_examples=30, deadline=None)
 @given(
-    sizes=st.tuples(st.integers(0, 6), st.integers(1, 5), st.integers(1, 20), st.integers(1, 12)),
-    k=st.integers(1, 20),
+    sizes=st.tuples(st.integers(0, 6), up_to(5), up_to(20), up_to(12)),
+    k=up_to(20),
     threshold=st.floats(1e-3, 2.0),
     mode=st.sampled_from(["gumbel", "hard", "raw"]),
-    seed=st.integers(0, 2**16),
+    seed=SEEDS,
 )
 def test_lookup_at_drawn_sizes(
     sizes: tuple[int, int, int, int], k: int, threshold: float, mode: str, seed: int
