@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -28,12 +30,9 @@ def test_gumbel_shrinkage(golden: Load, case: str) -> None:
     golden_tests.assert_gradients(weights, t, tolerance=1e-4, logits=logits)
 
 
-def test_queue(golden: Load) -> None:
-    golden_tests.test_queue(golden, squid_fast)
-
-
-def test_matrix(golden: Load) -> None:
-    golden_tests.test_matrix(golden, squid_fast)
+@pytest.mark.parametrize("test", [golden_tests.test_queue, golden_tests.test_matrix])
+def test_memories(golden: Load, test: Callable) -> None:
+    test(golden, squid_fast)
 
 
 @models

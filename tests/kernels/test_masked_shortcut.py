@@ -8,6 +8,8 @@ from functools import partial
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -16,7 +18,14 @@ from squid_fast import ops
 from squid_fast.ops.philox import philox_uniform
 from squid_fast.ops.shortcut import shortcut_mask
 from tests.kernels.devices import DEVICE, DTYPES, drawn, tensors
-from tests.ops.samples import blend, normal, shortcut_of, up_to, with_gradients
+from tests.ops.samples import (
+    assert_backward_repeats_the_draw,
+    blend,
+    normal,
+    shortcut_of,
+    up_to,
+    with_gradients,
+)
 from tests.tolerances import TOLERANCES, assert_close
 
 SHAPES = [
@@ -156,6 +165,19 @@ def test_mask_is_that_of_pytorch(seed: int, layout: Layout) -> None:
             assert torch.equal(mask_of(shape, keep, seed, layout), expected.expand(shape))
 
 
+@triton.jit
+def _draw_kernel(out_ptr, seed, SIZE: tl.constexpr):
+    place = tl.arange(0, SIZE)
+    tl.store(out_ptr + place, tl.rand(seed, place))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 12345, 2**31 + 5, 2**40 + 2**33 + 77, 2**62 - 1])
+def test_numbers_are_those_of_triton(seed: int) -> None:
+    numbers = torch.empty(1024, device=DEVICE)
+    _draw_kernel[(1,)](numbers, seed, 1024)
+    assert torch.equal(numbers.cpu(), philox_uniform(torch.tensor(seed), 1024))
+
+
 def test_draw_at_the_probability_itself_is_not_kept() -> None:
     # Were either compared in another precision, the draw that equals the probability would tell.
     draws = philox_uniform(torch.tensor(SEED), 64)
@@ -173,17 +195,7 @@ def test_every_call_draws_anew() -> None:
 
 @affines
 def test_backward_repeats_the_draw(affine: bool) -> None:
-    inpainted, shortcut = tensors([torch.ones(2, 3, 16, 16), torch.zeros(2, 3, 16, 16)])
-    inpainted.requires_grad_(), shortcut.requires_grad_()
-    scale, shift = (
-        tensors([torch.full((3,), 2.0), torch.full((3,), -1.0)]) if affine else (None,) * 2
-    )
-    out = ops.masked_shortcut(inpainted, shortcut, 0.5, scale=scale, shift=shift)
-    ops.masked_shortcut(inpainted, shortcut, 0.5)  # another draw in between
-    (grad,) = tensors([normal(2, 3, 16, 16)])
-    kept, passed = torch.autograd.grad(out, (inpainted, shortcut), grad)
-    assert torch.equal(kept, (2 if affine else 1) * torch.where(out == 1, grad, 0.0))
-    assert torch.equal(passed, torch.where(out == 1, 0.0, grad))
+    assert_backward_repeats_the_draw(affine, DEVICE)
 
 
 # --- edges ----------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 
 import pytest
@@ -51,15 +50,6 @@ def test_queue_is_a_ring(batches: list[int]) -> None:
             position = (position + 1) % M
         assert torch.equal(queue.slots, ring)
         assert int(queue.ptr) == position
-
-
-def test_batch_larger_than_the_queue_leaves_its_newest() -> None:
-    queue = MemoryQueue(4, 2, 2, 1)
-    feed(queue, torch.arange(9.0).view(9, 1, 1).expand(9, 1, 2))
-    assert sorted(queue.slots[0, :, 0].tolist()) == [5, 6, 7, 8]
-    # The oldest of them is the next to go.
-    feed(queue, torch.full((1, 1, 2), 9.0))
-    assert sorted(queue.slots[0, :, 0].tolist()) == [6, 7, 8, 9]
 
 
 def test_second_update_does_nothing() -> None:
@@ -144,20 +134,6 @@ def test_state_dict_is_that_of_the_published_list_of_memories() -> None:
     for i, queue in enumerate(published["memory"]):
         assert torch.equal(holder["memory"].slots[i], queue.memMatrix)
     published.load_state_dict(holder.state_dict(), strict=True)
-
-
-def test_ptr_survives_a_saved_checkpoint() -> None:
-    queue, file = MemoryQueue(7, 3, 2, 4), io.BytesIO()
-    feed(queue, torch.randn(5, 4, 3))
-    torch.save(nn.ModuleDict({"memory": queue}).state_dict(), file)
-    file.seek(0)
-    other = nn.ModuleDict({"memory": MemoryQueue(7, 3, 2, 4)})
-    other.load_state_dict(torch.load(file, weights_only=True), strict=True)
-    assert int(other["memory"].ptr) == 5
-    features = torch.randn(4, 4, 3)
-    feed(queue, features)
-    feed(other["memory"], features)
-    assert torch.equal(queue.slots, other["memory"].slots)
 
 
 @pytest.mark.parametrize("ptr", [torch.tensor(4), torch.tensor([4]), torch.tensor([11])], ids=str)

@@ -322,7 +322,7 @@ def test_state_dicts_go_both_ways(name: str) -> None:
 def test_checkpoint_without_pickled_code() -> None:
     model, file = SQUID(**BASE).train(), io.BytesIO()
     model(images_for(model))
-    model.inpaint_block.memory.update()
+    update_queues(model)
     torch.save(model.state_dict(), file)
     file.seek(0)
     other = SQUID(**model.config)
@@ -330,6 +330,11 @@ def test_checkpoint_without_pickled_code() -> None:
     assert int(other.inpaint_block.memory.ptr) == 3
     for key, value in model.state_dict().items():
         assert torch.equal(other.state_dict()[key], value)
+    images = images_for(model)
+    for each in (model, other.train()):  # the next features go to the next slots
+        each(images)
+        update_queues(each)
+    assert torch.equal(other.inpaint_block.memory.slots, model.inpaint_block.memory.slots)
 
 
 def test_deepcopy_is_equal_and_independent() -> None:
@@ -341,15 +346,6 @@ def test_deepcopy_is_equal_and_independent() -> None:
     twin.inpaint_block.memory.update()
     assert int(model.inpaint_block.memory.ptr) == 0
     assert torch.equal(model(images)["recon"], expected)
-
-
-def test_wrong_state_dict_names_the_keys() -> None:
-    model = SQUID(**BASE)
-    state = model.state_dict()
-    state["inpaint_block.memory.4.memMatrix"] = torch.zeros(9, 16)
-    del state["out_conv.conv.bias"]
-    with pytest.raises(RuntimeError, match=r"(?s)out_conv.conv.bias.*memory.4.memMatrix"):
-        model.load_state_dict(state, strict=True)
 
 
 # --- layouts, precision, compilation --------------------------------------------------------------

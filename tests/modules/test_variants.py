@@ -37,7 +37,7 @@ def block(**variant: str) -> InpaintBlock:
     return InpaintBlock(16, 6, 4, 144, 3, **variant)
 
 
-def kept(queries: Tensor, slots: Tensor, k: int) -> Tensor:
+def looked_up(queries: Tensor, slots: Tensor, k: int) -> Tensor:
     """Answers [n, C] of queries [n, C] from slots [M, C], one at a time."""
     answers = []
     for q in queries.double():
@@ -54,7 +54,7 @@ def test_a_shared_queue_answers_all_places_from_the_same_slots() -> None:
     slots = own.memory.slots
     assert slots.shape == (1, 24, 144)  # the slots of all places together
     torch.testing.assert_close(
-        answers.flatten(0, 1).double(), kept(features.flatten(0, 1), slots[0], 3),
+        answers.flatten(0, 1).double(), looked_up(features.flatten(0, 1), slots[0], 3),
         rtol=1e-4, atol=1e-5,
     )  # fmt: skip
     swapped = own.memory(features.flip(1))
@@ -74,7 +74,7 @@ def test_a_matrix_learns_its_slots_and_is_never_written() -> None:
     for n in range(4):
         torch.testing.assert_close(
             memory(features)[:, n].detach().double(),
-            kept(features[:, n], memory.slots[n].detach(), 3),
+            looked_up(features[:, n], memory.slots[n].detach(), 3),
             rtol=1e-4, atol=1e-5,
         )  # fmt: skip
     network(image_batch(2))["recon"].square().mean().backward()

@@ -14,8 +14,6 @@ from squid_fast import ops, reference
 from tests.tolerances import assert_close
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-LOW = [torch.float32, torch.bfloat16, torch.float16]
-SIZES = [1, 2, 3, 5, 7, 17, 33]
 SEEDS = st.integers(0, 2**16)
 up_to = partial(st.integers, 1)
 
@@ -143,6 +141,21 @@ def shortcut_of(keep: float, seed: Tensor) -> Callable[..., Tensor]:
         return ops.masked_shortcut(x, y, keep, seed, scale=scale, shift=shift)
 
     return call
+
+
+def assert_backward_repeats_the_draw(affine: bool, device: str | torch.device) -> None:
+    def full(*shape: int, value: float) -> Tensor:
+        return torch.full(shape, value, device=device)
+
+    maps = [full(2, 3, 16, 16, value=value).requires_grad_() for value in (1.0, 0.0)]
+    # relu(2 * 1 - 1) is 1 again.
+    scale, shift = (full(3, value=2.0), full(3, value=-1.0)) if affine else (None, None)
+    out = ops.masked_shortcut(*maps, 0.5, scale=scale, shift=shift)
+    ops.masked_shortcut(*maps, 0.5)  # another draw in between
+    grad = normal(*out.shape).to(out)
+    kept, passed = torch.autograd.grad(out, maps, grad)
+    assert torch.equal(kept, (2 if affine else 1) * torch.where(out == 1, grad, 0.0))
+    assert torch.equal(passed, torch.where(out == 1, 0.0, grad))
 
 
 # --- attention ------------------------------------------------------------------------------------

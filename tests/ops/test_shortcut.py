@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from functools import partial
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -16,7 +12,15 @@ from squid_fast import ops, reference
 from squid_fast.ops import shortcut
 from squid_fast.ops.philox import philox_uniform
 from squid_fast.ops.shortcut import shortcut_mask
-from tests.ops.samples import DTYPES, blend, compare, normal, shortcut_of, with_gradients
+from tests.ops.samples import (
+    DTYPES,
+    assert_backward_repeats_the_draw,
+    blend,
+    compare,
+    normal,
+    shortcut_of,
+    with_gradients,
+)
 from tests.tolerances import TOLERANCES
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -74,16 +78,9 @@ def test_shortcut_draws_anew_at_every_call_and_repeats_under_a_seed() -> None:
     assert torch.equal(mask_of((2, 1, 32, 32), 0.5), second)
 
 
-def test_shortcut_backward_uses_the_draw_of_the_forward() -> None:
-    shape = (2, 3, 16, 16)
-    inpainted, shortcut = torch.ones(shape).requires_grad_(), torch.zeros(shape).requires_grad_()
-    out = ops.masked_shortcut(inpainted, shortcut, 0.5)
-    ops.masked_shortcut(inpainted, shortcut, 0.5)  # another draw in between
-    grad = normal(*shape).float()
-    grads = torch.autograd.grad(out, (inpainted, shortcut), grad)
-    zero = torch.zeros(())
-    assert torch.equal(grads[0], torch.where(out == 1, grad, zero))
-    assert torch.equal(grads[1], torch.where(out == 1, zero, grad))
+@pytest.mark.parametrize("affine", [False, True], ids=["plain", "affine"])
+def test_shortcut_backward_uses_the_draw_of_the_forward(affine: bool) -> None:
+    assert_backward_repeats_the_draw(affine, "cpu")
 
 
 @pytest.mark.parametrize("keep", [0, 1, 0.0, 1.0])
@@ -153,39 +150,6 @@ def test_shortcut_of_strided_maps() -> None:
 def test_shortcut_gradcheck() -> None:
     inputs = [normal(2, 2, 3, 3, seed=s).requires_grad_() for s in range(2)]
     assert torch.autograd.gradcheck(shortcut_of(0.5, torch.tensor(5)), inputs)
-
-
-TRITON_RAND = """
-import sys, torch, triton, triton.language as tl
-
-@triton.jit
-def draw(out_ptr, seed, n: tl.constexpr):
-    offset = tl.arange(0, n)
-    tl.store(out_ptr + offset, tl.rand(seed, offset))
-
-for seed in map(int, sys.argv[1:]):
-    out = torch.empty(1024)
-    draw[(1,)](out, seed, 1024)
-    print(*(x.hex() for x in out.tolist()))
-"""
-
-
-@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-def test_shortcut_numbers_are_those_of_triton(tmp_path) -> None:
-    script = tmp_path / "rand.py"  # Triton reads a kernel's source from its file
-    script.write_text(TRITON_RAND)
-    seeds = [0, 1, 12345, 2**31 + 5, 2**40 + 2**33 + 77, 2**62 - 1]
-    result = subprocess.run(
-        [sys.executable, script, *map(str, seeds)],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    for seed, line in zip(seeds, result.stdout.splitlines(), strict=True):
-        expected = torch.tensor([float.fromhex(x) for x in line.split()])
-        assert torch.equal(philox_uniform(torch.tensor(seed), 1024), expected)
 
 
 def test_shortcut_numbers_by_the_published_algorithm() -> None:
