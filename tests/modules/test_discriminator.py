@@ -122,9 +122,8 @@ def test_channels_last_gives_the_same_score() -> None:
 
 
 def test_size_is_a_thirty_second_of_the_side_rounded_up() -> None:
-    assert [discriminator_size(side) for side in (1, 32, 33, 48, 64, 96, 128, 1000)] == [
-        *(1, 1, 2, 2, 2, 3, 4, 32)
-    ]
+    sizes = map(discriminator_size, (1, 32, 33, 48, 64, 96, 128, 1000))
+    assert list(sizes) == [1, 1, 2, 2, 2, 3, 4, 32]
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,8 @@ def test_compiled_shortcut_draws_anew_at_every_call() -> None:
 
 Z = torch.zeros
 X, MAP = Z(2, 4), Z(1, 1, 2, 4)
+attend = ops.neighbourhood_attention
+# What is said, by which call.
 ERRORS: dict[str, Callable[[], Tensor]] = {
     "top_k is 0, but there are 4 memory slots; it must lie between 1 and 4.": (
         lambda: ops.gumbel_shrinkage(X, 0)
@@ -104,16 +106,14 @@ ERRORS: dict[str, Callable[[], Tensor]] = {
         lambda: ops.masked_shortcut(MAP, MAP, 0.5, scale=torch.ones(1), shift=torch.ones(2))
     ),
     "query is [1, 4, 2], key [1, 4, 3] and value [1, 4, 2]": (
-        lambda: ops.neighbourhood_attention(Z(1, 4, 2), Z(1, 4, 3), Z(1, 4, 2), X[0], X[0], 1)
+        lambda: attend(Z(1, 4, 2), Z(1, 4, 3), Z(1, 4, 2), X[0], X[0], 1)
     ),
-    "N is 5; a square grid": (
-        lambda: ops.neighbourhood_attention(*[Z(1, 5, 2)] * 3, X[0], X[0], 1)
-    ),
+    "N is 5; a square grid": lambda: attend(*[Z(1, 5, 2)] * 3, X[0], X[0], 1),
     "C is 4 and num_heads 3; the heads must divide C.": (
-        lambda: ops.neighbourhood_attention(*[Z(1, 4, 4)] * 3, X[0], X[0], 3)
+        lambda: attend(*[Z(1, 4, 4)] * 3, X[0], X[0], 3)
     ),
     "pad_key is [4] and pad_value [4]; both must be [6].": (
-        lambda: ops.neighbourhood_attention(*[Z(1, 4, 6)] * 3, X[0], X[0], 3)
+        lambda: attend(*[Z(1, 4, 6)] * 3, X[0], X[0], 3)
     ),
 }
 
