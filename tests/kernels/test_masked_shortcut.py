@@ -152,11 +152,11 @@ def mask_of(
 @layouts
 @pytest.mark.parametrize("seed", [0, 1, 2**31 + 5, 2**40 + 2**33 + 77, 2**62 - 1, -1])
 def test_mask_is_that_of_pytorch(seed: int, layout: Layout) -> None:
-    # Odd sides, many tiles of positions, three tiles of channels.
-    for shape in ((3, 2, 33, 31), (4, 1, 128, 128), (3, 130, 5, 5)):
-        for keep in (0.05, 0.3, 0.5, 0.95):
-            expected = shortcut_mask(torch.tensor(seed, device=DEVICE), shape, keep)
-            assert torch.equal(mask_of(shape, keep, seed, layout), expected.expand(shape))
+    cases = [((3, 2, 33, 31), keep) for keep in (0.05, 0.3, 0.5, 0.95)]
+    cases += [((6, 1, 64, 64), 0.5), ((3, 130, 5, 5), 0.5)]  # many tiles of positions, of channels
+    for shape, keep in cases:
+        expected = shortcut_mask(torch.tensor(seed, device=DEVICE), shape, keep)
+        assert torch.equal(mask_of(shape, keep, seed, layout), expected.expand(shape))
 
 
 @triton.jit
