@@ -21,5 +21,5 @@ drawn = settings(
 
 
 def tensors(inputs: list[Tensor], dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """``inputs`` where kernels are tested."""
+    """The inputs on the device on which kernels are tested."""
     return [x.to(DEVICE, dtype) for x in inputs]

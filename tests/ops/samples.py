@@ -44,7 +44,7 @@ def compare(
     floor: float = 0.0,
     **options: Any,
 ) -> list[Tensor]:
-    """Hold value and gradients of ``fast`` against those of ``plain`` in float64; the former.
+    """Value and gradients of ``fast``, which must be those of ``plain`` in float64.
 
     Settings and options follow the inputs, whose first has the shape of the result. ``floor`` is
     the least magnitude that errors are held against, where terms of that size cancel.
