@@ -14,17 +14,12 @@ import torch
 import squid_fast
 
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-APART = (
-    "squid_fast.__main__",
-    "squid_fast.kernels",
-    "squid_fast.screening.ray",
-)  # not imported here
+# Not imported here: a command, and what needs packages of its own.
+APART = ("squid_fast.__main__", "squid_fast.kernels", "squid_fast.screening.ray")
 
 MODULES = sorted(
     found.name
-    for found in pkgutil.walk_packages(
-        squid_fast.__path__, "squid_fast.", onerror=lambda name: None
-    )
+    for found in pkgutil.walk_packages(squid_fast.__path__, "squid_fast.", lambda name: None)
     if not found.name.startswith(APART)
 )
 

@@ -7,12 +7,7 @@ from torch import Tensor
 
 # Rounding of one entry, times a handful of roundings on the way to it. Half precision is compared
 # with a float64 result of the same rounded inputs.
-TOLERANCES = {
-    torch.float64: 1e-11,
-    torch.float32: 1e-5,
-    torch.float16: 4e-3,
-    torch.bfloat16: 3e-2,
-}
+TOLERANCES = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
 def error(actual: Tensor, expected: Tensor, floor: float = 0.0) -> float:

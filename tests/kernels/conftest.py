@@ -21,12 +21,6 @@ IMPLEMENTATIONS = [
 assert len(IMPLEMENTATIONS) == 10  # forward and backward of the five operations
 
 
-@pytest.fixture
-def device() -> torch.device:
-    """Where kernels are tested: the GPU, or the CPU through Triton's interpreter."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 @pytest.fixture(autouse=True)
 def _only_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Kernels serve the CPU too, and falling back to PyTorch is an error."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 from hypothesis import HealthCheck, settings
+from torch import Tensor
 
 ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 
 # The interpreter's bfloat16 is not to be trusted.
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * ON_GPU
@@ -16,3 +18,8 @@ drawn = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
+
+
+def tensors(inputs: list[Tensor], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """The inputs on the device on which kernels are tested."""
+    return [x.to(DEVICE, dtype) for x in inputs]

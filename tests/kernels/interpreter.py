@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import triton
@@ -28,13 +28,6 @@ VERSION = "3.7.1"
 
 # The scopes of the replacements in triton.language, by the globals of a kernel's module.
 scopes: dict[int, Any] = {}
-
-
-class Replacement(NamedTuple):
-    owner: Any
-    name: str
-    original: Any
-    remembering: Any
 
 
 def patch_once(patch: Callable[..., Any]) -> Callable[..., Any]:
@@ -96,12 +89,12 @@ def without_unsaid_checks(options: Any) -> Any:
 
 
 @cache
-def replacements() -> list[Replacement]:
-    """All of them; none where kernels are compiled, or with another version of Triton."""
+def replacements() -> list[tuple[Any, str, Any, Any]]:
+    """Owner, name, original and substitute; none for compiled kernels or another Triton."""
     if os.environ.get("TRITON_INTERPRET") != "1" or triton.__version__ != VERSION:
         return []
     return [
-        Replacement(owner, name, getattr(owner, name), once(getattr(owner, name)))
+        (owner, name, getattr(owner, name), once(getattr(owner, name)))
         for owner, name, once in (
             (interpreter, "_patch_lang", patch_once),
             (interpreter, "_get_np_dtype", numpy_dtype_once),
@@ -117,9 +110,8 @@ def remembering(on: bool = True) -> Iterator[None]:
     """The interpreter remembers inside; if not ``on``, it is as it was published."""
     restore_language()
     with pytest.MonkeyPatch.context() as patch:
-        for replacement in replacements():
-            new = replacement.remembering if on else replacement.original
-            patch.setattr(replacement.owner, replacement.name, new)
+        for owner, name, published, quick in replacements():
+            patch.setattr(owner, name, quick if on else published)
         try:
             yield
         finally:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 import squid_fast
 from squid_fast import ops
+from tests.kernels.devices import ON_GPU
 from tests.modules import test_golden as golden_tests
 from tests.modules.test_golden import Load, models
 from tests.tolerances import assert_close
 
-pytestmark = [
-    pytest.mark.usefixtures("device"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="the golden tests run on the CPU"),
-]
+pytestmark = pytest.mark.skipif(ON_GPU, reason="the golden tests run on the CPU")
 
 
 @pytest.mark.parametrize("case", golden_tests.GUMBEL)
@@ -26,16 +26,13 @@ def test_gumbel_shrinkage(golden: Load, case: str) -> None:
     # Probabilities one float32 step apart: (p - t) / (p - t + 1e-12) has lost four digits, and
     # another exponential function loses others.
     assert_close(weights, t["weights"], 1e-3 if case == "nearties" else None, floor=1e-6)
-    (grad,) = torch.autograd.grad(weights, logits, t["grad_out"])
-    assert_close(grad, t["grad_logits"], 1e-4)  # another exponential function here too
+    # Another exponential function here too.
+    golden_tests.assert_gradients(weights, t, tolerance=1e-4, logits=logits)
 
 
-def test_queue(golden: Load) -> None:
-    golden_tests.test_queue(golden, squid_fast)
-
-
-def test_matrix(golden: Load) -> None:
-    golden_tests.test_matrix(golden, squid_fast)
+@pytest.mark.parametrize("test", [golden_tests.test_queue, golden_tests.test_matrix])
+def test_memories(golden: Load, test: Callable) -> None:
+    test(golden, squid_fast)
 
 
 @models

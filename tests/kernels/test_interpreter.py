@@ -14,23 +14,21 @@ from triton.runtime.errors import InterpreterError
 from squid_fast import ops
 from tests.kernels import interpreter
 from tests.kernels.devices import ON_GPU
-from tests.ops.samples import attention_inputs, normal, with_gradients
+from tests.ops.samples import compile_cases, normal, shortcut_of, with_gradients
 
 pytestmark = pytest.mark.skipif(ON_GPU, reason="kernels are compiled")
 
-CASES: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
-    "gumbel": (lambda x: ops.gumbel_shrinkage(x, 3), [normal(5, 9)]),
-    "lookup": (lambda q, m: ops.memory_lookup(q, m, 3), [normal(18, 2, 35), normal(2, 40, 35)]),
+CASES: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = compile_cases() | {
+    "lookup": (lambda *x: ops.memory_lookup(*x, 3), [normal(18, 2, 35), normal(2, 40, 35)]),
     "half": (
-        lambda q, m: ops.memory_lookup(q, m, threshold=0.3),
+        lambda *x: ops.memory_lookup(*x, threshold=0.3),
         [normal(3, 1, 4).half(), normal(1, 5, 4).half()],
     ),
-    "search": (lambda q, m: ops.memory_lookup(q, m, 3), [normal(1, 1, 5), normal(1, 520, 5)]),
+    "search": (lambda *x: ops.memory_lookup(*x, 3), [normal(1, 1, 5), normal(1, 520, 5)]),
     "shortcut": (
-        lambda *x: ops.masked_shortcut(*x[:2], 0.5, torch.tensor(3), scale=x[2], shift=x[3]),
+        shortcut_of(0.5, torch.tensor(3)),
         [normal(2, 3, 4, 4), normal(2, 3, 4, 4, seed=1), normal(3), normal(3, seed=1)],
     ),
-    "attention": (lambda *x: ops.neighbourhood_attention(*x, 2), attention_inputs(2, 2, 4)),
 }
 
 

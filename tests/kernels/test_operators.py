@@ -2,46 +2,37 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from importlib.util import find_spec, module_from_spec
+from types import ModuleType
 
 import pytest
 import torch
 
 from squid_fast import PRESETS, SQUID, kernels, ops
 from squid_fast.kernels import dispatch
-from tests.ops.samples import compile_cases, normal, operator_samples, with_gradients
+from tests.kernels.devices import DEVICE, ON_GPU
+from tests.ops.samples import assert_compiled_equals_eager, compile_cases, operator_samples
 
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+cuda = pytest.mark.skipif(not ON_GPU, reason="there is no GPU")
 
 
-def to(x: object, device: torch.device) -> object:
+def on_device(x: object) -> object:
     if not isinstance(x, torch.Tensor):
         return x
-    return x.detach().to(device).requires_grad_(x.requires_grad)
+    return x.detach().to(DEVICE).requires_grad_(x.requires_grad)
 
 
 @pytest.mark.parametrize("name", operator_samples())
-def test_opcheck(name: str, device: torch.device) -> None:
+def test_opcheck(name: str) -> None:
     for sample in operator_samples()[name]:
         if all(x.numel() for x in sample if isinstance(x, torch.Tensor)) or "lookup" in name:
-            arguments = tuple(to(x, device) for x in sample)
+            arguments = tuple(map(on_device, sample))
             torch.library.opcheck(getattr(torch.ops.squid_fast, name), arguments)
 
 
 @pytest.mark.parametrize("name", compile_cases())
-def test_compiled_equals_eager(name: str, device: torch.device) -> None:
-    torch.compiler.reset()
-    function, inputs = compile_cases(device)[name]
-    inputs = [x.float() for x in inputs]
-    grad = normal(*function(*inputs).shape, seed=9).float().to(device)
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    for got, value in zip(
-        with_gradients(compiled, inputs, grad), with_gradients(function, inputs, grad), strict=True
-    ):
-        assert torch.equal(got, value)
+def test_compiled_equals_eager(name: str) -> None:
+    assert_compiled_equals_eager(name, "aot_eager", DEVICE)
 
 
 # --- where kernels serve --------------------------------------------------------------------------
@@ -82,25 +73,25 @@ def test_another_setting_is_refused() -> None:
         kernels.use("fast").__enter__()
 
 
-@pytest.mark.parametrize("value", ["on", "off"])
-def test_the_environment_chooses(value: str, monkeypatch) -> None:
-    monkeypatch.setenv("SQUID_FAST_KERNELS", value)
+def dispatch_anew() -> ModuleType:
+    """What a new process would import."""
     spec = find_spec("squid_fast.kernels.dispatch")
     anew = module_from_spec(spec)
     spec.loader.exec_module(anew)
-    assert anew._setting == value
+    return anew
 
 
-def test_the_environment_is_checked() -> None:
-    result = subprocess.run(
-        [sys.executable, "-c", "import squid_fast.kernels.dispatch"],
-        env=os.environ | {"SQUID_FAST_KERNELS": "no"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode != 0
-    assert "SQUID_FAST_KERNELS is 'no'; it must be one of on, off, interpret." in result.stderr
+@pytest.mark.parametrize("value", ["on", "off"])
+def test_the_environment_chooses(value: str, monkeypatch) -> None:
+    monkeypatch.setenv("SQUID_FAST_KERNELS", value)
+    assert dispatch_anew()._setting == value
+
+
+def test_the_environment_is_checked(monkeypatch) -> None:
+    monkeypatch.setenv("SQUID_FAST_KERNELS", "no")
+    sentence = r"SQUID_FAST_KERNELS is 'no'; it must be one of on, off, interpret\."
+    with pytest.raises(ValueError, match=sentence):
+        dispatch_anew()
 
 
 def test_without_an_interpreter_the_cpu_cannot_be_interpreted(monkeypatch) -> None:
@@ -112,15 +103,15 @@ def test_without_an_interpreter_the_cpu_cannot_be_interpreted(monkeypatch) -> No
 # --- on a GPU -------------------------------------------------------------------------------------
 
 
-def small(device: torch.device) -> tuple[SQUID, torch.Tensor]:
+def small() -> tuple[SQUID, torch.Tensor]:
     torch.manual_seed(0)
     size = PRESETS["small"].image_size
-    return SQUID.from_preset("small").to(device), torch.rand(4, 1, size, size, device=device)
+    return SQUID.from_preset("small").to(DEVICE), torch.rand(4, 1, size, size, device=DEVICE)
 
 
 @cuda
-def test_kernels_equal_pytorch_on_the_gpu(device: torch.device, monkeypatch) -> None:
-    model, images = small(device)
+def test_kernels_equal_pytorch_on_the_gpu(monkeypatch) -> None:
+    model, images = small()
     model.eval()
     with torch.no_grad(), kernels.use("on"):
         fast = model(images)["recon"]
@@ -133,9 +124,9 @@ def test_kernels_equal_pytorch_on_the_gpu(device: torch.device, monkeypatch) -> 
 @cuda
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_the_model_compiles_as_one_graph(train: bool, autocast: bool, device: torch.device) -> None:
+def test_the_model_compiles_as_one_graph(train: bool, autocast: bool) -> None:
     torch.compiler.reset()
-    model, images = small(device)
+    model, images = small()
     model.train(train)
     compiled = torch.compile(model, fullgraph=True)
     with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
@@ -146,8 +137,8 @@ def test_the_model_compiles_as_one_graph(train: bool, autocast: bool, device: to
 
 
 @cuda
-def test_a_cuda_graph_captures_a_training_step(device: torch.device) -> None:
-    model, images = small(device)
+def test_a_cuda_graph_captures_a_training_step() -> None:
+    model, images = small()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, capturable=True)
 
     def step() -> torch.Tensor:
@@ -178,8 +169,8 @@ def test_a_cuda_graph_captures_a_training_step(device: torch.device) -> None:
 
 
 @cuda
-def test_every_replay_draws_a_new_mask(device: torch.device) -> None:
-    a, b = torch.ones(2, 1, 32, 32, device=device), torch.zeros(2, 1, 32, 32, device=device)
+def test_every_replay_draws_a_new_mask() -> None:
+    a, b = torch.ones(2, 1, 32, 32, device=DEVICE), torch.zeros(2, 1, 32, 32, device=DEVICE)
     ops.masked_shortcut(a, b, 0.5)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

@@ -14,6 +14,9 @@ from tests.tolerances import TOLERANCES, assert_close
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
+modes = pytest.mark.parametrize("mode", ["instance", "running"])
+trainings = pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+
 
 def trained(size: int, dtype: torch.dtype = torch.float64) -> Discriminator:
     """A discriminator whose batch norms have statistics and affine parameters of their own."""
@@ -27,6 +30,10 @@ def trained(size: int, dtype: torch.dtype = torch.float64) -> Discriminator:
     return discriminator.eval().to(dtype)
 
 
+def noise(n: int, side: int = 64, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.rand(n, 1, side, side, dtype=dtype)
+
+
 def twin(discriminator: Discriminator) -> reference.Discriminator:
     plain = reference.Discriminator(discriminator.size).to(discriminator.regressor.weight.dtype)
     plain.load_state_dict(discriminator.state_dict(), strict=True)
@@ -34,32 +41,31 @@ def twin(discriminator: Discriminator) -> reference.Discriminator:
 
 
 @pytest.mark.parametrize(("size", "side"), [(1, 32), (1, 3), (2, 64), (2, 48), (3, 96), (4, 128)])
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@trainings
 def test_logits_equal_reference(size: int, side: int, training: bool) -> None:
     discriminator = trained(size)
     plain = twin(discriminator)
-    images = torch.rand(3, 1, side, side, dtype=torch.float64)
+    images = noise(3, side)
     logits = discriminator.train(training)(images)
     assert logits.shape == (3, 1)
     assert_close(logits, plain.train(training)(images))
-    for (name, value), other in zip(
-        discriminator.state_dict().items(), plain.state_dict().values(), strict=True
-    ):
-        assert_close(value.double(), other.double()), name
+    state = discriminator.state_dict()
+    for name, value in plain.state_dict().items():
+        assert_close(state[name].double(), value.double())
 
 
-@pytest.mark.parametrize("mode", ["instance", "running"])
+@modes
 @pytest.mark.parametrize(("size", "side"), [(2, 64), (2, 40), (3, 96)])
 def test_score_equals_reference(size: int, side: int, mode: str) -> None:
     discriminator = trained(size)
-    images = torch.rand(3, 1, side, side, dtype=torch.float64)
+    images = noise(3, side)
     expected = reference.discriminator_logits(twin(discriminator), images, mode)
     assert_close(discriminator.score(images, mode), expected)
 
 
 def test_instance_score_is_what_training_mode_says_of_batches_of_one() -> None:
     discriminator = trained(2)
-    images = torch.rand(4, 1, 64, 64, dtype=torch.float64)
+    images = noise(4)
     scores = discriminator.score(images)
     alone = twin(discriminator).train()
     assert_close(scores, torch.cat([alone(image)[:, 0] for image in images.split(1)]))
@@ -67,7 +73,7 @@ def test_instance_score_is_what_training_mode_says_of_batches_of_one() -> None:
 
 def test_running_score_is_what_evaluation_says() -> None:
     discriminator = trained(2)
-    images = torch.rand(4, 1, 64, 64, dtype=torch.float64)
+    images = noise(4)
     expected = discriminator(images)[:, 0]
     assert_close(discriminator.score(images, "running"), expected)
     assert_close(discriminator.train().score(images, "running"), expected)
@@ -76,22 +82,22 @@ def test_running_score_is_what_evaluation_says() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("mode", ["instance", "running"])
+@modes
 def test_score_does_not_depend_on_the_batch(mode: str, dtype: torch.dtype) -> None:
     discriminator = trained(2, dtype)
-    images = torch.rand(7, 1, 64, 64, dtype=dtype)
+    images = noise(7, dtype=dtype)
     whole = discriminator.score(images, mode)
     for sizes in ([1] * 7, [2, 5], [6, 1]):
         parts = [discriminator.score(x, mode) for x in images.split(sizes)]
         assert_close(torch.cat(parts), whole, 5 * TOLERANCES[dtype])
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("mode", ["instance", "running"])
+@trainings
+@modes
 def test_score_changes_nothing(mode: str, training: bool) -> None:
     discriminator = trained(2).train(training)
     before = {key: value.clone() for key, value in discriminator.state_dict().items()}
-    discriminator.score(torch.rand(3, 1, 64, 64, dtype=torch.float64), mode)
+    discriminator.score(noise(3), mode)
     assert all(torch.equal(v, before[k]) for k, v in discriminator.state_dict().items())
     assert discriminator.training is training
     assert all(m.training is training for m in discriminator.modules())
@@ -99,7 +105,7 @@ def test_score_changes_nothing(mode: str, training: bool) -> None:
 
 def test_score_is_differentiable_like_the_reference() -> None:
     discriminator = trained(2)
-    images = torch.rand(2, 1, 64, 64, dtype=torch.float64, requires_grad=True)
+    images = noise(2).requires_grad_()
     (grad,) = torch.autograd.grad(discriminator.score(images).sum(), images)
     alone = twin(discriminator).train()
     total = torch.stack([alone(image).sum() for image in images.split(1)]).sum()
@@ -107,23 +113,17 @@ def test_score_is_differentiable_like_the_reference() -> None:
     assert_close(grad, expected)
 
 
-def test_running_score_of_no_images() -> None:
-    images = torch.zeros(0, 1, 64, 64, dtype=torch.float64)
-    assert trained(2).score(images, "running").shape == (0,)
-
-
 def test_channels_last_gives_the_same_score() -> None:
     discriminator = trained(2)
-    images = torch.rand(3, 1, 64, 64, dtype=torch.float64)
+    images = noise(3)
     expected = discriminator.score(images)
     last = discriminator.to(memory_format=torch.channels_last)
     assert_close(last.score(images.to(memory_format=torch.channels_last)), expected)
 
 
 def test_size_is_a_thirty_second_of_the_side_rounded_up() -> None:
-    assert [discriminator_size(side) for side in (1, 32, 33, 48, 64, 96, 128, 1000)] == [
-        *(1, 1, 2, 2, 2, 3, 4, 32)
-    ]
+    sizes = map(discriminator_size, (1, 32, 33, 48, 64, 96, 128, 1000))
+    assert list(sizes) == [1, 1, 2, 2, 2, 3, 4, 32]
 
 
 @pytest.mark.parametrize(
@@ -143,18 +143,17 @@ def test_errors_of_images(images: Tensor, sentence: str) -> None:
 
 
 def test_errors_of_arguments() -> None:
+    images = torch.zeros(1, 1, 64, 64)
     with pytest.raises(ValueError, match=r"size is 0; it must be the image side / 32"):
         Discriminator(0)
     with pytest.raises(ValueError, match=r"mode is 'batch'; it must be 'instance' or 'running'"):
-        Discriminator(2).score(torch.zeros(1, 1, 64, 64), "batch")
+        Discriminator(2).score(images, "batch")
     with pytest.raises(ValueError, match=r"mode 'instance' needs images larger than 32 x 32"):
         Discriminator(1).score(torch.zeros(1, 1, 32, 32))
     with pytest.raises(ValueError, match=r"mode is 'batch'"):
-        reference.discriminator_logits(
-            reference.Discriminator(2), torch.zeros(1, 1, 64, 64), "batch"
-        )
+        reference.discriminator_logits(reference.Discriminator(2), images, "batch")
 
 
-@pytest.mark.parametrize("mode", ["instance", "running"])
+@modes
 def test_no_images_have_no_scores(mode: str) -> None:
     assert Discriminator(2).score(torch.zeros(0, 1, 64, 64), mode).shape == (0,)

@@ -22,6 +22,7 @@ import squid_fast
 from squid_fast import reference
 from tests.conftest import Golden
 from tests.factories import open_masks
+from tests.modules.published import assert_same_gradients, gradients, update_queues
 from tests.tolerances import assert_close, error
 
 EXACT = 1e-10  # in float64, of the largest entry; found up to 3e-14
@@ -51,19 +52,6 @@ def build_discriminator(room: ModuleType, golden: Golden) -> Any:
     return discriminator.eval()
 
 
-def published_gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Gradients under the published names: the stacked memories apart."""
-    gradients: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, name
-        if name.endswith(".slots"):
-            stem = name.removesuffix("slots")
-            gradients |= {f"{stem}{i}.memMatrix": g for i, g in enumerate(parameter.grad)}
-        else:
-            gradients[name] = parameter.grad
-    return gradients
-
-
 def train_once(
     model: nn.Module, images: Tensor
 ) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
@@ -76,7 +64,7 @@ def train_once(
         + 0.1 * outputs["dist_loss"]
     )
     loss.backward()
-    return outputs, loss.detach(), published_gradients(model)
+    return outputs, loss.detach(), gradients(model)
 
 
 @models
@@ -115,13 +103,13 @@ def test_state_dict_has_the_published_keys_and_values(
     golden: Load, name: str, room: ModuleType
 ) -> None:
     data = golden(name)
-    state, expected = build(room, data).state_dict(), part(data[1], "state.")
-    assert set(state) == set(expected)
-    assert all(torch.equal(state[key], value) for key, value in expected.items())
-    state = build_discriminator(room, data).state_dict()
-    expected = part(data[1], "disc_state.")
-    assert set(state) == set(expected)
-    assert all(torch.equal(state[key], value) for key, value in expected.items())
+    for module, prefix in (
+        (build(room, data), "state."),
+        (build_discriminator(room, data), "disc_state."),
+    ):
+        state, expected = module.state_dict(), part(data[1], prefix)
+        assert set(state) == set(expected)
+        assert all(torch.equal(state[key], value) for key, value in expected.items())
 
 
 @rooms
@@ -140,11 +128,10 @@ def test_training_in_float64_on_digits(golden: Load) -> None:
 
 def step_in_float64(room: ModuleType, data: Golden) -> dict[str, Tensor]:
     """Results of one training step, named as in the golden files."""
-    outputs, loss, gradients = train_once(
-        build(room, data, torch.float64), data[1]["input"].double()
-    )
+    model, images = build(room, data, torch.float64), data[1]["input"].double()
+    outputs, loss, found = train_once(model, images)
     results = {f"train.{key}": value.detach() for key, value in outputs.items()}
-    return results | {"train.loss": loss} | {f"grad.{k}": v for k, v in gradients.items()}
+    return results | {"train.loss": loss} | {f"grad.{k}": v for k, v in found.items()}
 
 
 def assert_same_step(
@@ -152,18 +139,13 @@ def assert_same_step(
     expected: dict[str, Tensor],
     images: float = EXACT,
     losses: float = EXACT,
-    gradients: float = EXACT,
+    of_gradients: float = EXACT,
 ) -> None:
     """Outputs to these shares of their largest entry, gradients to that of the largest of all."""
     for key, value in part(expected, "train.").items():
         bound = losses if key.endswith("loss") else images
         assert_close(actual[f"train.{key}"].reshape(value.shape), value, bound)
-    found, expected = part(actual, "grad."), part(expected, "grad.")
-    assert found.keys() == expected.keys()
-    largest = max(float(value.abs().max()) for value in expected.values())
-    for key, value in expected.items():
-        difference = float((found[key] - value).abs().max())
-        assert difference <= gradients * largest, (key, difference / largest)
+    assert_same_gradients(part(actual, "grad."), part(expected, "grad."), of_gradients)
 
 
 @rooms
@@ -173,9 +155,7 @@ def test_queue_and_statistics_after_a_step(golden: Load, name: str, room: Module
     model, (_, tensors) = build(room, data), data
     before = {key: value.clone() for key, value in model.state_dict().items()}
     train_once(model, tensors["input"])
-    for module in model.modules():
-        if isinstance(module, room.MemoryQueue):
-            module.update()
+    update_queues(model)
     state, expected = model.state_dict(), part(tensors, "after.")
     for key, value in expected.items():
         assert_close(state[key], value, 0.0 if key.endswith("tracked") else TRAINING)
@@ -190,12 +170,12 @@ def test_float32_training_step(golden: Load, name: str) -> None:
     # As users run it: here the gradients agree as a whole, not each of them.
     data = golden(name)
     _, tensors = data
-    outputs, loss, gradients = train_once(build(squid_fast, data), tensors["input"])
+    outputs, loss, found = train_once(build(squid_fast, data), tensors["input"])
     for key in ("recon", "patch", "teacher_recon", "dist_loss", "embedding"):
         value = tensors[f"train.{key}"]
         assert error(outputs[key].detach().reshape(value.shape), value) <= 2e-4, key
     assert error(loss.view(1), tensors["train.loss"]) <= 1e-5
-    both = [(gradients[k].flatten(), v.flatten()) for k, v in part(tensors, "grad.").items()]
+    both = [(found[k].flatten(), v.flatten()) for k, v in part(tensors, "grad.").items()]
     ours, theirs = (torch.cat(x).double() for x in zip(*both, strict=True))
     assert F.cosine_similarity(ours, theirs, dim=0) > 0.9999
     assert error(ours.norm(), theirs.norm()) < 5e-3
@@ -218,6 +198,16 @@ def test_no_golden_case_is_left_out(golden: Load) -> None:
     assert {key.split(".")[0] for key in part(tensors, "hard.")} == set(HARD)
 
 
+def assert_gradients(
+    result: Tensor, t: dict[str, Tensor], tolerance: float | None = None, **inputs: Tensor
+) -> None:
+    """Of a golden file's inputs by name, for its upstream gradient."""
+    found = torch.autograd.grad(result, list(inputs.values()), t["grad_out"])
+    for name, grad in zip(inputs, found, strict=True):
+        expected = t[f"grad_{name}"]
+        assert_close(grad.view(expected.shape), expected, tolerance)
+
+
 @rooms
 @pytest.mark.parametrize("case", GUMBEL)
 def test_gumbel_shrinkage(golden: Load, case: str, room: ModuleType) -> None:
@@ -227,8 +217,7 @@ def test_gumbel_shrinkage(golden: Load, case: str, room: ModuleType) -> None:
     # Below 1e-30 the published p + (h - p) has lost h to rounding; squid_fast has it still.
     assert torch.equal(weights > 1e-30, t["weights"] > 1e-30)
     assert_close(weights, t["weights"], floor=1e-6)
-    (grad,) = torch.autograd.grad(weights, logits, t["grad_out"])
-    assert_close(grad, t["grad_logits"])
+    assert_gradients(weights, t, logits=logits)
 
 
 @rooms
@@ -239,8 +228,7 @@ def test_hard_shrinkage(golden: Load, case: str, room: ModuleType) -> None:
     weights = operations(room).hard_shrinkage(logits, float(t["lambd"]))
     assert torch.equal(weights != 0, t["weights"] != 0)
     assert_close(weights, t["weights"])
-    (grad,) = torch.autograd.grad(weights, logits, t["grad_out"])
-    assert_close(grad, t["grad_logits"])
+    assert_gradients(weights, t, logits=logits)
 
 
 @rooms
@@ -253,12 +241,10 @@ def test_queue(golden: Load, room: ModuleType) -> None:
         queue.update()
         assert torch.equal(queue.state_dict()["memMatrix"], t[f"after{i}"]), i
         assert int(queue.ptr) == int(t[f"ptr{i}"]), i
-
     query = t["query"].requires_grad_()
     answer = queue.eval()(query)
     assert_close(answer, t["out"])
-    (grad,) = torch.autograd.grad(answer, query, t["grad_out"])
-    assert_close(grad, t["grad_query"])
+    assert_gradients(answer, t, query=query)
 
 
 @rooms
@@ -270,6 +256,4 @@ def test_matrix(golden: Load, room: ModuleType) -> None:
     query = t["query"].requires_grad_()
     answer = matrix(query)
     assert_close(answer, t["out"])
-    grads = torch.autograd.grad(answer, (query, slots), t["grad_out"])
-    assert_close(grads[0], t["grad_query"])
-    assert_close(grads[1].view(16, 6), t["grad_memory"])
+    assert_gradients(answer, t, query=query, memory=slots)

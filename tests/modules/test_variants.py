@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from squid_fast import (
-    SQUID,
-    Bundle,
-    Discriminator,
-    MemoryMatrix,
-    MemoryQueue,
-    Scorer,
-    load_bundle,
-    save_bundle,
-)
+from squid_fast import SQUID, Bundle, Discriminator, MemoryMatrix, MemoryQueue, Scorer
 from squid_fast.experiments.published import published_way
-from squid_fast.inference import calibrate
+from squid_fast.inference import calibrate, load_bundle, save_bundle
 from squid_fast.modules.inpaint import InpaintBlock
 from tests.factories import image_batch, image_set, tiny_squid
+from tests.modules.published import update_queues
 
 ALL: list[Any] = [
     None,
@@ -44,7 +37,7 @@ def block(**variant: str) -> InpaintBlock:
     return InpaintBlock(16, 6, 4, 144, 3, **variant)
 
 
-def kept(queries: Tensor, slots: Tensor, k: int) -> Tensor:
+def looked_up(queries: Tensor, slots: Tensor, k: int) -> Tensor:
     """Answers [n, C] of queries [n, C] from slots [M, C], one at a time."""
     answers = []
     for q in queries.double():
@@ -61,7 +54,7 @@ def test_a_shared_queue_answers_all_places_from_the_same_slots() -> None:
     slots = own.memory.slots
     assert slots.shape == (1, 24, 144)  # the slots of all places together
     torch.testing.assert_close(
-        answers.flatten(0, 1).double(), kept(features.flatten(0, 1), slots[0], 3),
+        answers.flatten(0, 1).double(), looked_up(features.flatten(0, 1), slots[0], 3),
         rtol=1e-4, atol=1e-5,
     )  # fmt: skip
     swapped = own.memory(features.flip(1))
@@ -81,7 +74,7 @@ def test_a_matrix_learns_its_slots_and_is_never_written() -> None:
     for n in range(4):
         torch.testing.assert_close(
             memory(features)[:, n].detach().double(),
-            kept(features[:, n], memory.slots[n].detach(), 3),
+            looked_up(features[:, n], memory.slots[n].detach(), 3),
             rtol=1e-4, atol=1e-5,
         )  # fmt: skip
     network(image_batch(2))["recon"].square().mean().backward()
@@ -94,17 +87,14 @@ def test_a_convolution_mixes_the_answers_of_the_neighbours() -> None:
     features = torch.randn(2, 9, 16).double()
     answers, mixed = own._convolve(features)
     weight, bias = own.convolution.weight, own.convolution.bias
-    for b in range(2):
-        for row in range(3):
-            for column in range(3):
-                expected = bias.clone()
-                for down in (-1, 0, 1):
-                    for right in (-1, 0, 1):
-                        r, c = row + down, column + right
-                        if 0 <= r < 3 and 0 <= c < 3:
-                            tap = weight[:, :, down + 1, right + 1]
-                            expected = expected + tap @ answers[b, 3 * r + c]
-                torch.testing.assert_close(mixed[b, 3 * row + column], expected)
+    for b, row, column in itertools.product(range(2), range(3), range(3)):
+        expected = bias.clone()
+        for down, right in itertools.product((-1, 0, 1), repeat=2):
+            r, c = row + down, column + right
+            if 0 <= r < 3 and 0 <= c < 3:
+                tap = weight[:, :, down + 1, right + 1]
+                expected = expected + tap @ answers[b, 3 * r + c]
+        torch.testing.assert_close(mixed[b, 3 * row + column], expected)
     assert not any(name.startswith("attention") for name in own.state_dict())
 
 
@@ -139,13 +129,9 @@ def test_a_variant_is_saved_loaded_and_scored(inpainting: Any, tmp_path: Path) -
     with torch.no_grad():
         network.out_conv.conv.weight *= 30
         discriminator(network(image_batch(8))["recon"])
-    for module in network.modules():
-        if isinstance(module, MemoryQueue):
-            module.update()
-    calibration = calibrate(
-        network.eval(), discriminator.eval(), image_set(20), precision="float32"
-    )
-    save_bundle(Bundle(network, discriminator, calibration), tmp_path)
+    update_queues(network)
+    pair = network.eval(), discriminator.eval()
+    save_bundle(Bundle(*pair, calibrate(*pair, image_set(20), precision="float32")), tmp_path)
     loaded = load_bundle(tmp_path)
     for name, value in network.state_dict().items():
         assert torch.equal(value, loaded.model.state_dict()[name]), name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +12,28 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from squid_fast import ops, reference
-from tests.ops.samples import DTYPES, LOW, SIZES, compare, normal, separated
+from tests.ops.samples import (
+    DTYPES,
+    LAYOUTS,
+    SEEDS,
+    assert_nan_stays_in_its_row,
+    compare,
+    exact_memories,
+    looked_up_values,
+    normal,
+    separated,
+    some_k,
+    survivors,
+    tied,
+    up_to,
+)
 from tests.tolerances import assert_close
 
 pytestmark = pytest.mark.usefixtures("seeded")
+
+SIZES = [1, 2, 3, 5, 7, 17, 33]
+GUMBEL = ops.gumbel_shrinkage, reference.gumbel_shrinkage
+HARD = ops.hard_shrinkage, reference.hard_shrinkage
 
 # --- gumbel shrinkage -----------------------------------------------------------------------------
 
@@ -22,36 +41,16 @@ pytestmark = pytest.mark.usefixtures("seeded")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("M", SIZES)
 def test_gumbel_equals_reference(M: int, dtype: torch.dtype) -> None:
-    logits = separated(3, 2, M)
-    for k in sorted({1, 2, 5, M - 1, M} & set(range(1, M + 1))):
-        compare(
-            lambda x, k=k: ops.gumbel_shrinkage(x, k),
-            lambda x, k=k: reference.gumbel_shrinkage(x, k),
-            [logits],
-            dtype,
-        )
+    for k in some_k(M):
+        compare(*GUMBEL, [separated(3, 2, M).to(dtype)], k)
 
 
 @settings(max_examples=30, deadline=None)
-@given(
-    rows=st.integers(0, 4),
-    M=st.integers(1, 40),
-    k=st.integers(1, 40),
-    levels=st.integers(1, 6),
-    seed=st.integers(0, 2**16),
-)
+@given(rows=st.integers(0, 4), M=up_to(40), k=up_to(40), levels=up_to(6), seed=SEEDS)
 def test_gumbel_with_ties(rows: int, M: int, k: int, levels: int, seed: int) -> None:
-    # Few distinct values, so that the threshold is nearly always tied.
-    logits = torch.randint(
-        levels, (rows, M), generator=torch.Generator().manual_seed(seed)
-    ).double()
-    k = min(k, M)
-    compare(
-        lambda x: ops.gumbel_shrinkage(x, k), lambda x: reference.gumbel_shrinkage(x, k), [logits]
-    )
-    weights = ops.gumbel_shrinkage(logits, k)
-    # Said without topk: kept is what fewer than k entries equal or exceed.
-    kept = (logits[:, None, :] >= logits[:, :, None]).sum(dim=-1) < k
+    logits, k = tied(rows, M, levels, seed), min(k, M)
+    weights = compare(*GUMBEL, [logits], k)[0]
+    kept = survivors(logits, k)
     assert torch.equal(weights > 0, kept)
     assert_close(weights.sum(dim=-1), kept.any(dim=-1).double())
 
@@ -88,7 +87,7 @@ def test_gumbel_separates_near_ties_in_float32() -> None:
     assert weights.argmax() == 2
 
 
-@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_gumbel_of_huge_logits(dtype: torch.dtype) -> None:
     # exp overflows without the usual subtraction; the runner-up underflows, yet stays above others.
     logits = torch.tensor([[3e4, 3e4, -3e4, 0.0]], dtype=dtype)
@@ -109,29 +108,14 @@ def test_gumbel_gradient_is_the_softmax_jacobian() -> None:
 @pytest.mark.parametrize("M", SIZES)
 @pytest.mark.parametrize("threshold", [0.03, 1.1])
 def test_hard_equals_reference(threshold: float, M: int, dtype: torch.dtype) -> None:
-    compare(
-        lambda x: ops.hard_shrinkage(x, threshold),
-        lambda x: reference.hard_shrinkage(x, threshold),
-        [separated(3, 2, M)],
-        dtype,
-        floor=1.0,  # where one logit survives, its weight is 1 and its gradient cancels
-    )
+    # The floor: where one logit survives, its weight is 1 and its gradient cancels.
+    compare(*HARD, [separated(3, 2, M).to(dtype)], threshold, floor=1.0)
 
 
 @settings(max_examples=25, deadline=None)
-@given(
-    rows=st.integers(0, 4),
-    M=st.integers(1, 40),
-    threshold=st.floats(1e-3, 2.0),
-    seed=st.integers(0, 2**16),
-)
+@given(rows=st.integers(0, 4), M=up_to(40), threshold=st.floats(1e-3, 2.0), seed=SEEDS)
 def test_hard_at_drawn_sizes(rows: int, M: int, threshold: float, seed: int) -> None:
-    compare(
-        lambda x: ops.hard_shrinkage(x, threshold),
-        lambda x: reference.hard_shrinkage(x, threshold),
-        [normal(rows, M, seed=seed)],
-        floor=1.0,
-    )
+    compare(*HARD, [normal(rows, M, seed=seed)], threshold, floor=1.0)
 
 
 def test_hard_shrinkage_by_hand() -> None:
@@ -151,90 +135,53 @@ def test_hard_gradcheck() -> None:
 
 # --- both shrinkages: layouts and NaN -------------------------------------------------------------
 
-SHRINKAGES = {
-    "gumbel": (lambda x: ops.gumbel_shrinkage(x, 3), lambda x: reference.gumbel_shrinkage(x, 3)),
-    "hard": (lambda x: ops.hard_shrinkage(x, 0.2), lambda x: reference.hard_shrinkage(x, 0.2)),
-}
-shrinkages = pytest.mark.parametrize(("fast", "plain"), SHRINKAGES.values(), ids=SHRINKAGES.keys())
+shrinkages = pytest.mark.parametrize(
+    ("pair", "setting"), [(GUMBEL, 3), (HARD, 0.2)], ids=["gumbel", "hard"]
+)
 
 
 @shrinkages
-@pytest.mark.parametrize("kind", ["transposed", "strided", "expanded", "vector", "zero rows"])
-def test_shrinkage_of_any_layout(fast: Callable, plain: Callable, kind: str) -> None:
+@pytest.mark.parametrize("kind", [*LAYOUTS, "zero rows"])
+def test_shrinkage_of_any_layout(pair: tuple[Callable, Callable], setting: Any, kind: str) -> None:
     base = separated(6, 10)
-    logits = {
-        "transposed": base.T,
-        "strided": base[::2, 1::2],
-        "expanded": base[:1].expand(4, 10),
-        "vector": base[0],
-        "zero rows": base[:0],
-    }[kind]
-    compare(fast, plain, [logits])
+    compare(*pair, [LAYOUTS[kind](base) if kind in LAYOUTS else base[:0]], setting)
 
 
 @shrinkages
-def test_shrinkage_passes_nan_on_in_its_row_only(fast: Callable, plain: Callable) -> None:
-    logits = separated(3, 8)
-    clean = fast(logits)
-    logits[1, 4] = torch.nan
-    weights = fast(logits)
-    assert weights[1].isnan().all()
-    assert torch.equal(weights[[0, 2]], clean[[0, 2]])
+def test_shrinkage_passes_nan_on_in_its_row_only(
+    pair: tuple[Callable, Callable], setting: Any
+) -> None:
+    assert_nan_stays_in_its_row(lambda x: pair[0](x, setting), separated(3, 8), torch.nan)
 
 
 # --- memory lookup --------------------------------------------------------------------------------
 
-MODES: dict[str, dict[str, float]] = {
-    "gumbel": {"top_k": 3},
-    "hard": {"threshold": 0.05},
-    "raw": {},
-}
+MODES: dict[str, dict[str, Any]] = {"gumbel": {"top_k": 3}, "hard": {"threshold": 0.05}, "raw": {}}
 modes = pytest.mark.parametrize("mode", MODES.values(), ids=MODES.keys())
 
 
-def compare_lookup(
-    query: Tensor,
-    memory: Tensor,
-    mode: dict[str, float],
-    dtype: torch.dtype = torch.float64,
-    tolerance: float | None = None,
-) -> None:
-    compare(
-        lambda q, m: ops.memory_lookup(q, m, **mode),
-        lambda q, m: reference.memory_lookup(q, m, **mode),
-        [query, memory],
-        dtype,
-        tolerance,
-        floor=1.0,
-    )
+def compare_lookup(query: Tensor, memory: Tensor, mode: dict[str, Any], **how: Any) -> None:
+    inputs = [query, memory]
+    compare(ops.memory_lookup, reference.memory_lookup, inputs, floor=1.0, **mode, **how)
 
 
 @modes
 @pytest.mark.parametrize(
     ("B", "N", "M", "C"),
-    [
-        (1, 1, 3, 1),
-        (1, 4, 33, 7),
-        (2, 9, 17, 5),
-        (3, 1, 5, 33),
-        (5, 2, 7, 17),
-        (7, 3, 3, 2),
-        (17, 5, 33, 3),
-        (33, 7, 17, 1),
-        (0, 4, 5, 3),
-    ],
+    [(1, 1, 3, 1), (1, 4, 33, 7), (2, 9, 17, 5), (3, 1, 5, 33), (5, 2, 7, 17)]
+    + [(7, 3, 3, 2), (17, 5, 33, 3), (33, 7, 17, 1), (0, 4, 5, 3)],
 )
-def test_lookup_equals_reference(B: int, N: int, M: int, C: int, mode: dict[str, float]) -> None:
+def test_lookup_equals_reference(B: int, N: int, M: int, C: int, mode: dict[str, Any]) -> None:
     compare_lookup(normal(B, N, C), normal(N, M, C, seed=1), mode)
 
 
 @settings(max_examples=30, deadline=None)
 @given(
-    sizes=st.tuples(st.integers(0, 6), st.integers(1, 5), st.integers(1, 20), st.integers(1, 12)),
-    k=st.integers(1, 20),
+    sizes=st.tuples(st.integers(0, 6), up_to(5), up_to(20), up_to(12)),
+    k=up_to(20),
     threshold=st.floats(1e-3, 2.0),
     mode=st.sampled_from(["gumbel", "hard", "raw"]),
-    seed=st.integers(0, 2**16),
+    seed=SEEDS,
 )
 def test_lookup_at_drawn_sizes(
     sizes: tuple[int, int, int, int], k: int, threshold: float, mode: str, seed: int
@@ -245,64 +192,47 @@ def test_lookup_at_drawn_sizes(
 
 
 @modes
-@pytest.mark.parametrize("dtype", LOW, ids=str)
-def test_lookup_in_lower_precision(dtype: torch.dtype, mode: dict[str, float]) -> None:
-    # The first coordinate alone makes the scores: exact in every dtype, without ties.
-    N, M, C = 3, 16, 8
-    query, memory = torch.zeros(2, N, C).double(), (4 * normal(N, M, C)).round() / 8
-    query[..., 0] = torch.tensor([0.5, 1.0]).view(2, 1)
-    memory[..., 0] = (torch.arange(M) - 3.25) / 8
-    compare_lookup(query, memory, mode, dtype)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_lookup_in_lower_precision(dtype: torch.dtype, mode: dict[str, Any]) -> None:
+    query, memory = exact_memories(3, 8, (torch.arange(16) - 3.25) / 8)
+    compare_lookup(query.to(dtype), memory.to(dtype), mode)
 
 
 @modes
-def test_lookup_of_any_layout(mode: dict[str, float]) -> None:
+def test_lookup_of_any_layout(mode: dict[str, Any]) -> None:
     query, memory = normal(10, 8, 3), normal(6, 14, 8, seed=1)
     compare_lookup(query.permute(0, 2, 1)[::3], memory[::2, 1::2], mode)
     compare_lookup(query[:1, :, :1].mT.expand(5, 6, 8), memory[:1].expand(6, 14, 8), mode)
     # A gradient that is one number seen through strides of zero.
-    q, m = normal(4, 6, 8).requires_grad_(), memory.clone().requires_grad_()
-    actual = torch.autograd.grad(ops.memory_lookup(q, m, **mode).sum(), (q, m))
-    expected = torch.autograd.grad(reference.memory_lookup(q, m, **mode).sum(), (q, m))
-    for a, e in zip(actual, expected, strict=True):
-        assert_close(a, e)
+    one = torch.ones((), dtype=torch.float64)
+    compare_lookup(normal(4, 6, 8), memory, mode, grad=one.expand(4, 6, 8))
 
 
 @modes
-def test_lookup_in_one_memory_without_the_place(mode: dict[str, float]) -> None:
+def test_lookup_in_one_memory_without_the_place(mode: dict[str, Any]) -> None:
     compare_lookup(normal(5, 7), normal(17, 7, seed=1), mode)
 
 
 @modes
 @pytest.mark.parametrize("V", [1, 4, 9])
-def test_lookup_of_values_in_place_of_slots(V: int, mode: dict[str, float]) -> None:
+def test_lookup_of_values_in_place_of_slots(V: int, mode: dict[str, Any]) -> None:
     query, memory, values = normal(5, 3, 4), normal(3, 11, 4, seed=1), normal(3, 11, V, seed=2)
-    # The reference sums slots: the weights are those of slots that are the rows of a unit matrix.
-    scores = torch.einsum("bnc,nmc->bnm", query, memory)
-    shrink = {
-        "top_k": lambda s: reference.gumbel_shrinkage(s, 3),
-        "threshold": lambda s: reference.hard_shrinkage(s, 0.05),
-    }
-    weights = shrink[next(iter(mode))](scores) if mode else scores
     answer = ops.memory_lookup(query, memory, **mode, values=values)
-    assert_close(answer, torch.einsum("bnm,nmv->bnv", weights, values))
+    assert_close(answer, looked_up_values(query, memory, values, **mode))
     alone = ops.memory_lookup(query[:, 0], memory[0], **mode, values=values[0])
     assert_close(alone, answer[:, 0])
 
 
 @modes
-def test_lookup_passes_nan_on_in_its_row_only(mode: dict[str, float]) -> None:
-    query, memory = normal(3, 2, 4), normal(2, 6, 4, seed=1)
-    clean = ops.memory_lookup(query, memory, **mode)
-    query[1, 0, 2] = torch.nan
-    answer = ops.memory_lookup(query, memory, **mode)
-    assert answer[1, 0].isnan().all()
-    answer[1, 0] = clean[1, 0]
-    assert torch.equal(answer, clean)
+def test_lookup_passes_nan_on_in_its_row_only(mode: dict[str, Any]) -> None:
+    memory = normal(2, 6, 4, seed=1)
+    assert_nan_stays_in_its_row(
+        lambda query: ops.memory_lookup(query, memory, **mode), normal(3, 2, 4), torch.nan
+    )
 
 
 @modes
-def test_every_place_asks_its_own_memory(mode: dict[str, float]) -> None:
+def test_every_place_asks_its_own_memory(mode: dict[str, Any]) -> None:
     query, memory = normal(3, 4, 5), normal(4, 6, 5, seed=1)
     before = ops.memory_lookup(query, memory, **mode)
     memory[2] += 1.0
@@ -320,7 +250,7 @@ def test_lookup_with_one_kept_slot_answers_with_that_slot() -> None:
 
 
 @pytest.mark.parametrize("mode", [MODES["hard"], MODES["raw"]], ids=["hard", "raw"])
-def test_lookup_gradcheck(mode: dict[str, float]) -> None:
+def test_lookup_gradcheck(mode: dict[str, Any]) -> None:
     query = normal(3, 2, 4).requires_grad_()
     memory = normal(2, 5, 4, seed=1).requires_grad_()
     scores = torch.einsum("bnc,nmc->bnm", query, memory)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
+from functools import partial
 
 import pytest
 import torch
@@ -15,8 +12,16 @@ from squid_fast import ops, reference
 from squid_fast.ops import shortcut
 from squid_fast.ops.philox import philox_uniform
 from squid_fast.ops.shortcut import shortcut_mask
-from tests.ops.samples import DTYPES, compare, normal, with_gradients
-from tests.tolerances import TOLERANCES, assert_close
+from tests.ops.samples import (
+    DTYPES,
+    assert_backward_repeats_the_draw,
+    blend,
+    compare,
+    normal,
+    shortcut_of,
+    with_gradients,
+)
+from tests.tolerances import TOLERANCES
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -26,19 +31,18 @@ def mask_of(shape: tuple[int, ...], keep: float, seed: Tensor | None = None) -> 
     return ops.masked_shortcut(torch.ones(shape), torch.zeros(shape), keep, seed) == 1
 
 
+def with_mask(mask: Tensor, inpainted: Tensor, shortcut: Tensor) -> Tensor:
+    return reference.masked_shortcut(inpainted, shortcut, 0.5, mask)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 5, 7, 2), (2, 17, 3, 33), (0, 3, 4, 4)])
 def test_shortcut_equals_reference(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     seed = torch.tensor(1234)
     mask = shortcut_mask(seed, shape, 0.6)
     assert mask.shape == (shape[0], 1, *shape[2:])
-    compare(
-        lambda a, b: ops.masked_shortcut(a, b, 0.6, seed),
-        lambda a, b: reference.masked_shortcut(a, b, 0.6, mask),
-        [normal(*shape), normal(*shape, seed=1)],
-        dtype,
-        tolerance=0.0,
-    )
+    maps = [normal(*shape, seed=s).to(dtype) for s in range(2)]
+    compare(shortcut_of(0.6, seed), partial(with_mask, mask), maps, tolerance=0.0)
 
 
 @pytest.mark.parametrize("keep", [0.05, 0.5, 0.95])
@@ -74,16 +78,9 @@ def test_shortcut_draws_anew_at_every_call_and_repeats_under_a_seed() -> None:
     assert torch.equal(mask_of((2, 1, 32, 32), 0.5), second)
 
 
-def test_shortcut_backward_uses_the_draw_of_the_forward() -> None:
-    shape = (2, 3, 16, 16)
-    inpainted, shortcut = torch.ones(shape).requires_grad_(), torch.zeros(shape).requires_grad_()
-    out = ops.masked_shortcut(inpainted, shortcut, 0.5)
-    ops.masked_shortcut(inpainted, shortcut, 0.5)  # another draw in between
-    grad = normal(*shape).float()
-    grads = torch.autograd.grad(out, (inpainted, shortcut), grad)
-    zero = torch.zeros(())
-    assert torch.equal(grads[0], torch.where(out == 1, grad, zero))
-    assert torch.equal(grads[1], torch.where(out == 1, zero, grad))
+@pytest.mark.parametrize("affine", [False, True], ids=["plain", "affine"])
+def test_shortcut_backward_uses_the_draw_of_the_forward(affine: bool) -> None:
+    assert_backward_repeats_the_draw(affine, "cpu")
 
 
 @pytest.mark.parametrize("keep", [0, 1, 0.0, 1.0])
@@ -109,108 +106,50 @@ def affine_inputs() -> list[Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_shortcut_with_the_affine_in_front(layout: torch.memory_format, dtype: torch.dtype) -> None:
-    seed, shape = torch.tensor(11), (2, 3, 4, 5)
-    mask = shortcut_mask(seed, shape, 0.6)
-    x, y, scale, shift = affine_inputs()
-    x, y = (z.to(dtype).to(memory_format=layout) for z in (x, y))
-
-    def plain(x: Tensor, y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        painted = (x * scale[:, None, None] + shift[:, None, None]).relu()
-        return torch.where(mask, painted, y)
-
-    def fast(x: Tensor, y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        return ops.masked_shortcut(x, y, 0.6, seed, scale=scale, shift=shift)
-
-    grad = normal(*shape, seed=9).to(dtype)
-    actual = with_gradients(fast, [x, y, scale, shift], grad)
-    wide = [z.double() for z in (x, y, scale, shift)]
-    expected = with_gradients(plain, wide, grad.double())
-    for got, value in zip(actual, expected, strict=True):
-        assert_close(got, value, TOLERANCES[dtype], floor=1.0)
-    assert actual[0].is_contiguous(memory_format=layout)
+    seed = torch.tensor(11)
+    mask = shortcut_mask(seed, (2, 3, 4, 5), 0.6)
+    x, y, *affine = affine_inputs()
+    maps = [z.to(dtype).to(memory_format=layout) for z in (x, y)]
+    out = compare(
+        shortcut_of(0.6, seed),
+        partial(blend, mask),
+        [*maps, *affine],
+        tolerance=TOLERANCES[dtype],
+        floor=1.0,
+    )[0]
+    assert out.is_contiguous(memory_format=layout)
 
 
 def test_shortcut_affine_gradcheck() -> None:
-    seed = torch.tensor(5)
-
-    def blend(x: Tensor, y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        return ops.masked_shortcut(x, y, 0.6, seed, scale=scale, shift=shift)
-
-    assert torch.autograd.gradcheck(blend, [x.requires_grad_() for x in affine_inputs()])
+    inputs = [x.requires_grad_() for x in affine_inputs()]
+    assert torch.autograd.gradcheck(shortcut_of(0.6, torch.tensor(5)), inputs)
 
 
 def test_shortcut_ignores_what_it_does_not_choose() -> None:
-    inpainted = torch.full((2, 3, 8, 8), torch.nan)
-    assert torch.equal(
-        ops.masked_shortcut(inpainted, torch.ones(2, 3, 8, 8), 0.0), torch.ones(2, 3, 8, 8)
-    )
+    ones = torch.ones(2, 3, 8, 8)
+    assert torch.equal(ops.masked_shortcut(ones * torch.nan, ones, 0.0), ones)
 
 
 @pytest.mark.parametrize("other", [torch.channels_last, torch.contiguous_format], ids=str)
 def test_shortcut_in_channels_last(other: torch.memory_format) -> None:
-    seed, grad = torch.tensor(7), normal(2, 5, 6, 4, seed=2)
-    a, b = normal(2, 5, 6, 4), normal(2, 5, 6, 4, seed=1)
-    expected = with_gradients(lambda x, y: ops.masked_shortcut(x, y, 0.5, seed), [a, b], grad)
-    last = [a.to(memory_format=torch.channels_last), b.to(memory_format=other)]
-    actual = with_gradients(
-        lambda x, y: ops.masked_shortcut(x, y, 0.5, seed),
-        last,
-        grad.to(memory_format=torch.channels_last),
-    )
-    for got, value in zip(actual, expected, strict=True):
-        assert torch.equal(got, value)
-    assert actual[0].is_contiguous(memory_format=torch.channels_last)
+    a, b, grad = (normal(2, 5, 6, 4, seed=s) for s in range(3))
+    call, last = shortcut_of(0.5, torch.tensor(7)), {"memory_format": torch.channels_last}
+    expected = with_gradients(call, [a, b], grad)
+    actual = with_gradients(call, [a.to(**last), b.to(memory_format=other)], grad.to(**last))
+    assert all(map(torch.equal, actual, expected))
+    assert actual[0].is_contiguous(**last)
 
 
 def test_shortcut_of_strided_maps() -> None:
     seed = torch.tensor(11)
     a, b = normal(4, 6, 10, 8)[::2, ::3, 1::2, :], normal(1, 1, 1, 8).expand(2, 2, 5, 8)
     mask = shortcut_mask(seed, (2, 2, 5, 8), 0.5)
-    compare(
-        lambda x, y: ops.masked_shortcut(x, y, 0.5, seed),
-        lambda x, y: reference.masked_shortcut(x, y, 0.5, mask),
-        [a, b],
-        tolerance=0.0,
-    )
+    compare(shortcut_of(0.5, seed), partial(with_mask, mask), [a, b], tolerance=0.0)
 
 
 def test_shortcut_gradcheck() -> None:
-    seed = torch.tensor(5)
-    inputs = (normal(2, 2, 3, 3).requires_grad_(), normal(2, 2, 3, 3, seed=1).requires_grad_())
-    assert torch.autograd.gradcheck(lambda a, b: ops.masked_shortcut(a, b, 0.5, seed), inputs)
-
-
-TRITON_RAND = """
-import sys, torch, triton, triton.language as tl
-
-@triton.jit
-def draw(out_ptr, seed, n: tl.constexpr):
-    offset = tl.arange(0, n)
-    tl.store(out_ptr + offset, tl.rand(seed, offset))
-
-for seed in map(int, sys.argv[1:]):
-    out = torch.empty(1024)
-    draw[(1,)](out, seed, 1024)
-    print(*(x.hex() for x in out.tolist()))
-"""
-
-
-@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-def test_shortcut_numbers_are_those_of_triton(tmp_path) -> None:
-    script = tmp_path / "rand.py"  # Triton reads a kernel's source from its file
-    script.write_text(TRITON_RAND)
-    seeds = [0, 1, 12345, 2**31 + 5, 2**40 + 2**33 + 77, 2**62 - 1]
-    result = subprocess.run(
-        [sys.executable, script, *map(str, seeds)],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    for seed, line in zip(seeds, result.stdout.splitlines(), strict=True):
-        expected = torch.tensor([float.fromhex(x) for x in line.split()])
-        assert torch.equal(philox_uniform(torch.tensor(seed), 1024), expected)
+    inputs = [normal(2, 2, 3, 3, seed=s).requires_grad_() for s in range(2)]
+    assert torch.autograd.gradcheck(shortcut_of(0.5, torch.tensor(5)), inputs)
 
 
 def test_shortcut_numbers_by_the_published_algorithm() -> None:
