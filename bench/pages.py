@@ -39,7 +39,6 @@ def fill(text: str) -> str:
 def add_arguments(parser: ArgumentParser) -> None:
     help = "A check that the pages are up to date, in place of writing them; exits with 1 if not."
     parser.add_argument("--check", action="store_true", help=help)
-    parser.set_defaults(run=main)
 
 
 def main(options: Namespace) -> None:

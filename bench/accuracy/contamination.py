@@ -81,7 +81,6 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_threads(parser)
     add_seed(parser)
     add_output(parser, RESULTS / "accuracy")
-    parser.set_defaults(run=main)
 
 
 def main(options: Namespace) -> None:

@@ -38,7 +38,6 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_option(parser, "--seeds", 5, "Number of seeds, each run alone and beside a busy process")
     add_option(parser, "--minutes", 4.0, "Minutes of a demo")
     add_output(parser)
-    parser.set_defaults(run=main)
 
 
 def main(options: Namespace) -> None:

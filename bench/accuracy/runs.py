@@ -98,7 +98,6 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=help)
     add_data(parser)
     add_output(parser, RESULTS / "accuracy")
-    parser.set_defaults(run=main)
 
 
 def main(options: Namespace) -> None:

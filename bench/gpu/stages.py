@@ -186,7 +186,6 @@ def add_arguments(parser: ArgumentParser) -> None:
     help = "Arguments of pytest in the stage 'tests', in place of the usual ones."
     parser.add_argument("--tests", nargs="+", metavar="PATH", help=help)
     add_output(parser, RESULTS / "gpu")
-    parser.set_defaults(run=main)
 
 
 def main(options: Namespace) -> None:

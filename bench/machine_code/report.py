@@ -245,7 +245,6 @@ def add_arguments(parser: ArgumentParser) -> None:
     help = "Folder of the results file. Default: bench/results, if all kernels are compiled."
     add_folder(parser, "--output", help)
     add_option(parser, "--workers", os.cpu_count() or 1, "Number of compilations at a time")
-    parser.set_defaults(run=main)
 
 
 def main(options: Namespace) -> None:

@@ -65,10 +65,9 @@ def micro(device: str) -> str:
 
 def floors() -> str:
     """The least time of every operation at the published sizes on an H100, and the measured."""
-    figures = _read("cuda")
     measured = {
         (row["operation"], row["direction"], row["dtype"], str(row["sizes"])): row["cold_us"]
-        for row in figures.get("rows", [])
+        for row in _read("cuda").get("rows", [])
         if row["contender"] == "squid_fast"
     }
     rows = []
@@ -77,16 +76,11 @@ def floors() -> str:
             continue
         time = measured.get((case.operation, case.direction, case.dtype, str(dict(case.sizes))))
         work = work_of(case)
-        rows.append(
-            (
-                _title(case.operation, case.direction),
-                case.label.replace("=", " "),
-                f"{work.bytes / 1e6:.1f}",
-                f"{work.flops / 1e9:.2f}",
-                f"{H100.floor(work, case.dtype) * 1e6:.1f}",
-                "not yet" if time is None else f"{time:.1f}",
-            )
-        )
+        floor = f"{H100.floor(work, case.dtype) * 1e6:.1f}"
+        cells = (f"{work.bytes / 1e6:.1f}", f"{work.flops / 1e9:.2f}", floor)
+        title = _title(case.operation, case.direction)
+        shown = "not yet" if time is None else f"{time:.1f}"
+        rows.append((title, case.label.replace("=", " "), *cells, shown))
     head = ["operation", "sizes", "MB", "GFLOP", "floor, µs", "measured, µs"]
     return table(head, rows, text=2, note="bfloat16; ceilings of the H100 SXM's data sheet.")
 

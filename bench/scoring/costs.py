@@ -224,7 +224,6 @@ def add_arguments(parser: ArgumentParser) -> None:
     for assumed in fields(Assumptions):
         name = f"--{assumed.name.replace('_', '-')}"
         add_option(parser, name, assumed.default, assumed.metadata["meaning"])
-    parser.set_defaults(run=main)
 
 
 def main(options: Namespace) -> None:

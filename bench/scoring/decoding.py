@@ -88,7 +88,6 @@ def add_arguments(parser: ArgumentParser) -> None:
     help = "Folder of radiographs as JPEG files, by default in the folder SQUID_FAST_SHARED"
     add_option(parser, "--images", SHARED / "data" / "zhanglab" / "test", help)
     add_output(parser)
-    parser.set_defaults(run=main)
 
 
 def main(options: Namespace) -> None:

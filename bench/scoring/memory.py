@@ -66,7 +66,6 @@ def add_arguments(parser: ArgumentParser) -> None:
     default = [1000, 10_000, 100_000]
     parser.add_argument("--files", type=int, nargs="+", default=default, metavar="N", help=help)
     add_output(parser)
-    parser.set_defaults(run=main)
 
 
 def main(options: Namespace) -> None:

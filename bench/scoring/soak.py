@@ -237,7 +237,6 @@ def add_arguments(parser: ArgumentParser) -> None:
     help = "Seeds, each of them a soak. Default: 0."
     parser.add_argument("--seed", type=int, nargs="+", default=[0], metavar="N", help=help)
     add_output(parser)
-    parser.set_defaults(run=main)
 
 
 def main(options: Namespace) -> None:

@@ -106,7 +106,6 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_device(parser)
     add_threads(parser)
     add_output(parser)
-    parser.set_defaults(run=main)
 
 
 def main(options: Namespace) -> None:

@@ -171,7 +171,6 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_option(parser, "--rounds", 9, "Number of rounds")
     add_threads(parser)
     add_output(parser)
-    parser.set_defaults(run=main)
 
 
 def main(options: Namespace) -> None:

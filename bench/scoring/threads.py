@@ -99,7 +99,6 @@ def add_arguments(parser: ArgumentParser) -> None:
     help = "Way to time in this process, printed as JSON. Default: all, each in its own process."
     parser.add_argument("--way", choices=WAYS, help=help)
     add_output(parser)
-    parser.set_defaults(run=main)
 
 
 def main(options: Namespace) -> None:
