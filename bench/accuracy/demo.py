@@ -24,12 +24,11 @@ KEPT = ("aurocs", "trained_grids", "training_seconds", "seconds")
 
 
 def run(minutes: float, seed: int, others: int) -> dict[str, Any]:
-    """One demo beside so many busy processes: what is kept of its result."""
+    """One demo beside so many busy processes: a part of its result."""
     with tempfile.TemporaryDirectory() as folder, busy(others):
         command = [sys.executable, "-m", "squid_fast", "demo", "--json", "--seed", str(seed)]
         command += ["--minutes", str(minutes), "--out", str(Path(folder) / "demo")]
-        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-    found = json.loads(done.stdout)
+        found = json.loads(subprocess.check_output(command, cwd=ROOT))
     kept = {name: found[name] for name in KEPT} | {"threads": found["machine"]["threads"]}
     return {"seed": seed, "busy": others, **kept}
 

@@ -72,31 +72,21 @@ def _write_originals(folder: Path, generator: np.random.Generator) -> list[Path]
     return paths
 
 
-def _truncated(kind: str) -> Callable[[str, np.random.Generator], None]:
-    def write(path: str, generator: np.random.Generator) -> None:
-        Image.fromarray(generator.integers(0, 256, (64, 64), dtype=np.uint8)).save(path, kind)
-        size = os.path.getsize(path)
-        os.truncate(path, int(size * generator.uniform(0.3, 0.7)))
-
-    return write
+def _truncated(path: str, generator: np.random.Generator) -> None:
+    Image.fromarray(generator.integers(0, 256, (64, 64), dtype=np.uint8)).save(path)
+    os.truncate(path, int(os.path.getsize(path) * generator.uniform(0.3, 0.7)))
 
 
-def _bytes(content: Callable[[np.random.Generator], bytes]) -> Callable[..., None]:
-    def write(path: str, generator: np.random.Generator) -> None:
-        Path(path).write_bytes(content(generator))
-
-    return write
-
-
-def _bomb(generator: np.random.Generator) -> bytes:
+def _bomb(path: str, generator: np.random.Generator) -> None:
     """A PNG that claims a size no memory holds."""
     side = int(generator.integers(60_000, 1_000_000))
     head = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
     chunks = [(b"IHDR", head), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        for kind, data in chunks
-    )
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, data in chunks:
+        check = struct.pack(">I", zlib.crc32(kind + data))
+        content += struct.pack(">I", len(data)) + kind + data + check
+    Path(path).write_bytes(content)
 
 
 def _nan(path: str, generator: np.random.Generator) -> None:
@@ -105,13 +95,13 @@ def _nan(path: str, generator: np.random.Generator) -> None:
     np.save(path, pixels)
 
 
-BROKEN: dict[str, Callable[[str, np.random.Generator], None]] = {
-    "truncated.jpg": _truncated("JPEG"),
-    "truncated.png": _truncated("PNG"),
-    "empty.png": _bytes(lambda generator: b""),
-    "text.jpg": _bytes(lambda generator: b"this is no image\n"),
-    "bomb.png": _bytes(_bomb),
-    "garbage.dcm": _bytes(lambda generator: generator.bytes(4096)),
+BROKEN: dict[str, Callable[[str, np.random.Generator], object]] = {
+    "truncated.jpg": _truncated,
+    "truncated.png": _truncated,
+    "empty.png": lambda path, generator: Path(path).touch(),
+    "text.jpg": lambda path, generator: Path(path).write_text("this is no image\n"),
+    "bomb.png": _bomb,
+    "garbage.dcm": lambda path, generator: Path(path).write_bytes(generator.bytes(4096)),
     "dangling.png": lambda path, generator: os.symlink("nowhere.png", path),
     "folder.png": lambda path, generator: os.mkdir(path),
     "pipe.png": lambda path, generator: os.mkfifo(path),

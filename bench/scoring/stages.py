@@ -7,12 +7,12 @@ model on the test images. Figures go to ``stages_cpu.json``.
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 import time
 from argparse import ArgumentParser, Namespace
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -89,9 +89,8 @@ def published(bundle: Bundle) -> tuple[Callable[[Tensor], Tensor], StageClock]:
 
 def frozen(bundle: Bundle, precision: str) -> tuple[Callable[[Tensor], Tensor], StageClock]:
     """``Scorer`` in that precision."""
-    scorer = Scorer(
-        bundle.model, bundle.discriminator, bundle.calibration, PAPER_SCORE, precision, "cpu"
-    )
+    pair = bundle.model, bundle.discriminator
+    scorer = Scorer(*pair, bundle.calibration, PAPER_SCORE, precision, "cpu")
 
     def score(images: Tensor) -> Tensor:
         return scorer.measure(images, [PAPER_SCORE])[0][PAPER_SCORE]
@@ -142,10 +141,8 @@ def ranking(bundle: Bundle, test: ImageSet) -> dict[str, dict[str, dict[str, flo
     known = bundle.calibration and bundle.calibration.quantization
     if bundle.calibration and known and "int8" in calibrations:
         names = [f"{p}.{i}" for p in ("downs", "ups") for i in range(bundle.model.level)]
-        everywhere = dataclasses.replace(known, stages=names)
-        calibrations["int8 everywhere"] = dataclasses.replace(
-            bundle.calibration, quantization=everywhere
-        )
+        everywhere = replace(bundle.calibration, quantization=replace(known, stages=names))
+        calibrations["int8 everywhere"] = everywhere
     exact: dict[str, Tensor] = {}
     found: dict[str, dict[str, dict[str, float]]] = {}
     for name, calibration in calibrations.items():
@@ -182,8 +179,7 @@ def main(options: Namespace) -> None:
         bundle = Bundle(SQUID(**PRESETS["zhanglab"].model).eval(), Discriminator(4).eval())
     known = bundle.calibration and bundle.calibration.quantization
     settings = {"batch": options.batch, "rounds": options.rounds, "about": bundle.about}
-    path = options.output / "stages_cpu.json"
-    results = Results(path, torch.device("cpu"), settings)
+    results = Results(options.output / "stages_cpu.json", torch.device("cpu"), settings)
     results.figures["stages_in_bytes"] = known.stages if known else None
     results.figures["milliseconds"] = times(bundle, options.batch, options.rounds)
     if options.bundle and options.data:
@@ -191,4 +187,4 @@ def main(options: Namespace) -> None:
         test = load_images(records, bundle.model.image_size)
         results.figures |= {"images": len(test), "ranking": ranking(bundle, test)}
     results.write()
-    print(path.read_text(encoding="utf-8"))
+    print(results.path.read_text(encoding="utf-8"))
