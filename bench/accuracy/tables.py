@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from squid_fast.experiments.ablation import as_markdown
@@ -19,12 +18,14 @@ from ..markdown import not_measured, table
 from .data import SPLITS
 
 
-def _folder() -> Path:
-    return measurements.RESULTS / "accuracy"
-
-
 def _read(name: str) -> dict[str, Any]:
-    return measurements.read(_folder() / name)
+    return measurements.read(measurements.RESULTS / "accuracy" / name)
+
+
+def _runs(pattern: str) -> dict[str, dict[str, Any]]:
+    """The figures of runs by name."""
+    paths = sorted((measurements.RESULTS / "accuracy").glob(pattern))
+    return {path.stem: measurements.read(path) for path in paths}
 
 
 def _missing(name: str) -> str:
@@ -46,23 +47,21 @@ def _on(machine: dict[str, Any]) -> str:
 
 
 def _training_time(about: dict[str, Any]) -> str:
-    """Minutes, and the machine's cores where the run has kept them."""
+    """Minutes, and the machine's cores where the run names them."""
     where = f" {_on(about['machine'])}" if "machine" in about else ""
     return f"{about['training_minutes']:.0f} minutes{where}"
 
 
 def accuracy() -> str:
     """All scores of the preset's runs on ZhangLab, one by one and together."""
-    paths = sorted(_folder().glob("zhanglab_cpu-seed*.json"))
-    runs = [measurements.read(path) for path in paths]
-    if not runs:
+    by_name = _runs("zhanglab_cpu-seed*.json")
+    if not by_name:
         return _missing("zhanglab_cpu-seed0.json")
-    several = _read("together.json")
-    if several and sorted(several["runs"]) != [path.stem for path in paths]:
+    runs, several = list(by_name.values()), _read("together.json")
+    if several and sorted(several["runs"]) != list(by_name):
         raise ValueError(
             f"together.json is of the runs {', '.join(several['runs'])}, but there are results of "
-            f"{', '.join(path.stem for path in paths)}: give all of these to one call of "
-            "python -m bench accuracy runs."
+            f"{', '.join(by_name)}: give all of these to one call of python -m bench accuracy runs."
         )
     heads = [f"seed {run['about']['seed']}" for run in runs] + ["together"] * bool(several)
     rows = []
@@ -91,23 +90,14 @@ def accuracy() -> str:
 def runs() -> str:
     """The paper's score at every validation of every run, with and without the average."""
     rows = []
-    for path in sorted(_folder().glob("*-seed*.json")):
-        run = measurements.read(path)
+    for name, run in _runs("*-seed*.json").items():
         about, recipe = run["about"], Recipe(**current_names(run["about"]["recipe"]))
-        last = learning_rate(recipe, recipe.epochs - 1)
-        cells = [
-            f"`{path.stem}`",
-            f"{recipe.ema_decay}",
-            f"{recipe.lr:.1e} to {last:.1e}",
-            f"{about['training_minutes']:.0f}",
-            f"epoch {about['epoch']}",
-            f"{run['evaluation']['test'][PAPER_SCORE]['auroc']:.3f}",
-        ]
-        cells += [
-            " ".join(f"{area:.2f}" for _, area in run["curves"][f"{name}/auroc_{PAPER_SCORE}"])
-            for name in ("validation", "unaveraged")
-        ]
-        rows.append(cells)
+        rates = f"{recipe.lr:.1e} to {learning_rate(recipe, recipe.epochs - 1):.1e}"
+        how = (f"`{name}`", f"{recipe.ema_decay}", rates, f"{about['training_minutes']:.0f}")
+        test = f"{run['evaluation']['test'][PAPER_SCORE]['auroc']:.3f}"
+        curves = (run["curves"][f"{x}/auroc_{PAPER_SCORE}"] for x in ("validation", "unaveraged"))
+        areas = (" ".join(f"{area:.2f}" for _, area in curve) for curve in curves)
+        rows.append([*how, f"epoch {about['epoch']}", test, *areas])
     head = ["run", "averaging", "rate", "minutes", "kept", "test", "averaged", "as it is"]
     return table(head, rows, text=(0, 6, 7)) if rows else _missing("zhanglab_cpu-seed0.json")
 
@@ -136,12 +126,12 @@ def ablation() -> str:
     found = _read("ablation.json")
     if not found:
         return _missing("ablation.json")
-    settings = found["settings"]
-    seeds = len({run["seed"] for run in found["runs"]})
-    minutes = sum(run["seconds"] for run in found["runs"]) / 60
-    default = found["machine"]["threads"]  # of runs from before each kept its own number
-    threads = max(run.get("threads", default) for run in found["runs"])
-    machine = found["machine"] | {"threads": threads}
+    settings, runs, machine = found["settings"], found["runs"], found["machine"]
+    seeds = len({run["seed"] for run in runs})
+    minutes = sum(run["seconds"] for run in runs) / 60
+    # Earlier runs have no number of threads of their own.
+    threads = max(run.get("threads", machine["threads"]) for run in runs)
+    machine |= {"threads": threads}
     return (
         f"{as_markdown(found)}\n\nPreset `{settings['preset']}` on {settings['data']}, "
         f"{settings['recipe']['epochs']} epochs, {seeds} seed{'s' * (seeds > 1)}, "

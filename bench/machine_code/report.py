@@ -18,10 +18,9 @@ import pkgutil
 import sys
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from fnmatch import fnmatch
-from typing import Any
 
 import triton
 from rich.console import Console
@@ -40,15 +39,11 @@ WARPGROUP_ROWS = 64  # that sm_90's warpgroup instructions multiply at once
 
 def shipped(pattern: str) -> set[str]:
     """All kernels whose "file.name" has the pattern in it."""
-    modules = [
-        f"{kernels.__name__}.{found.name}" for found in pkgutil.iter_modules(kernels.__path__)
-    ]
-    return {
-        f"{module}.{name}"
-        for module in modules
-        for name in vars(importlib.import_module(module))
-        if name.endswith("_kernel") and fnmatch(f"{module}.{name}", f"*{pattern}*")
-    }
+    found = set()
+    for module in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."):
+        names = vars(importlib.import_module(module.name))
+        found |= {f"{module.name}.{name}" for name in names if name.endswith("_kernel")}
+    return {name for name in found if fnmatch(name, f"*{pattern}*")}
 
 
 def collect(archs: list[str], pattern: str) -> tuple[dict[Launch, list[str]], list[str]]:
@@ -86,12 +81,9 @@ def hardest(launches: dict[Launch, list[str]]) -> dict[Launch, list[str]]:
     for launch in launches:
         row = describe(launch)
         constants, arguments = row["constants"], row["arguments"]
-        counts = {
-            name: value
-            for name, value in constants.items()
-            if isinstance(value, int) and not name.startswith("BLOCK_")
-        }
-        row["constants"] = {k: v for k, v in constants.items() if k not in counts}
+        tile = {k: v for k, v in constants.items() if "BLOCK_" in k or not isinstance(v, int)}
+        counts = [v for k, v in constants.items() if k not in tile]
+        row["constants"] = tile
         # Pointers that are there or not; strides that are 1 or not.
         row["arguments"] = {
             name: kind.removesuffix(":16") if "stride" not in name else kind == "1"
@@ -99,7 +91,7 @@ def hardest(launches: dict[Launch, list[str]]) -> dict[Launch, list[str]]:
             if kind[0] == "*" or kind == "None" or "stride" in name
         }
         unaligned = sum(not kind.endswith(":16") for kind in arguments.values())
-        hardness = (sum(counts.values()), unaligned)
+        hardness = (sum(counts), unaligned)
         groups.setdefault(json.dumps(row), []).append((hardness, launch))
     chosen = {}
     for group in groups.values():
@@ -119,7 +111,7 @@ def _unit(dot: str, arch: str) -> str:
 
 
 def problems(row: Row) -> list[str]:
-    """A sentence for everything that must not be in a shipped configuration."""
+    """What must not be in a shipped configuration, in sentences."""
     if "error" in row:
         return [f"does not compile: {row['error']}"]
     found = []
@@ -138,13 +130,11 @@ def problems(row: Row) -> list[str]:
     for dot in row["dots"]:
         expected.setdefault(_unit(dot, row["arch"]), []).append(dot)
     counted = row["matrix_instructions"]
-    for unit, dots in expected.items():
-        if unit not in counted:
-            has = ", ".join(counted) or "no matrix instruction at all"
-            found.append(f"multiplies {' and '.join(dots)} without {unit}; it has {has}.")
-    for unit in counted:
-        if unit not in expected:
-            found.append(f"has {counted[unit]} {unit}, but all its dots should be other ones.")
+    for unit in sorted(expected.keys() - counted.keys()):
+        has = ", ".join(counted) or "no matrix instruction at all"
+        found.append(f"multiplies {' and '.join(expected[unit])} without {unit}; it has {has}.")
+    for unit in sorted(counted.keys() - expected.keys()):
+        found.append(f"has {counted[unit]} {unit}, but all its dots should be other ones.")
     if row["dots_without_matrix_unit"] and counted:
         found.append(
             f"multiplies {row['dots_without_matrix_unit']} of its dots outside the matrix units."
@@ -153,9 +143,9 @@ def problems(row: Row) -> list[str]:
 
 
 def _title(row: Row) -> str:
-    constants = " ".join(f"{name}={value}" for name, value in row["constants"].items())
-    options = " ".join(f"{name}={value}" for name, value in row["options"].items())
-    return f"{row['kernel']} for {row['arch']}, {'+'.join(row['dtypes'])}, {constants} {options}"
+    settings = row["constants"] | row["options"]
+    said = " ".join(f"{name}={value}" for name, value in settings.items())
+    return f"{row['kernel']} for {row['arch']}, {'+'.join(row['dtypes'])}, {said}"
 
 
 def _span(values: list[int]) -> str:
@@ -170,29 +160,30 @@ CAPTION = (
 )
 
 
-def full_tables(rows: list[Row]) -> Iterator[str]:
-    """For each kernel a line for each dtype, tile, warps and stages on each card."""
-    head = ("card", "dtype", "tile", "warps", "stages", *HEAD)
-    for kernel, of_kernel in _grouped(rows, lambda row: row["kernel"]):
-        lines = [(*key, *_cells(group)) for key, group in _grouped(of_kernel, _layout)]
-        yield f"{kernel}\n\n{table(head, lines, text=3)}"
+def tables(rows: list[Row], brief: bool) -> Iterator[str]:
+    """For each kernel a line for each dtype, tile, warps and stages on each card.
+
+    In brief, one table with a line for each kernel and card.
+    """
+    if brief:
+        yield _table(rows, ("kernel", "card"), lambda row: (row["kernel"], row["arch"]))
+        return
+    for kernel in sorted({row["kernel"] for row in rows}):
+        own = [row for row in rows if row["kernel"] == kernel]
+        yield f"{kernel}\n\n{_table(own, ('card', 'dtype', 'tile', 'warps', 'stages'), _layout)}"
 
 
-def brief_table(rows: list[Row]) -> str:
-    """A line for each kernel and card."""
-    groups = _grouped(rows, lambda row: (row["kernel"], row["arch"]))
-    return table(("kernel", "card", *HEAD), [(*key, *_cells(group)) for key, group in groups], 2)
-
-
-def _grouped(rows: list[Row], key: Callable[[Row], Any]) -> Iterator[tuple[Any, list[Row]]]:
-    for value, group in itertools.groupby(sorted(rows, key=key), key):
-        yield value, list(group)
+def _table(rows: list[Row], head: Sequence[str], key: Callable[[Row], tuple[str, ...]]) -> str:
+    groups = itertools.groupby(sorted(rows, key=key), key)
+    lines = [(*names, *_cells(list(group))) for names, group in groups]
+    return table((*head, *HEAD), lines, text=min(len(head), 3))
 
 
 def _layout(row: Row) -> tuple[str, ...]:
+    constants = row["constants"].items()
     tile = " ".join(
-        name.removeprefix("BLOCK_").lower() + str(value)
-        for name, value in row["constants"].items()
+        f"{name.removeprefix('BLOCK_').lower()}{value}"
+        for name, value in constants
         if name.startswith("BLOCK_")
     )
     launch = (str(row["options"][name]) for name in ("num_warps", "num_stages"))
@@ -205,11 +196,9 @@ def _cells(group: list[Row]) -> list[str]:
     good = [row for row in group if "error" not in row]
     if not good:
         return [str(len(group)), *["-"] * 5, bad]
-    units = sorted({unit for row in good for unit in row["matrix_instructions"]})
-    matrix = [
-        f"{unit} {_span([row['matrix_instructions'].get(unit, 0) for row in good])}"
-        for unit in units
-    ]
+    counts = [row["matrix_instructions"] for row in good]
+    units = sorted({unit for found in counts for unit in found})
+    matrix = [f"{unit} {_span([found.get(unit, 0) for found in counts])}" for unit in units]
     return [
         str(len(group)),
         _span([row["registers"] for row in good]),
@@ -266,7 +255,7 @@ def main(options: Namespace) -> None:
         # Without machine and date: the file is the same whenever the machine code is the same.
         content = {"triton": triton.__version__, "configurations": rows}
         write(content, output / "compile_report.json")
-    for shown in [brief_table(rows)] if options.brief else full_tables(rows):
+    for shown in tables(rows, options.brief):
         print(shown, end="\n\n")
     print(CAPTION)
     failures += [f"{_title(row)} {problem}" for row in rows for problem in row["problems"]]

@@ -18,18 +18,12 @@ def machine_code() -> str:
     rows = []
     for (kernel, arch), found in sorted(groups.items()):
         registers = [row["registers"] for row in found]
+        span = f"{min(registers)}–{max(registers)}"
+        spilled = max(row["spilled_bytes"] for row in found)
+        shared = f"{max(row['shared_bytes'] for row in found) / 1024:.0f}"
         units = sorted({name for row in found for name in row["matrix_instructions"]})
-        rows.append(
-            (
-                kernel.replace("_", " "),
-                arch,
-                f"{len(found)}",
-                f"{min(registers)}–{max(registers)}",
-                f"{max(row['spilled_bytes'] for row in found)}",
-                f"{max(row['shared_bytes'] for row in found) / 1024:.0f}",
-                ", ".join(units) or "–",
-            )
-        )
+        cells = (f"{len(found)}", span, f"{spilled}", shared, ", ".join(units) or "–")
+        rows.append((kernel.replace("_", " "), arch, *cells))
     head = ["kernel", "card", "configurations", "registers", "spilled bytes", "shared KB"]
     note = f"Triton {report['triton']}; the largest of all configurations, of registers the range."
     return table([*head, "matrix units"], rows, text=(0, 1, 6), note=note)

@@ -44,27 +44,25 @@ STAGES = {
     "head": "head",
     "teacher_ups": "teacher",
     "teacher_out": "teacher",
-    "conv_model": "discriminator",
 }
 
 
 class StageClock:
-    """Seconds spent in the stages of a network while it runs, the rest being what is in between."""
+    """Seconds spent in the stages of a network while it runs."""
 
-    def __init__(self, *networks: nn.Module) -> None:
+    def __init__(self, network: nn.Module) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self._started: dict[nn.Module, float] = {}
-        for network in networks:
-            for name, module in network.named_children():
-                if name in STAGES:
-                    self._watch(STAGES[name], module)
+        for name, module in network.named_children():
+            if stage := STAGES.get(name):
+                parts = list(module) if isinstance(module, nn.ModuleList) else [module]
+                for i, part in enumerate(parts):
+                    several = len(parts) > 1 and stage != "teacher"
+                    self._watch(f"{stage} {i + 1}" if several else stage, part)
 
-    def _watch(self, stage: str, module: nn.Module) -> None:
-        parts = list(module) if isinstance(module, nn.ModuleList) else [module]
-        for i, part in enumerate(parts):
-            name = f"{stage} {i + 1}" if len(parts) > 1 and stage != "teacher" else stage
-            part.register_forward_pre_hook(lambda m, _: self._start(m))
-            part.register_forward_hook(lambda m, _, __, name=name: self._stop(name, m))
+    def _watch(self, name: str, part: nn.Module) -> None:
+        part.register_forward_pre_hook(lambda m, _: self._start(m))
+        part.register_forward_hook(lambda m, _, __: self._stop(name, m))
 
     def _start(self, module: nn.Module) -> None:
         self._started[module] = time.perf_counter()

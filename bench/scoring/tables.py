@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -11,6 +10,7 @@ from ..markdown import not_measured, table
 from .costs import TABLES as COSTS
 from .costs import Assumptions, read_rates
 from .speed import PARTS
+from .stages import STAGES
 
 
 def _read(name: str) -> dict[str, Any]:
@@ -31,22 +31,16 @@ def speed(device: str) -> str:
     ]
     told: dict[str, list[str]] = {}  # what was measured alike is told once
     for part, found in parts.items():
-        told.setdefault(_measured(found, device), []).append(part)
+        where = found["device"]
+        where = f"{found['threads']} cores ({where})" if device == "cpu" else where
+        rounds = f"medians of {found['rounds']} interleaved rounds."
+        how = f"{where}, {found['precision']}, torch {found['torch']}, {rounds}"
+        told.setdefault(how, []).append(part)
     notes = [
         how if len(told) == 1 else f"{', '.join(parts).capitalize()}: {how}"
         for how, parts in told.items()
     ]
     return table(["", "images/s", "ratio"], rows, note="\n\n".join(notes))
-
-
-def _measured(part: dict[str, Any], device: str) -> str:
-    where = part["device"]
-    if device == "cpu":
-        where = f"{part['threads']} cores ({where})"
-    return (
-        f"{where}, {part['precision']}, torch {part['torch']}, "
-        f"medians of {part['rounds']} interleaved rounds."
-    )
 
 
 def threads() -> str:
@@ -78,35 +72,26 @@ def stages() -> str:
         times = [by_stage.get(stage, 0) for by_stage in found.values()]
         if any(time > 0 for time in times):
             rows.append([stage, *(f"{time:.2f}" if time > 0 else "–" for time in times)])
+    parts = [name.split(".") for name in figures["stages_in_bytes"]]
+    in_int8 = [f"{STAGES[part]} {int(index) + 1}" for part, index in parts]
     note = (
         f"{figures['threads']} cores ({figures['device']}), batch of {figures['batch']}, medians "
-        f"of {figures['rounds']} interleaved rounds. In int8: "
-        f"{_stage_names(figures['stages_in_bytes'])}. The discriminator is in *everything else*."
+        f"of {figures['rounds']} interleaved rounds. In int8: {', '.join(in_int8)}. "
+        "The discriminator is in *everything else*."
     )
     return table(["stage", *found], rows, note=note)
-
-
-def _stage_names(stages: Iterable[str]) -> str:
-    words = {"downs": "encoder", "ups": "decoder"}
-    parts = [name.split(".") for name in stages]
-    return ", ".join(f"{words[part]} {int(index) + 1}" for part, index in parts)
 
 
 def ranking(full: bool) -> str:
     """Rank correlation and AUROC by precision, of all scores or of the paper's."""
     figures = _read("stages_cpu.json")
-    rows = [
-        (
-            precision,
-            f"`{name}`",
-            f"{row['rank_correlation']:.4f}",
-            f"{row['noise']:.3f}",
-            f"{row['auroc']:.4f}",
-        )
-        for precision, scores in figures["ranking"].items()
-        for name, row in scores.items()
-        if full or (name == "discriminator_instance" and " " not in precision)
-    ]
+    rows = []
+    for precision, scores in figures["ranking"].items():
+        for name, row in scores.items():
+            if full or (name == "discriminator_instance" and " " not in precision):
+                noise = f"{row['noise']:.3f}"
+                cells = (f"{row['rank_correlation']:.4f}", noise, f"{row['auroc']:.4f}")
+                rows.append((precision, f"`{name}`", *cells))
     about = figures["about"]
     note = (
         f"{figures['images']} test images of ZhangLab; the model was trained for {about['epochs']} "
@@ -118,15 +103,10 @@ def ranking(full: bool) -> str:
 
 def memory() -> str:
     """Peak memory of screening by the number of files."""
-    rows = [
-        (
-            f"{row['files']:,}",
-            f"{row['run_mb']:.0f}",
-            f"{row['reader_mb']:.0f}",
-            f"{row['files'] / row['seconds']:.0f}",
-        )
-        for row in _read("memory.json")["runs"]
-    ]
+    rows = []
+    for row in _read("memory.json")["runs"]:
+        figures = (row["run_mb"], row["reader_mb"], row["files"] / row["seconds"])
+        rows.append((f"{row['files']:,}", *(f"{x:.0f}" for x in figures)))
     note = "Largest resident memory of `squid-fast screen`, with a tiny model."
     return table(["files", "the run, MB", "each reader, MB", "files/s"], rows, text=0, note=note)
 
