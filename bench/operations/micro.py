@@ -85,10 +85,7 @@ class Timings:
 
     def add(self, case: Case, contender: str, error: float, timed: timing.Timing) -> Row:
         """Add a measurement to the file: its row."""
-        row: Row = {
-            "operation": case.operation,
-            "direction": case.direction,
-            "dtype": case.dtype,
+        row: Row = asdict(case) | {
             "sizes": dict(case.sizes),
             "contender": contender,
             "median_us": _rounded(timed.median * 1e6),

@@ -124,14 +124,9 @@ def start(folder: Path, table: Path) -> tuple[Process, str]:
     arguments = [folder / "bundle", folder / "images", "--out", table, "--resume"]
     arguments += ["--precision", "float32", "--device", "cpu", "--workers", "2"]
     with open(folder / _SAID, "w") as said:  # a pipe would be broken by the kill
-        process = subprocess.Popen(
-            [sys.executable, "-m", "squid_fast", "screen", *map(str, arguments)],
-            env=os.environ | {_MARK: mark},
-            stdout=subprocess.DEVNULL,
-            stderr=said,
-            start_new_session=True,
-        )
-    return process, mark
+        command = [sys.executable, "-m", "squid_fast", "screen", *map(str, arguments)]
+        how = {"env": os.environ | {_MARK: mark}, "stdout": subprocess.DEVNULL, "stderr": said}
+        return subprocess.Popen(command, start_new_session=True, **how), mark
 
 
 def kill(process: Process, table: Path, target: int, delay: float, how: str) -> bool:

@@ -13,12 +13,14 @@ from argparse import ArgumentParser, Namespace
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from squid_fast import PRESETS, SQUID, Bundle, Discriminator, Scorer, load_bundle, reference
+from squid_fast import PRESETS, Bundle, Scorer, load_bundle, reference
 from squid_fast.data import ImageSet, find_records, load_images, select
+from squid_fast.experiments.benchmark import random_bundle
 from squid_fast.inference.calibration import rank_correlation
 from squid_fast.inference.precision import can_use_int8
 from squid_fast.inference.scores import PAPER_SCORE, SCORES
@@ -58,16 +60,14 @@ class StageClock:
                 parts = list(module) if isinstance(module, nn.ModuleList) else [module]
                 for i, part in enumerate(parts):
                     several = len(parts) > 1 and stage != "teacher"
-                    self._watch(f"{stage} {i + 1}" if several else stage, part)
+                    stop = partial(self._stop, f"{stage} {i + 1}" if several else stage)
+                    part.register_forward_pre_hook(self._start)
+                    part.register_forward_hook(stop)
 
-    def _watch(self, name: str, part: nn.Module) -> None:
-        part.register_forward_pre_hook(lambda m, _: self._start(m))
-        part.register_forward_hook(lambda m, _, __: self._stop(name, m))
-
-    def _start(self, module: nn.Module) -> None:
+    def _start(self, module: nn.Module, _: object) -> None:
         self._started[module] = time.perf_counter()
 
-    def _stop(self, name: str, module: nn.Module) -> None:
+    def _stop(self, name: str, module: nn.Module, *_: object) -> None:
         self.seconds[name] += time.perf_counter() - self._started[module]
 
 
@@ -89,11 +89,8 @@ def frozen(bundle: Bundle, precision: str) -> tuple[Callable[[Tensor], Tensor], 
     """``Scorer`` in that precision."""
     pair = bundle.model, bundle.discriminator
     scorer = Scorer(*pair, bundle.calibration, PAPER_SCORE, precision, "cpu")
-
-    def score(images: Tensor) -> Tensor:
-        return scorer.measure(images, [PAPER_SCORE])[0][PAPER_SCORE]
-
-    return score, StageClock(scorer.model.generator)
+    clock = StageClock(scorer.model.generator)
+    return lambda images: scorer.measure(images, [PAPER_SCORE])[0][PAPER_SCORE], clock
 
 
 def computed_in(bundle: Bundle) -> list[str]:
@@ -116,11 +113,10 @@ def times(bundle: Bundle, batch: int, rounds: int) -> dict[str, dict[str, float]
             started = time.perf_counter()
             score(images)
             total = time.perf_counter() - started
-            if round_:
-                seconds = dict(clock.seconds)
-                rest = total - sum(seconds.values())
-                for stage, value in {**seconds, "everything else": rest, "total": total}.items():
-                    found[name][stage].append(1e3 * value / batch)
+            rest = total - sum(clock.seconds.values())
+            seconds = clock.seconds | {"everything else": rest, "total": total}
+            for stage, value in seconds.items() if round_ else ():
+                found[name][stage].append(1e3 * value / batch)
     return {
         name: {stage: round(statistics.median(values), 3) for stage, values in stages.items()}
         for name, stages in found.items()
@@ -141,8 +137,7 @@ def ranking(bundle: Bundle, test: ImageSet) -> dict[str, dict[str, dict[str, flo
         names = [f"{p}.{i}" for p in ("downs", "ups") for i in range(bundle.model.level)]
         everywhere = replace(bundle.calibration, quantization=replace(known, stages=names))
         calibrations["int8 everywhere"] = everywhere
-    exact: dict[str, Tensor] = {}
-    found: dict[str, dict[str, dict[str, float]]] = {}
+    labels, exact, found = test.labels.numpy(), {}, {}
     for name, calibration in calibrations.items():
         pair = bundle.model, bundle.discriminator
         scorer = Scorer(*pair, calibration, PAPER_SCORE, name.split()[0], "cpu")
@@ -152,7 +147,7 @@ def ranking(bundle: Bundle, test: ImageSet) -> dict[str, dict[str, dict[str, flo
             score: {
                 "rank_correlation": rank_correlation(exact[score], raw),
                 "noise": round(float((raw - exact[score]).std() / exact[score].std()), 4),
-                "auroc": round(image_auroc(test.labels.numpy(), SCORES[score][0] * raw.numpy()), 4),
+                "auroc": round(image_auroc(labels, SCORES[score][0] * raw.numpy()), 4),
             }
             for score, raw in values.items()
         }
@@ -171,14 +166,12 @@ def add_arguments(parser: ArgumentParser) -> None:
 def main(options: Namespace) -> None:
     """Measure and write the results file."""
     torch.set_num_threads(options.threads)
-    if options.bundle:
-        bundle = load_bundle(options.bundle)
-    else:
-        bundle = Bundle(SQUID(**PRESETS["zhanglab"].model).eval(), Discriminator(4).eval())
+    preset = PRESETS["zhanglab"]
+    bundle = load_bundle(options.bundle) if options.bundle else random_bundle(preset)
     known = bundle.calibration and bundle.calibration.quantization
     settings = {"batch": options.batch, "rounds": options.rounds, "about": bundle.about}
     results = Results(options.output / "stages_cpu.json", torch.device("cpu"), settings)
-    results.figures["stages_in_bytes"] = known.stages if known else None
+    results.figures["stages_in_int8"] = known.stages if known else None
     results.figures["milliseconds"] = times(bundle, options.batch, options.rounds)
     if options.bundle and options.data:
         records = [r for r in select(find_records(options.data), "test") if r.label is not None]

@@ -72,7 +72,7 @@ def stages() -> str:
         times = [by_stage.get(stage, 0) for by_stage in found.values()]
         if any(time > 0 for time in times):
             rows.append([stage, *(f"{time:.2f}" if time > 0 else "–" for time in times)])
-    parts = [name.split(".") for name in figures["stages_in_bytes"]]
+    parts = [name.split(".") for name in figures["stages_in_int8"]]
     in_int8 = [f"{STAGES[part]} {int(index) + 1}" for part, index in parts]
     note = (
         f"{figures['threads']} cores ({figures['device']}), batch of {figures['batch']}, medians "
