@@ -24,10 +24,8 @@ def held_out(records: Iterable[Record], side: int) -> dict[str, ImageSet]:
     for split in SPLITS:
         chosen = select(labelled, split)
         if not chosen:
-            raise ValueError(
-                f"{len(labelled)} labelled images are given, but none in the split {split!r}; "
-                "both 'val' and 'test' are needed."
-            )
+            given = f"{len(labelled)} labelled images are given"
+            raise ValueError(f"{given}, but none in {split!r}; 'val' and 'test' need some.")
         found[split] = load_images(chosen, side)
     return found
 

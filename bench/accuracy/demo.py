@@ -20,7 +20,7 @@ from ..arguments import add_option, add_output
 from ..measurements import ROOT, Results
 from ..scoring.threads import busy
 
-KEPT = ("aurocs", "trained_grids", "training_seconds", "seconds")
+FIGURES = ("aurocs", "trained_grids", "training_seconds", "seconds")
 
 
 def run(minutes: float, seed: int, others: int) -> dict[str, Any]:
@@ -29,8 +29,8 @@ def run(minutes: float, seed: int, others: int) -> dict[str, Any]:
         command = [sys.executable, "-m", "squid_fast", "demo", "--json", "--seed", str(seed)]
         command += ["--minutes", str(minutes), "--out", str(Path(folder) / "demo")]
         found = json.loads(subprocess.check_output(command, cwd=ROOT))
-    kept = {name: found[name] for name in KEPT} | {"threads": found["machine"]["threads"]}
-    return {"seed": seed, "busy": others, **kept}
+    figures = {name: found[name] for name in FIGURES}
+    return {"seed": seed, "busy": others, **figures, "threads": found["machine"]["threads"]}
 
 
 def add_arguments(parser: ArgumentParser) -> None:

@@ -14,22 +14,14 @@ from squid_fast.presets import Recipe, current_names
 from squid_fast.training import learning_rate
 
 from .. import measurements
-from ..markdown import not_measured, table
+from ..markdown import of_file, table
 from .data import SPLITS
-
-
-def _read(name: str) -> dict[str, Any]:
-    return measurements.read(measurements.RESULTS / "accuracy" / name)
 
 
 def _runs(pattern: str) -> dict[str, dict[str, Any]]:
     """The figures of runs by name."""
     paths = sorted((measurements.RESULTS / "accuracy").glob(pattern))
     return {path.stem: measurements.read(path) for path in paths}
-
-
-def _missing(name: str) -> str:
-    return not_measured(f"accuracy/{name}")
 
 
 def _labelled(score: str) -> str:
@@ -55,9 +47,8 @@ def _training_time(about: dict[str, Any]) -> str:
 def accuracy() -> str:
     """All scores of the preset's runs on ZhangLab, one by one and together."""
     by_name = _runs("zhanglab_cpu-seed*.json")
-    if not by_name:
-        return _missing("zhanglab_cpu-seed0.json")
-    runs, several = list(by_name.values()), _read("together.json")
+    runs = list(by_name.values())
+    several = measurements.read(measurements.RESULTS / "accuracy" / "together.json")
     if several and sorted(several["runs"]) != list(by_name):
         raise ValueError(
             f"together.json is of the runs {', '.join(several['runs'])}, but there are results of "
@@ -99,14 +90,11 @@ def runs() -> str:
         areas = (" ".join(f"{area:.2f}" for _, area in curve) for curve in curves)
         rows.append([*how, f"epoch {about['epoch']}", test, *areas])
     head = ["run", "averaging", "rate", "minutes", "kept", "test", "averaged", "as it is"]
-    return table(head, rows, text=(0, 6, 7)) if rows else _missing("zhanglab_cpu-seed0.json")
+    return table(head, rows, text=(0, 6, 7))
 
 
-def comparison() -> str:
+def comparison(found: dict[str, Any]) -> str:
     """What SQUID is compared with."""
-    found = _read("comparison.json")
-    if not found:
-        return _missing("comparison.json")
     rows = []
     for name, (_, meaning) in METHODS.items():
         if name in found:
@@ -121,11 +109,8 @@ def comparison() -> str:
     return table(["method", "val", "test", "minutes"], rows, note=note)
 
 
-def ablation() -> str:
+def ablation(found: dict[str, Any]) -> str:
     """What each part of SQUID contributes."""
-    found = _read("ablation.json")
-    if not found:
-        return _missing("ablation.json")
     settings, runs, machine = found["settings"], found["runs"], found["machine"]
     seeds = len({run["seed"] for run in runs})
     minutes = sum(run["seconds"] for run in runs) / 60
@@ -140,11 +125,8 @@ def ablation() -> str:
     )
 
 
-def contamination() -> str:
+def contamination(found: dict[str, Any]) -> str:
     """AUROC over the share of abnormal training images."""
-    found = _read("contamination.json")
-    if not found:
-        return _missing("contamination.json")
     scores = (PAPER_SCORE, "discriminator_image")
     rows = [
         [f"{float(rate):.0%}", *(_area(row["evaluation"][sp][s]) for s in scores for sp in SPLITS)]
@@ -159,9 +141,8 @@ def contamination() -> str:
     return table(["abnormal", *head], rows, text=0, note=note)
 
 
-def demo() -> str:
+def demo(figures: dict[str, Any]) -> str:
     """AUROC of every score for every kind of anomaly: mean and range over the demo's runs."""
-    figures = measurements.read(measurements.RESULTS / "demo.json")
     runs = figures["runs"]
     alone, beside = ([run for run in runs if bool(run["busy"]) is busy] for busy in (False, True))
     kinds = list(next(iter(runs[0]["aurocs"].values())))
@@ -196,9 +177,8 @@ def _range(values: Sequence[float], style: str) -> str:
     return f"{min(values):{style}}-{max(values):{style}}"
 
 
-def trials() -> str:
+def trials(figures: dict[str, Any]) -> str:
     """What was tried for the small preset."""
-    figures = measurements.read(measurements.RESULTS / "demo_trials.json")
     score = "patch_error"
     rows = []
     for name, trial in figures["trials"].items():
@@ -211,11 +191,11 @@ def trials() -> str:
 
 
 TABLES = {
-    "accuracy": accuracy,
-    "runs": runs,
-    "comparison": comparison,
-    "ablation": ablation,
-    "contamination": contamination,
-    "demo": demo,
-    "trials": trials,
+    "accuracy": of_file("accuracy/zhanglab_cpu-seed0.json", lambda _: accuracy()),
+    "runs": of_file("accuracy/zhanglab_cpu-seed0.json", lambda _: runs()),
+    "comparison": of_file("accuracy/comparison.json", comparison),
+    "ablation": of_file("accuracy/ablation.json", ablation),
+    "contamination": of_file("accuracy/contamination.json", contamination),
+    "demo": of_file("demo.json", demo),
+    "trials": of_file("demo_trials.json", trials),
 }

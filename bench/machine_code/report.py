@@ -19,7 +19,7 @@ import sys
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from fnmatch import fnmatch
 
 import triton
@@ -115,17 +115,14 @@ def problems(row: Row) -> list[str]:
     if "error" in row:
         return [f"does not compile: {row['error']}"]
     found = []
-    if row["spilled_bytes"] or row["spill_instructions"]:
-        found.append(
-            f"spills {row['spilled_bytes']} bytes of every thread's registers, with "
-            f"{row['spill_instructions']} loads and stores; the limit is 0."
-        )
-    limit = CARDS[row["arch"]].shared_memory
-    if row["shared_bytes"] > limit:
-        found.append(
-            f"asks for {row['shared_bytes']} bytes of shared memory; a program on "
-            f"{row['arch']} may use {limit}."
-        )
+    spilled, instructions = row["spilled_bytes"], row["spill_instructions"]
+    if spilled or instructions:
+        what = f"spills {spilled} bytes of every thread's registers"
+        found.append(f"{what}, with {instructions} loads and stores; the limit is 0.")
+    asked, limit = row["shared_bytes"], CARDS[row["arch"]].shared_memory
+    if asked > limit:
+        may = f"a program on {row['arch']} may use {limit}"
+        found.append(f"asks for {asked} bytes of shared memory; {may}.")
     expected: dict[str, list[str]] = {}
     for dot in row["dots"]:
         expected.setdefault(_unit(dot, row["arch"]), []).append(dot)
@@ -135,10 +132,8 @@ def problems(row: Row) -> list[str]:
         found.append(f"multiplies {' and '.join(expected[unit])} without {unit}; it has {has}.")
     for unit in sorted(counted.keys() - expected.keys()):
         found.append(f"has {counted[unit]} {unit}, but all its dots should be other ones.")
-    if row["dots_without_matrix_unit"] and counted:
-        found.append(
-            f"multiplies {row['dots_without_matrix_unit']} of its dots outside the matrix units."
-        )
+    if (outside := row["dots_without_matrix_unit"]) and counted:
+        found.append(f"multiplies {outside} of its dots outside the matrix units.")
     return found
 
 
@@ -210,19 +205,6 @@ def _cells(group: list[Row]) -> list[str]:
     ]
 
 
-def measure_all(launches: list[Launch], workers: int) -> Iterator[tuple[Launch, Row]]:
-    """Every launch with its row, in the order in which they are done."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        futures = {pool.submit(measure, launch): launch for launch in launches}
-        console = Console(stderr=True)
-        done = track(
-            as_completed(futures), "compiling", len(futures), console=console, transient=True
-        )
-        for future in done:
-            yield futures[future], future.result()
-
-
 def add_arguments(parser: ArgumentParser) -> None:
     help = "Part of the names of the kernels to compile, or a pattern with * and ?. Default: all."
     parser.add_argument("--only", default="", metavar="PATTERN", help=help)
@@ -246,9 +228,13 @@ def main(options: Namespace) -> None:
     if not options.every:
         launches = hardest(launches)
     rows = []
-    for launch, row in measure_all(list(launches), options.workers):
-        calls = launches[launch]
-        rows.append(row | {"calls": len(calls), "first_call": calls[0], "problems": problems(row)})
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.workers, mp_context=context) as pool:
+        how = {"console": Console(stderr=True), "transient": True}
+        done = track(pool.map(measure, launches), "compiling", len(launches), **how)
+        for calls, row in zip(launches.values(), done, strict=True):
+            known = {"calls": len(calls), "first_call": calls[0]}
+            rows.append(row | known | {"problems": problems(row)})
     rows.sort(key=lambda row: (row["file"], row["kernel"], row["arch"], json.dumps(row)))
     narrowed = options.only or options.arch or options.every
     if output := options.output or (None if narrowed else RESULTS):

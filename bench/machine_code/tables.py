@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from .. import measurements
-from ..markdown import table
+from ..markdown import of_file, table
 
 
-def machine_code() -> str:
+def machine_code(report: dict[str, Any]) -> str:
     """Registers, memory and matrix instructions of every kernel on every card."""
-    report = measurements.read(measurements.RESULTS / "compile_report.json")
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in report["configurations"]:
         kernel = row["kernel"].strip("_").removesuffix("_kernel")
@@ -29,4 +27,4 @@ def machine_code() -> str:
     return table([*head, "matrix units"], rows, text=(0, 1, 6), note=note)
 
 
-TABLES = {"machine_code": machine_code}
+TABLES = {"machine_code": of_file("compile_report.json", machine_code)}

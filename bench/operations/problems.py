@@ -50,6 +50,7 @@ class Problem:
         return grad.contiguous(memory_format=torch.channels_last) if channels_last else grad
 
     def wanted(self, function: Function, inputs: list[Tensor]) -> list[Tensor]:
+        """What a gradient is taken of: the learned inputs, and the parameters of a module."""
         parameters = list(function.parameters()) if isinstance(function, nn.Module) else []
         return [inputs[i] for i in self.learned] + parameters
 

@@ -19,11 +19,11 @@ _STRANGE_NAMES = 0.01  # share of the whole files whose names are not UTF-8
 
 @dataclass
 class ImageFolder:
-    """Paths in the order in which screening lists them; the image behind each that is whole."""
+    """Paths of images."""
 
-    files: list[str] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)  # in the order in which screening lists them
     broken: set[str] = field(default_factory=set)
-    originals: dict[str, Path] = field(default_factory=dict)
+    originals: dict[str, Path] = field(default_factory=dict)  # the image behind each whole one
 
 
 def make_images(
@@ -36,8 +36,7 @@ def make_images(
     originals = _write_originals(folder.with_name("originals"), generator)
     for number in range(_FOLDERS):
         (folder / f"ward-{number:02d}").mkdir(parents=True)
-    made = ImageFolder()
-    ways = list(BROKEN.items())
+    made, ways = ImageFolder(), list(BROKEN.items())
     chosen = set(generator.choice(files, broken, replace=False).tolist())
     for number in range(files):
         stem = folder / f"ward-{number % _FOLDERS:02d}" / f"{number:06d}"

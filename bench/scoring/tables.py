@@ -6,23 +6,15 @@ from functools import partial
 from typing import Any
 
 from .. import measurements
-from ..markdown import not_measured, table
+from ..markdown import of_file, table
 from .costs import TABLES as COSTS
 from .costs import Assumptions, read_rates
 from .speed import PARTS
 from .stages import STAGES
 
 
-def _read(name: str) -> dict[str, Any]:
-    return measurements.read(measurements.RESULTS / name)
-
-
-def speed(device: str) -> str:
+def speed(figures: dict[str, Any], cuda: bool = False) -> str:
     """The published way beside squid_fast."""
-    name = f"speed_{device}.json"
-    figures = _read(name)
-    if not figures:
-        return not_measured(name)
     parts = {part: figures[part] for part in PARTS if part in figures}
     rows = [
         (f"{part}: {name}", f"{row['images_per_second']:.1f}", f"{row['ratio']:.1f} ×")
@@ -32,7 +24,7 @@ def speed(device: str) -> str:
     told: dict[str, list[str]] = {}  # what was measured alike is told once
     for part, found in parts.items():
         where = found["device"]
-        where = f"{found['threads']} cores ({where})" if device == "cpu" else where
+        where = where if cuda else f"{found['threads']} cores ({where})"
         rounds = f"medians of {found['rounds']} interleaved rounds."
         how = f"{where}, {found['precision']}, torch {found['torch']}, {rounds}"
         told.setdefault(how, []).append(part)
@@ -43,9 +35,8 @@ def speed(device: str) -> str:
     return table(["", "images/s", "ratio"], rows, note="\n\n".join(notes))
 
 
-def threads() -> str:
+def threads(figures: dict[str, Any]) -> str:
     """Seconds of a training step beside busy processes, by how many threads there are."""
-    figures = _read("threads_cpu.json")
     found = {(row["busy"], row["way"]): row for row in figures["rows"]}
     heads = {"before": "all, spinning", "limited": "all", "one": "one", "chosen": "chosen"}
     rows = []
@@ -62,9 +53,8 @@ def threads() -> str:
     return table(["busy processes beside it", *heads.values()], rows, text=0, note=note)
 
 
-def stages() -> str:
+def stages(figures: dict[str, Any]) -> str:
     """Milliseconds for an image by stage and precision."""
-    figures = _read("stages_cpu.json")
     found = figures["milliseconds"]
     last = ("everything else", "total")
     rows = []
@@ -82,9 +72,8 @@ def stages() -> str:
     return table(["stage", *found], rows, note=note)
 
 
-def ranking(full: bool) -> str:
+def ranking(figures: dict[str, Any], full: bool = False) -> str:
     """Rank correlation and AUROC by precision, of all scores or of the paper's."""
-    figures = _read("stages_cpu.json")
     rows = []
     for precision, scores in figures["ranking"].items():
         for name, row in scores.items():
@@ -101,12 +90,12 @@ def ranking(full: bool) -> str:
     return table(head, rows, text=2, note=note)
 
 
-def memory() -> str:
+def memory(figures: dict[str, Any]) -> str:
     """Peak memory of screening by the number of files."""
     rows = []
-    for row in _read("memory.json")["runs"]:
-        figures = (row["run_mb"], row["reader_mb"], row["files"] / row["seconds"])
-        rows.append((f"{row['files']:,}", *(f"{x:.0f}" for x in figures)))
+    for row in figures["runs"]:
+        cells = (row["run_mb"], row["reader_mb"], row["files"] / row["seconds"])
+        rows.append((f"{row['files']:,}", *(f"{x:.0f}" for x in cells)))
     note = "Largest resident memory of `squid-fast screen`, with a tiny model."
     return table(["files", "the run, MB", "each reader, MB", "files/s"], rows, text=0, note=note)
 
@@ -117,12 +106,12 @@ def cost(name: str) -> str:
 
 
 TABLES = {
-    "speed": partial(speed, "cpu"),
-    "speed_cuda": partial(speed, "cuda"),
-    "threads": threads,
-    "stages": stages,
-    "ranking": partial(ranking, True),
-    "precision": partial(ranking, False),
-    "memory": memory,
+    "speed": of_file("speed_cpu.json", speed),
+    "speed_cuda": of_file("speed_cuda.json", partial(speed, cuda=True)),
+    "threads": of_file("threads_cpu.json", threads),
+    "stages": of_file("stages_cpu.json", stages),
+    "ranking": of_file("stages_cpu.json", partial(ranking, full=True)),
+    "precision": of_file("stages_cpu.json", ranking),
+    "memory": of_file("memory.json", memory),
     **{name: partial(cost, name) for name in COSTS},
 }

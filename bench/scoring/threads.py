@@ -107,13 +107,12 @@ def main(options: Namespace) -> None:
     for processes in BUSY:
         found: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
         with busy(processes):
-            for _ in range(options.rounds):
-                for way in WAYS:
-                    spin = _SPIN_BY_ITSELF if way == "before" else SPIN["GOMP_SPINCOUNT"]
-                    environment = os.environ | {"GOMP_SPINCOUNT": spin}
-                    said = subprocess.check_output([*command, way], env=environment, cwd=ROOT)
-                    found[way].append(json.loads(said))
-                    print(processes, way, found[way][-1], flush=True)
+            for way in WAYS * options.rounds:
+                spin = _SPIN_BY_ITSELF if way == "before" else SPIN["GOMP_SPINCOUNT"]
+                environment = os.environ | {"GOMP_SPINCOUNT": spin}
+                said = subprocess.check_output([*command, way], env=environment, cwd=ROOT)
+                found[way].append(json.loads(said))
+                print(processes, way, found[way][-1], flush=True)
         for way, times in found.items():
             middle = sorted(times, key=lambda row: row["mean"])[len(times) // 2]
             rows.append({"busy": processes, "way": way, **middle})
