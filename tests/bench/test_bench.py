@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,25 +19,26 @@ from bench.__main__ import COMMANDS, main
 from bench.accuracy.runs import together
 from bench.measurements import Results, commit
 from bench.operations import micro, roofline, timing
-from bench.operations.cases import OPERATIONS, Case, cases
-from bench.operations.micro import Runner, Timings
+from bench.operations.cases import OPERATIONS, Case, cases, schedule
+from bench.operations.micro import Timings
 from bench.operations.problems import WrongResultError as Wrong
 from bench.operations.problems import call_of, function_of, problem
 from bench.operations.roofline import Ceilings, Work
 from bench.operations.verify import verify
-from bench.scoring import speed, threads
-from squid_fast import PRESETS
-from squid_fast.data import ImageSet
+from bench.scoring import threads
 from squid_fast.inference.scores import PAPER_SCORE
 from squid_fast.metrics import evaluate
+from squid_fast.utils import machine
+from tests.factories import image_set
 
-ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
 
 def pytest_in_a_process(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        command, cwd=measurements.ROOT, capture_output=True, text=True, timeout=120
+    )
 
 
 def tiny(operation: str, direction: str = "forward") -> Case:
@@ -44,33 +46,45 @@ def tiny(operation: str, direction: str = "forward") -> Case:
     return found[0]
 
 
-def test_roofline_of_a_lookup_by_hand() -> None:
-    # Query and answer of 2 images, 3 patches, 5 wide: 30 numbers each; memory 3 x 7 x 5 = 105.
-    # Scores: 2 * 3 * 7 dot products of 5: 210 multiplications; two kept rows: 2 * 3 * 2 * 5 = 60.
-    assert roofline.memory_lookup(2, 3, 7, 5, 3, 4) == Work(4 * 165, 2 * 270)
-    # Backward: gradient, query, memory in, query's gradient out; two products over all slots.
-    both = roofline.memory_lookup(2, 3, 7, 5, 3, 4, backward=True)
-    assert both == Work(4 * (165 + 195), 2 * (270 + 420))
-    # Gradient of the memory: one more output, through the scores and through the answer.
-    slots = roofline.memory_lookup(2, 3, 7, 5, 3, 2, backward=True, slots=True)
-    assert slots == Work(2 * (165 + 195 + 105), 2 * (270 + 420 + 270))
+LOOKUP = Work(4 * 165, 2 * 270)
+ENTRIES = 42  # 2 x 3 x 7 logits
+ELEMENTS = 120  # 2 x 3 x 4 x 5 of a map
 
 
-def test_roofline_of_the_other_operations_by_hand() -> None:
-    assert roofline.gumbel_shrinkage(2, 3, 7, 2) == Work(2 * 2 * 42, 4 * 42)
-    assert roofline.gumbel_shrinkage(2, 3, 7, 2, backward=True) == Work(5 * 2 * 42, 12 * 42)
-    # 2 x 3 x 4 x 5 = 120 elements: one read, one written; backward one read, two written.
-    assert roofline.masked_shortcut(2, 3, 4, 5, 4) == Work(2 * 4 * 120, 0)
-    assert roofline.masked_shortcut(2, 3, 4, 5, 4, backward=True) == Work(5 * 4 * 120, 0)
-    affine = roofline.masked_shortcut(2, 3, 4, 5, 4, affine=True, backward=True)
-    assert affine == Work(6 * 4 * 120 + 3 * 24, 8 * 120)
-    # On 2 x 2 every patch sees three others and zeros; on 3 x 3 only the middle sees no zeros.
-    assert [roofline.attended(N) for N in (1, 4, 9)] == [1, 16, 4 * 4 + 4 * 6 + 8]
-    attention = roofline.neighbourhood_attention(2, 4, 8, 2)
-    assert attention == Work(2 * (4 * 64 + 16), 2 * 2 * 2 * 8 * 16)
+@pytest.mark.parametrize(
+    ("operation", "sizes", "further", "work"),
+    [
+        # Query and answer of 2 images, 3 patches, 5 wide: 30 numbers each; memory 3 x 7 x 5 = 105.
+        # Scores: 2 * 3 * 7 dot products of 5: 210; two rows are kept: 2 * 3 * 2 * 5 = 60.
+        ("memory_lookup", (2, 3, 7, 5, 3, 4), {}, LOOKUP),
+        # Backward: gradient, query, memory in, query's gradient out; two products over all slots.
+        ("memory_lookup", (2, 3, 7, 5, 3, 4), {"backward": True}, LOOKUP + Work(4 * 195, 2 * 420)),
+        # Gradient of the memory: one more output, through the scores and through the answer.
+        (
+            "memory_lookup", (2, 3, 7, 5, 3, 2), {"backward": True, "slots": True},
+            Work(2 * (165 + 195 + 105), 2 * (270 + 420 + 270)),
+        ),
+        ("gumbel_shrinkage", (2, 3, 7, 2), {}, Work(2 * 2 * ENTRIES, 4 * ENTRIES)),
+        ("gumbel_shrinkage", (2, 3, 7, 2), {"backward": True}, Work(5 * 2 * ENTRIES, 12 * ENTRIES)),
+        # Of every element one read, one written; backward one read, two written.
+        ("masked_shortcut", (2, 3, 4, 5, 4), {}, Work(2 * 4 * ELEMENTS, 0)),
+        ("masked_shortcut", (2, 3, 4, 5, 4), {"backward": True}, Work(5 * 4 * ELEMENTS, 0)),
+        (
+            "masked_shortcut", (2, 3, 4, 5, 4), {"backward": True, "affine": True},
+            Work(6 * 4 * ELEMENTS + 3 * 24, 8 * ELEMENTS),
+        ),
+        ("neighbourhood_attention", (2, 4, 8, 2), {}, Work(2 * (4 * 64 + 16), 4 * 2 * 8 * 16)),
+    ],
+)  # fmt: skip
+def test_roofline_by_hand(
+    operation: str, sizes: tuple[int, ...], further: dict[str, bool], work: Work
+) -> None:
+    assert roofline.COUNTS[operation](*sizes, **further) == work
 
 
 def test_roofline_of_the_block_is_that_of_its_parts() -> None:
+    # On 2 x 2 every patch sees three others and zeros; on 3 x 3 only the middle sees no zeros.
+    assert [roofline.attended(N) for N in (1, 4, 9)] == [1, 16, 4 * 4 + 4 * 6 + 8]
     # Width 8, 2 narrow channels on one place: C = 2. Four patches, code of 3 bits.
     weights = 8 * 2 + (2 + 3) * 8 + 4 * 4 + 0
     layers = 2 * 4 * (8 * 2 + 5 * 8 + 4 * 4 + 0)
@@ -80,11 +94,11 @@ def test_roofline_of_the_block_is_that_of_its_parts() -> None:
     assert block == Work(4 * (2 * 4 * 8 + weights + 4 * 7 * 2), layers + parts)
 
 
-def test_a_floor_is_the_larger_of_two_times() -> None:
-    ceilings = Ceilings(bytes_per_s=100.0, bfloat16=1000.0, float32=10.0)
-    assert ceilings.floor(Work(200, 10), "float32") == 2.0
-    assert ceilings.floor(Work(200, 50), "float32") == 5.0
-    assert ceilings.floor(Work(200, 50), "bfloat16") == 2.0
+@pytest.mark.parametrize(
+    ("flops", "dtype", "seconds"), [(10, "float32", 2), (50, "float32", 5), (50, "bfloat16", 2)]
+)
+def test_a_floor_is_the_larger_of_two_times(flops: int, dtype: str, seconds: float) -> None:
+    assert Ceilings(100.0, bfloat16=1000.0, float32=10.0).floor(Work(200, flops), dtype) == seconds
 
 
 def test_ceilings_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,14 +152,14 @@ def test_cold_times_are_what_the_call_adds_to_the_flush(monkeypatch: pytest.Monk
         nonlocal spent
         spent += seconds
 
-    def replay(graph: timing.Call) -> float:
+    def event_seconds(replay: timing.Call) -> float:
         nonlocal spent
         spent = 0.0
-        graph()
+        replay()
         return spent
 
-    monkeypatch.setattr(timing, "_graph", lambda call: call)
-    monkeypatch.setattr(timing, "_replay", replay)
+    monkeypatch.setattr(timing, "_graph", lambda call: SimpleNamespace(replay=call))
+    monkeypatch.setattr(timing, "event_seconds", event_seconds)
     monkeypatch.setattr(timing, "_flush", lambda: lambda: spend(80e-6))
     for seconds in (2e-6, 30e-6, 5e-3):
         timed = timing.on_cuda(lambda seconds=seconds: spend(seconds))
@@ -156,7 +170,7 @@ def test_cold_times_are_what_the_call_adds_to_the_flush(monkeypatch: pytest.Monk
 
 def test_rows_of_a_gpu_are_held_against_the_floor(tmp_path: Path) -> None:
     case = tiny("gumbel_shrinkage")
-    results = Timings(tmp_path, CPU)
+    results = Timings(CPU, tmp_path)
     results._ceilings = Ceilings(bytes_per_s=1e9, bfloat16=1e12, float32=1e12)
     row = results.add(case, "eager", 0.0, timing.Timing([2e-6], [4e-6]))
     moved = 2 * 4 * (2 * 4 * 7)  # bytes: 448
@@ -168,27 +182,27 @@ def test_rows_of_a_gpu_are_held_against_the_floor(tmp_path: Path) -> None:
 
 def test_results_keep_rows_of_the_same_commit_and_drop_others(tmp_path: Path) -> None:
     case = tiny("gumbel_shrinkage")
-    results = Timings(tmp_path, CPU)
+    results = Timings(CPU, tmp_path)
     results.add(case, "eager", 1e-7, timing.Timing([4e-6], []))
-    row = Timings(tmp_path, CPU).add(case, "squid_fast", 1e-7, timing.Timing([2e-6], []))
+    row = Timings(CPU, tmp_path).add(case, "squid_fast", 1e-7, timing.Timing([2e-6], []))
     assert row["ratio_to_eager"] == 2.0
     written = json.loads(results.results.path.read_text())
     assert [r["contender"] for r in written["rows"]] == ["eager", "squid_fast"]
     assert written["torch"] == torch.__version__
-    again = Timings(tmp_path, CPU)
+    again = Timings(CPU, tmp_path)
     again.fail(case, "squid_fast", Wrong("off"))
     assert list(again.failures.values()) == ["WrongResultError: off"]
     assert len(json.loads(results.results.path.read_text())["rows"]) == 1
     written["commit"] = "another"
     results.results.path.write_text(json.dumps(written))
-    assert Timings(tmp_path, CPU).rows == {}
+    assert Timings(CPU, tmp_path).rows == {}
 
 
 def test_the_table_of_microbenchmarks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measurements, "RESULTS", tmp_path)
     assert pages.TABLES["micro_cuda"]().startswith("Not measured yet")
     case = tiny("gumbel_shrinkage", "forward_backward")
-    results = Timings(tmp_path, CPU)
+    results = Timings(CPU, tmp_path)
     results.add(case, "eager", 1e-7, timing.Timing([4e-6], []))
     results.add(case, "squid_fast", 1e-7, timing.Timing([2e-6], []))
     line = "| gumbel shrinkage, forward + backward | B 2, N 4, M 7, k 5 | float32 | 4 |  | 2.00 × |"
@@ -212,20 +226,17 @@ def test_the_table_of_speed_says_of_every_part_how_it_was_measured(
     assert apart[-3:] == [f"Evaluation: {said}", "", f"Training: {said.replace('4', '9')}"]
 
 
-def test_a_part_measured_anew_leaves_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(speed, "PRESET", PRESETS["small"])
+def test_a_part_measured_anew_leaves_the_others(tmp_path: Path) -> None:
     path = tmp_path / "speed_cpu.json"
     kept = {"commit": "x", "rows": {"a": 1}}
     path.write_text(json.dumps({"training": {"rows": {"old": 1}}, "screening": kept}))
     options = ["--rounds=1", "--batch=2", "--threads=1", "--device=cpu", "--part=training"]
-    main(["speed", *options, f"--output={tmp_path}"])
+    main(["speed", "--preset=small", *options, f"--output={tmp_path}"])
     written = json.loads(path.read_text())
     assert set(written) == {"screening", "training"}
     assert written["screening"] == kept
     training = written["training"]
-    assert (training["commit"], training["rounds"]) == (commit(), 1)
+    assert (training["commit"], training["rounds"], training["preset"]) == (commit(), 1, "small")
     assert (training["batch"], training["threads"], training["torch"]) == (2, 1, torch.__version__)
     assert list(training["rows"]) == ["published loop", "squid_fast.Trainer"]
     first, second = training["rows"].values()
@@ -239,8 +250,7 @@ def test_every_command_describes_itself_and_each_of_its_options(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     commands = [[name] for name in COMMANDS]
-    commands += [["accuracy", name] for name in ("runs", "baselines", "contamination", "demo")]
-    for command in commands:
+    for command in [*commands, *(["accuracy", name] for name in COMMANDS["accuracy"][0])]:
         with pytest.raises(SystemExit) as ended:
             main([*command, "--help"])
         assert ended.value.code == 0
@@ -268,19 +278,16 @@ def test_results_say_where_they_come_from_and_keep_what_has_the_same_settings(
     results.figures["runs"] = {"0.1": [1, 2]}
     results.write()
     written = json.loads(path.read_text())
-    assert written == {**measurements.describe(CPU), **results.header, **results.figures}
-    assert (written["commit"], written["settings"]) == (commit(), {"epochs": 2})
+    about = machine.describe(CPU) | {"commit": commit(), "settings": {"epochs": 2}}
+    assert written == about | results.figures
 
     path.write_text(json.dumps(written | {"torch": "1.0"}))
-    again = Results(path, CPU, {"settings": {"epochs": 2}})
-    again.resume("settings")  # whatever else has changed
-    assert again.figures == results.figures
-    again = Results(path, CPU, {"settings": {"epochs": 2}})
-    again.resume()
-    assert again.figures == {}
-    again = Results(path, CPU, {"settings": {"epochs": 3}})
-    again.resume("settings")
-    assert again.figures == {}
+    known = {}
+    for epochs, same in ((2, ("settings",)), (2, ()), (3, ("settings",))):
+        again = Results(path, CPU, {"settings": {"epochs": epochs}})
+        again.resume(*same)
+        known[epochs, same] = again.figures
+    assert list(known.values()) == [results.figures, {}, {}]
 
 
 def test_results_of_a_part_leave_the_other_parts(tmp_path: Path) -> None:
@@ -329,14 +336,8 @@ def test_plain_pytest_collects_no_benchmarks() -> None:
 
 
 def test_the_flag_runs_benchmarks_alone(tmp_path: Path) -> None:
-    done = pytest_in_a_process(
-        "--benchmark",
-        "--bench-device=cpu",
-        "--bench-sizes=tiny",
-        f"--bench-results={tmp_path}",
-        "-k",
-        "gumbel_shrinkage-forward-",
-    )
+    options = ["--bench-device=cpu", "--bench-sizes=tiny", f"--bench-results={tmp_path}"]
+    done = pytest_in_a_process("--benchmark", *options, "-k", "gumbel_shrinkage-forward-")
     assert done.returncode == 0, done.stdout
     assert "2 passed" in done.stdout
     written = json.loads((tmp_path / "micro_cpu.json").read_text())
@@ -348,23 +349,27 @@ def test_the_flag_runs_benchmarks_alone(tmp_path: Path) -> None:
 def test_the_runner_without_pytest_does_the_same(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    results = Timings(tmp_path, CPU)
+    results, plan = Timings(CPU, tmp_path), schedule(CPU, "tiny", ["gumbel_shrinkage"])
     monkeypatch.setattr(timing, "on_cpu", lambda call: timing.Timing([1e-6], []))
-    assert micro.run(CPU, "tiny", results, ("gumbel_shrinkage",)) == 0
+    assert micro.run(results, plan) == 0
     assert len(results.rows) == 4
-    monkeypatch.setattr(Runner, "prepare", lambda *_: (_ for _ in ()).throw(Wrong("no")))
-    assert micro.run(CPU, "tiny", results, ("gumbel_shrinkage",)) == 4
+    assert micro.run(results, plan, check=True) == 0
+    assert "squid_fast: correct to " in capsys.readouterr().out
+    late = Timings(CPU, tmp_path, seconds=-1)
+    assert micro.run(late, plan[:1]) == 0
+    assert (len(late.rows), [*late.failures.values()]) == (3, ["skipped: the time was up"])
+    monkeypatch.setattr(micro, "verify", lambda *_: (_ for _ in ()).throw(Wrong("no")))
+    assert micro.run(results, plan) == 4
     assert results.rows == {}
     assert "FAILED, WrongResultError: no" in capsys.readouterr().out
 
 
 def test_runs_together_are_ranked_by_the_mean_of_their_z_scores() -> None:
-    images = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
-    labelled = ImageSet(images, torch.tensor([0, 0, 1, 1]), ["a", "b", "c", "d"])
-    one, other = np.float32([0, 3, 2, 4]), np.float32([2, 0, 3, 1])
-    areas = [together(labelled, [{"z": z}])["z"]["auroc"] for z in (one, other)]
+    images = image_set(4, anomalous=2)
+    one, other = np.float32([2, 4, 0, 3]), np.float32([3, 1, 2, 0])
+    areas = [together(images, [{"z": z}])["z"]["auroc"] for z in (one, other)]
     assert areas == [0.75, 0.75]
-    assert together(labelled, [{"z": one}, {"z": other}])["z"]["auroc"] == 1.0
+    assert together(images, [{"z": one}, {"z": other}])["z"]["auroc"] == 1.0
 
 
 def test_the_table_of_accuracy_is_of_the_runs_that_it_shows(

@@ -50,12 +50,12 @@ def hoard(x_ptr, out_ptr, steps, N: tl.constexpr):
     tl.store(out_ptr + places, total)
 """
 
-JUDGE = """
+MEASURE = """
 import json, sys, torch, bad
 from bench.machine_code.report import problems
 from bench.machine_code.compilers import CARDS, measure, recorded
 
-def judge(arch, launch):
+def compiled(arch, launch):
     with recorded(CARDS[arch]) as launches:
         launch()
     assert len(launches) == 1
@@ -71,12 +71,12 @@ def hoard():
     bad.hoard[(1,)](x, x, 8, 8192, num_warps=1)  # 256 numbers to a thread
 
 print(json.dumps({
-    "warpgroup": judge("sm_90", lambda: product(64, 64, torch.bfloat16, "tf32")),
-    "too few warps": judge("sm_90", lambda: product(64, 64, torch.bfloat16, "tf32", warps=2)),
-    "older card": judge("sm_80", lambda: product(64, 64, torch.bfloat16, "tf32")),
-    "no matrix unit": judge("sm_80", lambda: product(16, 16, torch.float32, "ieee")),
-    "amd": judge("gfx942", lambda: product(32, 32, torch.float32, "ieee")),
-    "spills": judge("sm_80", lambda: hoard()),
+    "warpgroup": compiled("sm_90", lambda: product(64, 64, torch.bfloat16, "tf32")),
+    "too few warps": compiled("sm_90", lambda: product(64, 64, torch.bfloat16, "tf32", warps=2)),
+    "older card": compiled("sm_80", lambda: product(64, 64, torch.bfloat16, "tf32")),
+    "no matrix unit": compiled("sm_80", lambda: product(16, 16, torch.float32, "ieee")),
+    "amd": compiled("gfx942", lambda: product(32, 32, torch.float32, "ieee")),
+    "spills": compiled("sm_80", lambda: hoard()),
 }))
 """
 
@@ -130,7 +130,7 @@ def test_what_is_good_is_not_complained_about(change: dict[str, Any]) -> None:
 
 def test_bad_kernels_are_found_in_their_machine_code(tmp_path: Path) -> None:
     (tmp_path / "bad.py").write_text(BAD_KERNELS)
-    done = run("-c", JUDGE, path=tmp_path)
+    done = run("-c", MEASURE, path=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
 
