@@ -16,9 +16,7 @@ def table(
 ) -> str:
     """A table, and a note below it.
 
-    Args:
-        text: The columns that hold words, which are aligned to the left: their number where they
-            are the first ones, else their indices. The others hold figures.
+    ``text`` are the columns of words, aligned to the left: the number of first ones, or indices.
     """
     words = range(text) if isinstance(text, int) else text
     rule = "|".join("---" if index in words else "--:" for index in range(len(head)))

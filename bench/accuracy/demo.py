@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from argparse import ArgumentParser, Namespace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,7 @@ def main(options: Namespace) -> None:
     settings = {"minutes": options.minutes}
     results = Results(options.output / "demo.json", torch.device("cpu"), settings)
     runs = results.figures["runs"] = []
-    for seed in range(options.seeds):
-        for others in (0, 1):
-            runs.append(run(options.minutes, seed, others))
-            results.write()
-            print(json.dumps(runs[-1]), flush=True)
+    for seed, others in product(range(options.seeds), (0, 1)):
+        runs.append(run(options.minutes, seed, others))
+        results.write()
+        print(json.dumps(runs[-1]), flush=True)

@@ -89,9 +89,8 @@ def describe(launch: Launch) -> Row:
     }
     options |= {name: data["options"][name] for name in ("num_warps", "num_stages")}
     values = dict(zip((i for (i,) in data["constant_keys"]), data["constant_vals"], strict=True))
-    aligned = {
-        i for (i,), attrs in zip(data["attrs_keys"], data["attrs_vals"], strict=True) if attrs
-    }
+    attributes = zip(data["attrs_keys"], data["attrs_vals"], strict=True)
+    aligned = {i for (i,), attrs in attributes if attrs}
     constants, arguments = {}, {}
     for index, (name, kind) in enumerate(data["signature"].items()):
         if kernel.params[index].is_constexpr:

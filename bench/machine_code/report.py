@@ -63,10 +63,8 @@ def collect(archs: list[str], pattern: str) -> tuple[dict[Launch, list[str]], li
             if name in wanted:
                 launches.setdefault(launch, []).append(case.label)
     if len(archs) == len(CARDS):  # some kernels may suit some cards only
-        failures += [
-            f"{name} is launched by no call of bench/machine_code/cases.py; list one."
-            for name in sorted(wanted - reached)
-        ]
+        advice = "is launched by no call of bench/machine_code/cases.py; list one."
+        failures += [f"{name} {advice}" for name in sorted(wanted - reached)]
     return launches, failures
 
 
@@ -156,10 +154,7 @@ CAPTION = (
 
 
 def tables(rows: list[Row], brief: bool) -> Iterator[str]:
-    """For each kernel a line for each dtype, tile, warps and stages on each card.
-
-    In brief, one table with a line for each kernel and card.
-    """
+    """A line for each kernel, card, dtype, tile, warps and stages; in brief, for kernel and card."""
     if brief:
         yield _table(rows, ("kernel", "card"), lambda row: (row["kernel"], row["arch"]))
         return
@@ -175,12 +170,8 @@ def _table(rows: list[Row], head: Sequence[str], key: Callable[[Row], tuple[str,
 
 
 def _layout(row: Row) -> tuple[str, ...]:
-    constants = row["constants"].items()
-    tile = " ".join(
-        f"{name.removeprefix('BLOCK_').lower()}{value}"
-        for name, value in constants
-        if name.startswith("BLOCK_")
-    )
+    sizes = {k[6:].lower(): v for k, v in row["constants"].items() if k.startswith("BLOCK_")}
+    tile = " ".join(f"{name}{value}" for name, value in sizes.items())
     launch = (str(row["options"][name]) for name in ("num_warps", "num_stages"))
     return row["arch"], "+".join(row["dtypes"]), tile, *launch
 

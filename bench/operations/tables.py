@@ -45,11 +45,11 @@ def micro(figures: dict[str, Any], cuda: bool = False) -> str:
             cells.append(f"{fraction:.0%}" if fraction else "")
         rows.append([*group, *cells])
     failed = sum(not reason.startswith("skipped") for reason in figures["failures"].values())
+    threads = "" if cuda else f"{figures['threads']} threads; "
     note = (
         f"{figures['device']}, torch {figures['torch']}, triton {figures['triton']}, commit "
-        f"{figures['commit']}, {figures['date']}; "
-        + ("" if cuda else f"{figures['threads']} threads; ")
-        + f"medians, × is how often faster than the eager reference; {failed} contenders failed."
+        f"{figures['commit']}, {figures['date']}; {threads}medians, × is how often faster than the "
+        f"eager reference; {failed} contenders failed."
     )
     head = ["operation", "sizes", "dtype", "eager, µs", "compiled", "squid_fast"]
     return table(head + ["cold, µs", "of the floor"] * cuda, rows, text=3, note=note)

@@ -156,12 +156,12 @@ def one_gpu(rates: Rates, a: Assumptions) -> str:
     head = [f"{a.gpu_cores} cores decode", f"disk {a.disk_mb:g} MB/s"]
     head += [f"network {a.network_gbit:g} Gbit/s", "first limit", *COUNTS]
     note = (
-        f"The GPU itself scores {rates.gpu:,.0f} images/s, measured."
-        if rates.gpu
-        else "**No scorer has been measured on a GPU yet.** The times are the least that the files "
+        "**No scorer has been measured on a GPU yet.** The times are the least that the files "
         "allow. A GPU that scores more images/s than the first limit waits for them; one that "
         "scores fewer takes longer than this in the same ratio."
     )
+    if rates.gpu:
+        note = f"The GPU itself scores {rates.gpu:,.0f} images/s, measured."
     return table(["format", *head], rows, note=note)
 
 

@@ -29,10 +29,7 @@ _ROUNDS = 5
 
 
 def measure(images: Path, rounds: int = _ROUNDS) -> dict[str, dict[str, float]]:
-    """Files/s that one core decodes, and their mean size in bytes, by kind of file.
-
-    The large files are made from the first radiograph of the folder.
-    """
+    """Files/s that one core decodes, and their mean size in bytes, by kind of file."""
     found = sorted(path for path in images.rglob("*") if path.suffix in (".jpeg", ".jpg"))[:200]
     if not found:
         raise SystemExit(f"{images} holds no JPEG files; --images takes a folder of radiographs.")

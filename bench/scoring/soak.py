@@ -201,8 +201,7 @@ def check(images: ImageFolder, whole: Path, table: Path, result: Soak) -> None:
             f"{len(images.files)} files, {len(paths) - len(set(paths))} of them doubled"
         )
         return
-    wrong = {row["path"] for row in rows if row["error"]} ^ set(map(utf8_text, images.broken))
-    if wrong:
+    if wrong := {row["path"] for row in rows if row["error"]} ^ set(map(utf8_text, images.broken)):
         problems.append(f"{len(wrong)} files are errors and fine, or broken and scored: {wrong}")
         return
     scores: dict[Path, list[float]] = {}
