@@ -32,7 +32,7 @@ def fill(text: str) -> str:
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    help = "Check that the pages are up to date, in place of writing them; exit with 1 if not."
+    help = "A check that the pages are up to date, in place of writing them; exits with 1 if not."
     parser.add_argument("--check", action="store_true", help=help)
 
 

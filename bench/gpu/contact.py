@@ -49,14 +49,12 @@ def cases(device: torch.device) -> dict[str, Case]:
     bf16, float32 = "bfloat16", "float32"
     chosen = [
         (operation, direction, dtype, {"B": B} | sizes)
-        for (operation, direction, sizes), dtype, B in product(
-            _OPERATIONS, (bf16, float32), (16, 512)
-        )
+        for operation, direction, sizes in _OPERATIONS
+        for dtype, B in product((bf16, float32), (16, 512))
     ]
     extra = [(bf16, 16, 10_000), (float32, 16, 10_000), (bf16, 4096, 200), ("float16", 512, 200)]
-    chosen += [
-        ("memory_lookup", _BOTH, dtype, {"B": B} | _LOOKUP | {"M": M}) for dtype, B, M in extra
-    ]
+    for dtype, B, M in extra:
+        chosen.append(("memory_lookup", _BOTH, dtype, {"B": B} | _LOOKUP | {"M": M}))
     found = {}
     for operation, direction, dtype, sizes in chosen:
         if device.type == "cpu":

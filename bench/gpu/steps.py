@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch import nn
 
 from squid_fast import SQUID, Discriminator
 from squid_fast.experiments.benchmark import compare
@@ -16,16 +18,15 @@ from . import trials
 _PUBLISHED, _OURS = "published loop", "squid_fast.Trainer"
 
 
-class CompiledSQUID(SQUID):
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.compile(dynamic=False)
+def compiled(kind: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """The constructor of a network that is compiled."""
 
+    def construct(*arguments: Any, **options: Any) -> nn.Module:
+        network = kind(*arguments, **options)
+        network.compile(dynamic=False)
+        return network
 
-class CompiledDiscriminator(Discriminator):
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.compile(dynamic=False)
+    return construct
 
 
 def make(run: trials.Trials) -> None:
@@ -59,7 +60,7 @@ def make(run: trials.Trials) -> None:
         run.attempt(f"kernels of two steps, batch {batch}", kernels, batch)
     if not run.rehearsal:  # where compiling would take minutes
         with (
-            patch.object(speed, "SQUID", CompiledSQUID),
-            patch.object(speed, "Discriminator", CompiledDiscriminator),
+            patch.object(speed, "SQUID", compiled(SQUID)),
+            patch.object(speed, "Discriminator", compiled(Discriminator)),
         ):
             run.attempt("squid_fast, compiled, batch 16", rate, _OURS, 16)

@@ -154,7 +154,7 @@ CAPTION = (
 
 
 def tables(rows: list[Row], brief: bool) -> Iterator[str]:
-    """A line for each kernel, card, dtype, tile, warps and stages; in brief, for kernel and card."""
+    """A line for each kernel, card, dtype, tile, warps, stages; in brief, for kernel and card."""
     if brief:
         yield _table(rows, ("kernel", "card"), lambda row: (row["kernel"], row["arch"]))
         return
