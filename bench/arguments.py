@@ -13,12 +13,15 @@ _METAVARS = {int: "N", float: "X", Path: "FOLDER"}
 
 
 def add_option(parser: ArgumentParser, name: str, default: Any, help: str, **settings: Any) -> None:
-    """Add an option that has the type of its default, which its help names."""
-    kind = Path if isinstance(default, Path) else type(default)
-    shown = os.path.relpath(default, ROOT) if kind is Path else default
+    """Add an option that has the type of its default, which its help names; of a list, several."""
+    several = default if isinstance(default, list) else [default]
+    kind = Path if isinstance(default, Path) else type(several[0])
+    shown = os.path.relpath(default, ROOT) if kind is Path else " ".join(map(str, several))
     settings = {"type": kind, "help": f"{help}. Default: {shown}."} | settings
+    if several is default:
+        settings["nargs"] = "+"
     if "choices" not in settings:
-        settings.setdefault("metavar", _METAVARS[kind])
+        settings["metavar"] = _METAVARS[kind]
     parser.add_argument(name, default=default, **settings)
 
 
@@ -47,11 +50,6 @@ def thread_count() -> int:
 def add_threads(parser: ArgumentParser) -> None:
     """Add the number of PyTorch threads."""
     add_option(parser, "--threads", thread_count(), "Number of PyTorch threads")
-
-
-def add_seed(parser: ArgumentParser) -> None:
-    """Add the seed of everything random."""
-    add_option(parser, "--seed", 0, "Seed of everything random")
 
 
 def add_data(parser: ArgumentParser, required: bool = True) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from . import measurements
 
 
 def table(
@@ -13,9 +16,7 @@ def table(
 ) -> str:
     """A table, and a note below it.
 
-    Args:
-        text: The columns that hold words, which are aligned to the left: their number where they
-            are the first ones, else their indices. The others hold figures.
+    ``text`` are the columns of words, aligned to the left: the number of first ones, or indices.
     """
     words = range(text) if isinstance(text, int) else text
     rule = "|".join("---" if index in words else "--:" for index in range(len(head)))
@@ -24,6 +25,13 @@ def table(
     return "\n".join(lines + (["", note] if note else []))
 
 
-def not_measured(name: str) -> str:
-    """What stands in place of a table without figures."""
-    return f"Not measured yet: there is no `bench/results/{name}`."
+def of_file(name: str, make: Callable[[dict[str, Any]], str]) -> Callable[[], str]:
+    """The table that ``make`` makes of a file of figures, or that there is no such file."""
+
+    def text() -> str:
+        figures = measurements.read(measurements.RESULTS / name)
+        return (
+            make(figures) if figures else f"Not measured yet: there is no `bench/results/{name}`."
+        )
+
+    return text

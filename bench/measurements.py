@@ -32,11 +32,6 @@ def commit() -> str:
         return "unknown"
 
 
-def describe(device: torch.device) -> dict[str, str | int | None]:
-    """Device, threads, versions, date and commit."""
-    return machine.describe(device) | {"commit": commit()}
-
-
 def read(path: Path) -> dict[str, Any]:
     """The content of a file of figures, which is empty where the file does not exist."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -65,8 +60,6 @@ class Results:
     """Figures of a run, with what they depend on, and the file that they go to.
 
     Args:
-        path: The file.
-        device: The device measured.
         settings: What was chosen for this run.
         part: Name of these results in a file that holds several, of which the others stay as they
             are; None where the file holds nothing else.
@@ -84,14 +77,15 @@ class Results:
         part: str | None = None,
     ) -> None:
         self.path, self.part = path, part
-        self.header: dict[str, Any] = {**describe(device), **(settings or {})}
+        about = machine.describe(device) | {"commit": commit()}
+        self.header: dict[str, Any] = {**about, **(settings or {})}
         self.figures: dict[str, Any] = {}
 
     def resume(self, *same: str) -> None:
-        """Take over the figures of the file if these fields of its header agree with this run's.
+        """Take over the figures of the file if the header agrees with this run's.
 
         Args:
-            same: Names of the fields; all but the date if none are given.
+            same: Names of the fields that must agree; all but the date if none are given.
         """
         known = read(self.path)
         names = same or self.header.keys() - {"date"}
@@ -99,6 +93,5 @@ class Results:
             self.figures = {name: x for name, x in known.items() if name not in self.header}
 
     def write(self) -> None:
-        """Write the file."""
         own = self.header | self.figures
         write(own if self.part is None else read(self.path) | {self.part: own}, self.path)

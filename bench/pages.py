@@ -18,13 +18,8 @@ from .measurements import RESULTS, ROOT
 from .operations.tables import TABLES as OPERATIONS
 from .scoring.tables import TABLES as SCORING
 
-PAGES = (
-    ROOT / "README.md",
-    RESULTS / "README.md",
-    RESULTS / "scale.md",
-    ROOT / "kernels" / "README.md",
-    ROOT / "CITATION.cff",
-)
+_READMES = [folder / "README.md" for folder in (ROOT, RESULTS, ROOT / "kernels")]
+PAGES = (*_READMES, RESULTS / "scale.md", ROOT / "CITATION.cff")
 TABLES = {**SCORING, **OPERATIONS, **MACHINE_CODE, **ACCURACY}
 _FIGURES = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _VERSION = re.compile(r"^version: .*$", re.MULTILINE)
@@ -39,7 +34,6 @@ def fill(text: str) -> str:
 def add_arguments(parser: ArgumentParser) -> None:
     help = "A check that the pages are up to date, in place of writing them; exits with 1 if not."
     parser.add_argument("--check", action="store_true", help=help)
-    parser.set_defaults(run=main)
 
 
 def main(options: Namespace) -> None:

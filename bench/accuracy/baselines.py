@@ -14,19 +14,13 @@ from typing import Any
 import torch
 
 from squid_fast.data import ImageSet, find_records
-from squid_fast.experiments.baselines import (
-    METHODS,
-    RECIPE,
-    BaselineScorer,
-    load_scorer,
-    train_baseline,
-)
+from squid_fast.experiments.baselines import METHODS, RECIPE, load_scorer, train_baseline
 from squid_fast.inference.bundle import read_json
 from squid_fast.training import load_splits
 
-from ..arguments import add_data, add_option, add_output, add_seed, add_threads
-from ..measurements import RESULTS, Results
-from .data import held_out
+from ..arguments import add_option
+from ..measurements import Results
+from .data import add_training, held_out
 
 
 def measure(
@@ -35,13 +29,10 @@ def measure(
     """Train a method and evaluate it on the splits by name: the device and the figures."""
     recipe = dataclasses.replace(RECIPE, epochs=epochs, t_max=epochs)
     with tempfile.TemporaryDirectory() as folder:
-        train_baseline(
-            name, train_set, Path(folder),
-            recipe=recipe, validation_set=splits["val"], seed=seed,
-        )  # fmt: skip
+        how = {"recipe": recipe, "validation_set": splits["val"], "seed": seed}
+        train_baseline(name, train_set, Path(folder), **how)
         about = read_json(Path(folder) / "config.json")["about"]
         scorer = load_scorer(folder)
-    assert isinstance(scorer, BaselineScorer)
     found = {
         split: scorer.evaluate(images)[0][scorer.score_name].to_json()
         for split, images in splits.items()
@@ -50,18 +41,10 @@ def measure(
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    add_data(parser)
-    names = ", ".join(METHODS)
-    help = f"Methods to measure; the others stay in the file. Default: all of {names}."
-    parser.add_argument(
-        "--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD", help=help
-    )
-    add_option(parser, "--epochs", RECIPE.epochs, "Number of epochs of a network")
+    add_training(parser, RECIPE.epochs)
+    help, several = "Methods to measure; the others stay in the file", list(METHODS)
+    add_option(parser, "--methods", several, help, choices=METHODS, metavar="METHOD")
     add_option(parser, "--size", 128, "Width and height of the images in pixels")
-    add_threads(parser)
-    add_seed(parser)
-    add_output(parser, RESULTS / "accuracy")
-    parser.set_defaults(run=main)
 
 
 def main(options: Namespace) -> None:

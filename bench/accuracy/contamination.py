@@ -22,9 +22,9 @@ from squid_fast.inference.scores import PAPER_SCORE
 from squid_fast.presets import Preset
 from squid_fast.training import load_splits, train_bundle
 
-from ..arguments import add_data, add_folder, add_option, add_output, add_seed, add_threads
-from ..measurements import RESULTS, Results
-from .data import SPLITS, held_out
+from ..arguments import add_folder, add_option
+from ..measurements import Results
+from .data import SPLITS, add_training, held_out
 
 SCORES = (PAPER_SCORE, "discriminator_image")
 
@@ -38,14 +38,11 @@ def run(
             preset, train_set, Path(folder), validation_set=splits["val"], seed=seed
         )
         scorer = Scorer.load(folder)
-    found = {split: scorer.evaluate(images)[0] for split, images in splits.items()}
-    return {
-        "minutes": round(trained.minutes, 2),
-        "evaluation": {
-            split: {name: figures[name].to_json() for name in SCORES}
-            for split, figures in found.items()
-        },
-    }
+    evaluation = {}
+    for split, images in splits.items():
+        figures, _ = scorer.evaluate(images)
+        evaluation[split] = {name: figures[name].to_json() for name in SCORES}
+    return {"minutes": round(trained.minutes, 2), "evaluation": evaluation}
 
 
 def draw(runs: dict[str, Any], path: Path) -> None:
@@ -69,19 +66,11 @@ def draw(runs: dict[str, Any], path: Path) -> None:
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    add_data(parser)
+    add_training(parser, epochs=10)
     help = "Folder of abnormal images, none of them in the splits 'val' and 'test' of the data."
     add_folder(parser, "--contaminants", help, required=True)
-    help = "Shares of abnormal images. Default: 0 0.1 0.2."
-    parser.add_argument(
-        "--rates", type=float, nargs="+", default=[0.0, 0.1, 0.2], metavar="X", help=help
-    )
+    add_option(parser, "--rates", [0.0, 0.1, 0.2], "Shares of abnormal images")
     add_option(parser, "--preset", "zhanglab_cpu", "Preset that is trained", choices=PRESETS)
-    add_option(parser, "--epochs", 10, "Number of epochs")
-    add_threads(parser)
-    add_seed(parser)
-    add_output(parser, RESULTS / "accuracy")
-    parser.set_defaults(run=main)
 
 
 def main(options: Namespace) -> None:

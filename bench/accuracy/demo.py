@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from argparse import ArgumentParser, Namespace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +21,23 @@ from ..arguments import add_option, add_output
 from ..measurements import ROOT, Results
 from ..scoring.threads import busy
 
-KEPT = ("aurocs", "trained_grids", "training_seconds", "seconds")
+FIGURES = ("aurocs", "trained_grids", "training_seconds", "seconds")
 
 
 def run(minutes: float, seed: int, others: int) -> dict[str, Any]:
-    """One demo beside so many busy processes: what is kept of its result."""
+    """One demo beside so many busy processes: a part of its result."""
     with tempfile.TemporaryDirectory() as folder, busy(others):
         command = [sys.executable, "-m", "squid_fast", "demo", "--json", "--seed", str(seed)]
         command += ["--minutes", str(minutes), "--out", str(Path(folder) / "demo")]
-        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-    found = json.loads(done.stdout)
-    kept = {name: found[name] for name in KEPT} | {"threads": found["machine"]["threads"]}
-    return {"seed": seed, "busy": others, **kept}
+        found = json.loads(subprocess.check_output(command, cwd=ROOT))
+    figures = {name: found[name] for name in FIGURES}
+    return {"seed": seed, "busy": others, **figures, "threads": found["machine"]["threads"]}
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     add_option(parser, "--seeds", 5, "Number of seeds, each run alone and beside a busy process")
     add_option(parser, "--minutes", 4.0, "Minutes of a demo")
     add_output(parser)
-    parser.set_defaults(run=main)
 
 
 def main(options: Namespace) -> None:
@@ -46,8 +45,7 @@ def main(options: Namespace) -> None:
     settings = {"minutes": options.minutes}
     results = Results(options.output / "demo.json", torch.device("cpu"), settings)
     runs = results.figures["runs"] = []
-    for seed in range(options.seeds):
-        for others in (0, 1):
-            runs.append(run(options.minutes, seed, others))
-            results.write()
-            print(json.dumps(runs[-1]), flush=True)
+    for seed, others in product(range(options.seeds), (0, 1)):
+        runs.append(run(options.minutes, seed, others))
+        results.write()
+        print(json.dumps(runs[-1]), flush=True)

@@ -86,7 +86,7 @@ def draw(figures: dict[str, Any], path: Path) -> None:
 
 
 def finish(results: Results) -> None:
-    """Write the results file and print the areas on test images."""
+    """Write the results file and print the AUROC of every score on test images."""
     results.write()
     test = results.figures["evaluation"]["test"]
     areas = {name: round(figures["auroc"], 4) for name, figures in test.items()}
@@ -98,7 +98,6 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=help)
     add_data(parser)
     add_output(parser, RESULTS / "accuracy")
-    parser.set_defaults(run=main)
 
 
 def main(options: Namespace) -> None:

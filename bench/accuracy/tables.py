@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from squid_fast.experiments.ablation import as_markdown
@@ -15,20 +14,14 @@ from squid_fast.presets import Recipe, current_names
 from squid_fast.training import learning_rate
 
 from .. import measurements
-from ..markdown import not_measured, table
+from ..markdown import of_file, table
 from .data import SPLITS
 
 
-def _folder() -> Path:
-    return measurements.RESULTS / "accuracy"
-
-
-def _read(name: str) -> dict[str, Any]:
-    return measurements.read(_folder() / name)
-
-
-def _missing(name: str) -> str:
-    return not_measured(f"accuracy/{name}")
+def _runs(pattern: str) -> dict[str, dict[str, Any]]:
+    """The figures of runs by name."""
+    paths = sorted((measurements.RESULTS / "accuracy").glob(pattern))
+    return {path.stem: measurements.read(path) for path in paths}
 
 
 def _labelled(score: str) -> str:
@@ -46,23 +39,20 @@ def _on(machine: dict[str, Any]) -> str:
 
 
 def _training_time(about: dict[str, Any]) -> str:
-    """Minutes, and the machine's cores where the run has kept them."""
+    """Minutes, and the machine's cores where the run names them."""
     where = f" {_on(about['machine'])}" if "machine" in about else ""
     return f"{about['training_minutes']:.0f} minutes{where}"
 
 
 def accuracy() -> str:
     """All scores of the preset's runs on ZhangLab, one by one and together."""
-    paths = sorted(_folder().glob("zhanglab_cpu-seed*.json"))
-    runs = [measurements.read(path) for path in paths]
-    if not runs:
-        return _missing("zhanglab_cpu-seed0.json")
-    several = _read("together.json")
-    if several and sorted(several["runs"]) != [path.stem for path in paths]:
+    by_name = _runs("zhanglab_cpu-seed*.json")
+    runs = list(by_name.values())
+    several = measurements.read(measurements.RESULTS / "accuracy" / "together.json")
+    if several and sorted(several["runs"]) != list(by_name):
         raise ValueError(
             f"together.json is of the runs {', '.join(several['runs'])}, but there are results of "
-            f"{', '.join(path.stem for path in paths)}: give all of these to one call of "
-            "python -m bench accuracy runs."
+            f"{', '.join(by_name)}: give all of these to one call of python -m bench accuracy runs."
         )
     heads = [f"seed {run['about']['seed']}" for run in runs] + ["together"] * bool(several)
     rows = []
@@ -91,32 +81,20 @@ def accuracy() -> str:
 def runs() -> str:
     """The paper's score at every validation of every run, with and without the average."""
     rows = []
-    for path in sorted(_folder().glob("*-seed*.json")):
-        run = measurements.read(path)
+    for name, run in _runs("*-seed*.json").items():
         about, recipe = run["about"], Recipe(**current_names(run["about"]["recipe"]))
-        last = learning_rate(recipe, recipe.epochs - 1)
-        cells = [
-            f"`{path.stem}`",
-            f"{recipe.ema_decay}",
-            f"{recipe.lr:.1e} to {last:.1e}",
-            f"{about['training_minutes']:.0f}",
-            f"epoch {about['epoch']}",
-            f"{run['evaluation']['test'][PAPER_SCORE]['auroc']:.3f}",
-        ]
-        cells += [
-            " ".join(f"{area:.2f}" for _, area in run["curves"][f"{name}/auroc_{PAPER_SCORE}"])
-            for name in ("validation", "unaveraged")
-        ]
-        rows.append(cells)
+        rates = f"{recipe.lr:.1e} to {learning_rate(recipe, recipe.epochs - 1):.1e}"
+        how = (f"`{name}`", f"{recipe.ema_decay}", rates, f"{about['training_minutes']:.0f}")
+        test = f"{run['evaluation']['test'][PAPER_SCORE]['auroc']:.3f}"
+        curves = (run["curves"][f"{x}/auroc_{PAPER_SCORE}"] for x in ("validation", "unaveraged"))
+        areas = (" ".join(f"{area:.2f}" for _, area in curve) for curve in curves)
+        rows.append([*how, f"epoch {about['epoch']}", test, *areas])
     head = ["run", "averaging", "rate", "minutes", "kept", "test", "averaged", "as it is"]
-    return table(head, rows, text=(0, 6, 7)) if rows else _missing("zhanglab_cpu-seed0.json")
+    return table(head, rows, text=(0, 6, 7))
 
 
-def comparison() -> str:
+def comparison(found: dict[str, Any]) -> str:
     """What SQUID is compared with."""
-    found = _read("comparison.json")
-    if not found:
-        return _missing("comparison.json")
     rows = []
     for name, (_, meaning) in METHODS.items():
         if name in found:
@@ -131,17 +109,14 @@ def comparison() -> str:
     return table(["method", "val", "test", "minutes"], rows, note=note)
 
 
-def ablation() -> str:
+def ablation(found: dict[str, Any]) -> str:
     """What each part of SQUID contributes."""
-    found = _read("ablation.json")
-    if not found:
-        return _missing("ablation.json")
-    settings = found["settings"]
-    seeds = len({run["seed"] for run in found["runs"]})
-    minutes = sum(run["seconds"] for run in found["runs"]) / 60
-    default = found["machine"]["threads"]  # of runs from before each kept its own number
-    threads = max(run.get("threads", default) for run in found["runs"])
-    machine = found["machine"] | {"threads": threads}
+    settings, runs, machine = found["settings"], found["runs"], found["machine"]
+    seeds = len({run["seed"] for run in runs})
+    minutes = sum(run["seconds"] for run in runs) / 60
+    # Earlier runs have no number of threads of their own.
+    threads = max(run.get("threads", machine["threads"]) for run in runs)
+    machine |= {"threads": threads}
     return (
         f"{as_markdown(found)}\n\nPreset `{settings['preset']}` on {settings['data']}, "
         f"{settings['recipe']['epochs']} epochs, {seeds} seed{'s' * (seeds > 1)}, "
@@ -150,11 +125,8 @@ def ablation() -> str:
     )
 
 
-def contamination() -> str:
+def contamination(found: dict[str, Any]) -> str:
     """AUROC over the share of abnormal training images."""
-    found = _read("contamination.json")
-    if not found:
-        return _missing("contamination.json")
     scores = (PAPER_SCORE, "discriminator_image")
     rows = [
         [f"{float(rate):.0%}", *(_area(row["evaluation"][sp][s]) for s in scores for sp in SPLITS)]
@@ -169,9 +141,8 @@ def contamination() -> str:
     return table(["abnormal", *head], rows, text=0, note=note)
 
 
-def demo() -> str:
+def demo(figures: dict[str, Any]) -> str:
     """AUROC of every score for every kind of anomaly: mean and range over the demo's runs."""
-    figures = measurements.read(measurements.RESULTS / "demo.json")
     runs = figures["runs"]
     alone, beside = ([run for run in runs if bool(run["busy"]) is busy] for busy in (False, True))
     kinds = list(next(iter(runs[0]["aurocs"].values())))
@@ -206,9 +177,8 @@ def _range(values: Sequence[float], style: str) -> str:
     return f"{min(values):{style}}-{max(values):{style}}"
 
 
-def trials() -> str:
+def trials(figures: dict[str, Any]) -> str:
     """What was tried for the small preset."""
-    figures = measurements.read(measurements.RESULTS / "demo_trials.json")
     score = "patch_error"
     rows = []
     for name, trial in figures["trials"].items():
@@ -221,11 +191,11 @@ def trials() -> str:
 
 
 TABLES = {
-    "accuracy": accuracy,
-    "runs": runs,
-    "comparison": comparison,
-    "ablation": ablation,
-    "contamination": contamination,
-    "demo": demo,
-    "trials": trials,
+    "accuracy": of_file("accuracy/zhanglab_cpu-seed0.json", lambda _: accuracy()),
+    "runs": of_file("accuracy/zhanglab_cpu-seed0.json", lambda _: runs()),
+    "comparison": of_file("accuracy/comparison.json", comparison),
+    "ablation": of_file("accuracy/ablation.json", ablation),
+    "contamination": of_file("accuracy/contamination.json", contamination),
+    "demo": of_file("demo.json", demo),
+    "trials": of_file("demo_trials.json", trials),
 }

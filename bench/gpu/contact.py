@@ -2,7 +2,8 @@
 
 On a GPU each case has a process of its own, since a kernel that reads where it must not would take
 the others along, and compiling takes most of the time. Memory is full of NaN beforehand, and a
-second call has to give the same bits.
+second call has to give the same bits. ``python -m bench.gpu.contact cuda CASE ...`` checks cases in
+one process.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import json
 import subprocess
 import sys
 import time
-from argparse import ArgumentParser
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import product
@@ -19,13 +19,11 @@ from typing import Any
 
 import torch
 
-from squid_fast.utils.devices import choose_device
-
-from ..arguments import add_device, add_output
-from ..measurements import ROOT, Results
+from ..measurements import ROOT
 from ..operations.cases import Case
 from ..operations.problems import WrongResultError, call_of, problem
 from ..operations.verify import verify
+from .trials import Trials
 
 _SECONDS = 75  # for a case
 _SIDE_BY_SIDE = 8  # cases
@@ -48,16 +46,15 @@ _TINY = {"B": 2, "M": 20, "C": 64}  # in place of these sizes, where there is no
 
 def cases(device: torch.device) -> dict[str, Case]:
     """The cases by name."""
+    bf16, float32 = "bfloat16", "float32"
     chosen = [
         (operation, direction, dtype, {"B": B} | sizes)
-        for (operation, direction, sizes), dtype, B in product(
-            _OPERATIONS, ("bfloat16", "float32"), (16, 512)
-        )
+        for operation, direction, sizes in _OPERATIONS
+        for dtype, B in product((bf16, float32), (16, 512))
     ]
-    for dtype in ("bfloat16", "float32"):
-        chosen.append(("memory_lookup", _BOTH, dtype, {"B": 16} | _LOOKUP | {"M": 10_000}))
-    chosen.append(("memory_lookup", _BOTH, "bfloat16", {"B": 4096} | _LOOKUP))
-    chosen.append(("memory_lookup", _BOTH, "float16", {"B": 512} | _LOOKUP))
+    extra = [(bf16, 16, 10_000), (float32, 16, 10_000), (bf16, 4096, 200), ("float16", 512, 200)]
+    for dtype, B, M in extra:
+        chosen.append(("memory_lookup", _BOTH, dtype, {"B": B} | _LOOKUP | {"M": M}))
     found = {}
     for operation, direction, dtype, sizes in chosen:
         if device.type == "cpu":
@@ -67,10 +64,9 @@ def cases(device: torch.device) -> dict[str, Case]:
     return found
 
 
-def check(name: str, device: torch.device) -> dict[str, Any]:
-    """Call an operation twice and compare it with the reference: the row of a case."""
-    case = cases(device)[name]
-    started = time.perf_counter()
+def check(device: torch.device, name: str) -> dict[str, Any]:
+    """Call an operation twice and compare it with the reference: what was found."""
+    case, started = cases(device)[name], time.perf_counter()
     made = problem(case, device)
     call = call_of(case, made, made.ours)
 
@@ -82,10 +78,9 @@ def check(name: str, device: torch.device) -> dict[str, Any]:
         return call()
 
     first = seeded()
-    row: dict[str, Any] = {
-        "case": name,
-        "same_bits": all(map(torch.equal, first, seeded())),
-    }
+    row: dict[str, Any] = {"same_bits": all(map(torch.equal, first, seeded()))}
+    if not row["same_bits"]:
+        row["problem"] = "not the same bits twice"
     try:
         row["error"] = float(f"{verify(case, made, lambda: first):.2g}")
     except WrongResultError as wrong:
@@ -94,44 +89,31 @@ def check(name: str, device: torch.device) -> dict[str, Any]:
     return row
 
 
-def _in_a_process(names: list[str], device: torch.device) -> list[dict[str, Any]]:
-    command = [sys.executable, "-m", "bench.gpu.contact", "--device", device.type, "--case", *names]
+def _in_a_process(device: torch.device, name: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "bench.gpu.contact", device.type, name]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=_SECONDS)
     except subprocess.TimeoutExpired:
-        return [{"case": name, "problem": f"not done in {_SECONDS} s"} for name in names]
-    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        return {"problem": f"not done in {_SECONDS} s"}
+    for line in done.stdout.splitlines():
+        if line.startswith("{"):
+            return dict(json.loads(line))
     reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1][:300]
-    return rows + [{"case": name, "problem": reason} for name in names[len(rows) :]]
+    return {"problem": reason}
 
 
-def main() -> None:
-    """Check the cases; exit with 1 if something is wrong."""
-    parser = ArgumentParser(description=__doc__)
-    help = "Cases to check in this process, printed as lines of JSON. Default: all."
-    parser.add_argument("--case", nargs="+", metavar="NAME", help=help)
-    add_device(parser)
-    add_output(parser, ROOT / ".benchmarks")
-    options = parser.parse_args()
-    device = choose_device(options.device)
-    if options.case:
-        for name in options.case:
-            print(json.dumps(check(name, device)), flush=True)
-        return
-    names = list(cases(device))
-    groups = [[name] for name in names] if device.type == "cuda" else [names]
-    with ThreadPoolExecutor(_SIDE_BY_SIDE) as pool:
-        found = pool.map(partial(_in_a_process, device=device), groups)
-        rows = [row for group in found for row in group]
-    results = Results(options.output / f"contact_{device.type}.json", device)
-    results.figures["cases"] = rows
-    results.write()
-    wrong = [row for row in rows if "problem" in row or not row["same_bits"]]
-    for row in wrong:
-        print(f"{row['case']}: {row.get('problem', 'not the same bits twice')}")
-    print(f"{len(rows) - len(wrong)} of {len(rows)} cases are right.")
-    sys.exit(bool(wrong))
+def make(run: Trials) -> None:
+    """Check every case."""
+    checked = partial(check if run.rehearsal else _in_a_process, run.device)
+    names = list(cases(run.device))
+    with ThreadPoolExecutor(1 if run.rehearsal else _SIDE_BY_SIDE) as pool:
+        for name, row in zip(names, pool.map(checked, names), strict=True):
+            run.note(name, row)
+            if "problem" in row:
+                run.failures.append(name)
+    print(f"{len(names) - len(run.failures)} of {len(names)} cases are right.")
 
 
 if __name__ == "__main__":
-    main()
+    for argument in sys.argv[2:]:
+        print(json.dumps(check(torch.device(sys.argv[1]), argument)), flush=True)

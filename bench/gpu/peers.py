@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import partial
 
@@ -10,26 +9,26 @@ import torch
 from torch import Tensor
 
 from squid_fast import reference
-from squid_fast.experiments.benchmark import compare, figures, random_bundle
+from squid_fast.experiments.benchmark import Benchmark, compare, figures, random_bundle
 from squid_fast.experiments.published import published_way
 
+from ..operations.timing import tf32
 from . import trials
 
 
-def main() -> None:
-    """Make the trials; exit with 1 if one failed."""
-    run = trials.Trials("peers", trials.parse(__doc__))
+def make(run: trials.Trials) -> None:
+    """Make the trials."""
     device = run.device
     bundle = random_bundle(trials.preset(run.rehearsal))
     batches = (2,) if run.rehearsal else (1, 16, 256)
     images = trials.images(batches[-1], bundle.model.image_size).to(device)
     published = published_way(bundle, device)
-    ours = trials.scorer(bundle, device, "float32")
+    ours = Benchmark(bundle, device).scorer("float32")
 
-    def rates(call: Callable[[Tensor], object], tf32: bool = True) -> dict[str, float]:
+    def rates(call: Callable[[Tensor], object], in_tf32: bool = True) -> dict[str, float]:
         """Images/s by batch size, of images on the device."""
         contenders = {f"{B}": (B, partial(call, images[:B])) for B in batches}
-        with trials.tf32(tf32):
+        with tf32(in_tf32):
             rows = figures(contenders, compare(contenders, 1 if run.rehearsal else 8))
         return {name: row["images_per_second"] for name, row in rows.items()}
 
@@ -39,39 +38,35 @@ def main() -> None:
 
     def agreement() -> dict[str, float]:
         """How far scores lie apart, in their standard deviations."""
-        with trials.tf32(False):
+        with tf32(False):
             theirs, own = published(images[:32]), ours.score(images[:32]).raw
         apart = (theirs - own).abs() / theirs.std()
         return {"median": float(apart.median()), "largest": float(apart.max())}
 
     def compiled() -> dict[str, float]:
         """Both published networks compiled, in channels-last layout and bf16."""
-        fast = partial(torch.compile, mode="reduce-overhead")
         model = reference.SQUID(**bundle.model.config)
         model.load_state_dict(bundle.model.state_dict())
         discriminator = reference.Discriminator(bundle.discriminator.size)
         discriminator.load_state_dict(bundle.discriminator.state_dict())
         last = torch.channels_last
-        model = fast(model.eval().to(device, memory_format=last))
-        discriminator = fast(discriminator.eval().to(device, memory_format=last))
+        generate, measure = (
+            torch.compile(net.eval().to(device, memory_format=last), mode="reduce-overhead")
+            for net in (model, discriminator)
+        )
 
         @torch.no_grad()
         def score(images: Tensor) -> Tensor:
             with torch.autocast(device.type, torch.bfloat16):
-                recon = model(images.contiguous(memory_format=last))["recon"].clone()
-                return reference.discriminator_logits(discriminator, recon).float().cpu()
+                recon = generate(images.contiguous(memory_format=last))["recon"].clone()
+                return reference.discriminator_logits(measure, recon).float().cpu()
 
         return rates(score)
 
-    run.attempt("published, float32: images/s", lambda: rates(published, tf32=False))
-    run.attempt("published, TF32: images/s", lambda: rates(published))
-    run.attempt("published, autocast to bf16: images/s", lambda: rates(in_bf16))
-    run.attempt("squid_fast, float32: images/s", lambda: rates(ours.score, tf32=False))
+    run.attempt("published, float32: images/s", rates, published, False)
+    run.attempt("published, TF32: images/s", rates, published)
+    run.attempt("published, autocast to bf16: images/s", rates, in_bf16)
+    run.attempt("squid_fast, float32: images/s", rates, ours.score, False)
     run.attempt("float32 scores apart, in standard deviations", agreement)
     if not run.rehearsal:  # where compiling would take minutes
         run.attempt("published, compiled, autocast to bf16: images/s", compiled)
-    sys.exit(bool(run.failures))
-
-
-if __name__ == "__main__":
-    main()

@@ -21,11 +21,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,20 +34,22 @@ from ..measurements import RESULTS, ROOT, Results
 from ..operations.cases import OPERATIONS
 from ..scoring.speed import PARTS
 
-TESTS = (
+STAGES = ("tests", "contact", "levers", "steps", "peers", "speed", "operations")
+TESTS = [
     "tests/kernels",
     "tests/ops",
     "tests/inference",
     "tests/modules/test_golden.py",
     "tests/training/test_graphs.py",
-)
-_REHEARSED = ("tests/kernels/test_gumbel_shrinkage.py", "-k", "equals_reference and float32")
+]
+_REHEARSED = ["tests/kernels/test_gumbel_shrinkage.py", "-k", "equals_reference and float32"]
+_CHECKED = "memory_lookup forward_backward bfloat16 B=16 N=4 M=200 C=2048 k=5"  # by the sanitizer
 _WORKERS = 13  # test processes; compiling takes most of their time
 _SHOWN = 12  # last lines that a step has printed
 _GRACE = 8.0  # seconds in which an interrupted process has to end
 _OUT_OF_TIME = 124
 
-Command = Sequence[str]
+Command = list[str]
 
 
 @dataclass(frozen=True)
@@ -59,110 +58,69 @@ class Step:
 
     name: str
     seconds: float
-    commands: Sequence[Command]
-    environment: Mapping[str, str] = field(default_factory=dict)
+    commands: list[Command]
+    environment: dict[str, str] = field(default_factory=dict)
 
 
-def python(*arguments: str | Path) -> Command:
-    return [sys.executable, *map(str, arguments)]
-
-
-def _tests(options: Namespace) -> list[Step]:
-    chosen = options.tests or (TESTS if options.device == "cuda" else _REHEARSED)
-    command = [*python("-m", "pytest", *chosen), "-q", "-rf", "--tb=short"]
-    command += ["-p", "no:cacheprovider", "-p", "no:benchmark"]
-    if options.device == "cuda" and find_spec("xdist"):
-        command += ["-n", f"{_WORKERS}", "--dist", "worksteal"]
-    # Without it cuBLAS warns of results that are not deterministic, and warnings are errors.
-    steps = [Step("tests", 300, [command], {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"})]
-    sanitizer = shutil.which("compute-sanitizer")
-    if options.device == "cuda" and sanitizer:
-        case = "memory_lookup forward_backward bfloat16 B=16 N=4 M=200 C=2048 k=5"
-        checked = [sanitizer, "--tool", "memcheck", "--error-exitcode", "9", "--print-limit", "5"]
-        checked += python("-m", "bench.gpu.contact", "--case", case)
-        steps.append(Step("sanitizer", 60, [checked], {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}))
-    return steps
-
-
-def _program(name: str, seconds: int) -> Callable[[Namespace], list[Step]]:
-    """The stage of a program of this folder that stops by itself before the time is up."""
-
-    def steps(options: Namespace) -> list[Step]:
-        command = python("-m", f"bench.gpu.{name}", *_common(options))
-        if name != "contact":
-            command = [*command, "--seconds", f"{seconds - 5}"]
-        return [Step(name, seconds, [command])]
-
-    return steps
-
-
-def _speed(options: Namespace) -> list[Step]:
-    command = python("-m", "bench", "speed", *_common(options))
-    if options.device == "cpu":
-        tiny = ["--part", "training", "--rounds", "1", "--batch", "2", "--threads", "1"]
-        return [Step("speed", 60, [[*command, *tiny]])]
-    command = [*command, "--rounds", "15"]
-    return [Step(f"speed: {part}", 60, [[*command, "--part", part]]) for part in PARTS]
-
-
-def _operations(options: Namespace) -> list[Step]:
-    command = python("-m", "bench", "operations", *_common(options))
-    if options.device == "cpu":
-        tiny = ["--operation", "memory_lookup", "--sizes", "tiny"]
-        return [Step("operations", 60, [[*command, *tiny]])]
-    # Compiled side by side, while nothing is timed; the steps after it find the code in the caches.
-    each = {name: [*command, "--operation", name] for name in OPERATIONS}
-    steps = [Step("operations: compile", 150, [[*one, "--check"] for one in each.values()])]
-    steps.append(Step("operations: floors", 30, [[*command, "--floors"]]))
-    for name, one in each.items():
-        steps.append(Step(f"operations: {name}", 60, [[*one, "--seconds", "45"]]))
-    return steps
-
-
-def _common(options: Namespace) -> Command:
-    return ["--device", options.device, "--output", str(options.output)]
-
-
-STAGES: dict[str, Callable[[Namespace], list[Step]]] = {
-    "tests": _tests,
-    "contact": _program("contact", 90),
-    "levers": _program("levers", 90),
-    "steps": _program("steps", 90),
-    "peers": _program("peers", 60),
-    "speed": _speed,
-    "operations": _operations,
-}
+def steps_of(stage: str, options: Namespace) -> list[Step]:
+    """The steps of a stage on the device of the options."""
+    python, cuda = [sys.executable, "-m"], options.device == "cuda"
+    common = ["--device", options.device, "--output", str(options.output)]
+    if stage == "tests":
+        command = [*python, "pytest", *(options.tests or (TESTS if cuda else _REHEARSED))]
+        command += ["-q", "-rf", "--tb=short", "-p", "no:cacheprovider", "-p", "no:benchmark"]
+        if cuda and find_spec("xdist"):
+            command += ["-n", f"{_WORKERS}", "--dist", "worksteal"]
+        # Without it cuBLAS warns of results that are not deterministic, and warnings are errors.
+        steps = [Step("tests", 300, [command], {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"})]
+        if cuda and (sanitizer := shutil.which("compute-sanitizer")):
+            checked = [sanitizer, "--tool", "memcheck", "--error-exitcode", "9"]
+            checked += ["--print-limit", "5", *python, "bench.gpu.contact", "cuda", _CHECKED]
+            steps.append(Step("sanitizer", 60, [checked], {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}))
+        return steps
+    if stage == "speed":
+        command = [*python, "bench", "speed", *common]
+        if cuda:
+            command += ["--rounds", "15", "--part"]
+            return [Step(f"speed: {part}", 60, [[*command, part]]) for part in PARTS]
+        command += ["--preset", "small", "--part", "training", "--rounds", "1", "--batch", "2"]
+        return [Step("speed", 60, [[*command, "--threads", "1"]])]
+    if stage == "operations":
+        command = [*python, "bench", "operations", *common]
+        each = {name: [*command, "--operation", name] for name in OPERATIONS}
+        if not cuda:
+            return [Step("operations", 60, [[*each["memory_lookup"], "--sizes", "tiny"]])]
+        # Compiled side by side while nothing is timed; later steps find the code in the caches.
+        return [
+            Step("operations: compile", 150, [[*one, "--check"] for one in each.values()]),
+            Step("operations: floors", 30, [[*command, "--floors"]]),
+            *(Step(f"operations: {x}", 60, [[*each[x], "--seconds", "45"]]) for x in each),
+        ]
+    seconds = 60 if stage == "peers" else 90
+    limit = ["--seconds", f"{seconds - 5}"]  # so that a program stops by itself
+    return [Step(stage, seconds, [[*python, "bench.gpu", stage, *common, *limit]])]
 
 
 def run(step: Step, seconds: float, log: Path) -> int:
     """Run a step within the seconds, and log what it prints: the exit code."""
-    deadline = time.monotonic() + min(step.seconds, seconds)
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"} | dict(step.environment)
-    code, text = 0, ""
-    with ExitStack() as stack:
-        running = []
-        for command in step.commands:
-            output = stack.enter_context(tempfile.TemporaryFile())
-            process = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=environment,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # so that the processes it starts end with it
-            )
-            running.append((process, output))
-        for process, output in running:
+    deadline, code = time.monotonic() + min(step.seconds, seconds), 0
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"} | step.environment
+    with log.open("ab+") as output:
+        output.write(f"== {step.name}\n".encode())
+        output.flush()
+        begin = output.tell()
+        how = {"cwd": ROOT, "env": environment, "stdout": output, "stderr": subprocess.STDOUT}
+        # In sessions of their own, so that the processes that they start end with them.
+        running = [subprocess.Popen(x, start_new_session=True, **how) for x in step.commands]
+        for process in running:
             try:
                 code = process.wait(max(deadline - time.monotonic(), 0)) or code
             except subprocess.TimeoutExpired:
                 code = _OUT_OF_TIME
                 _end(process)
-            output.seek(0)
-            text += output.read().decode(errors="replace")
-    with log.open("a", encoding="utf-8") as file:
-        file.write(f"== {step.name}\n{text}\n")
-    print("\n".join(line[:300] for line in text.splitlines()[-_SHOWN:]), flush=True)
+        output.seek(begin)
+        lines = output.read().decode(errors="replace").splitlines()
+    print("\n".join(line[:300] for line in lines[-_SHOWN:]), flush=True)
     return code
 
 
@@ -186,7 +144,6 @@ def add_arguments(parser: ArgumentParser) -> None:
     help = "Arguments of pytest in the stage 'tests', in place of the usual ones."
     parser.add_argument("--tests", nargs="+", metavar="PATH", help=help)
     add_output(parser, RESULTS / "gpu")
-    parser.set_defaults(run=main)
 
 
 def main(options: Namespace) -> None:
@@ -207,15 +164,14 @@ def main(options: Namespace) -> None:
     summary = Results(options.output / "summary.json", torch.device(options.device), settings)
     print(summary.header, flush=True)
     rows = summary.figures["steps"] = []
-    for stage in options.stages or STAGES:
-        for step in STAGES[stage](options):
-            begun = time.monotonic()
-            left = options.limit - (begun - started)
-            print(f"\n== {step.name}", flush=True)
-            code = run(step, left, log) if left > 5 else _OUT_OF_TIME
-            seconds = round(time.monotonic() - begun, 1)
-            rows.append({"step": step.name, "exit_code": code, "seconds": seconds})
-            summary.write()
+    for step in [step for stage in options.stages or STAGES for step in steps_of(stage, options)]:
+        begun = time.monotonic()
+        left = options.limit - (begun - started)
+        print(f"\n== {step.name}", flush=True)
+        code = run(step, left, log) if left > 5 else _OUT_OF_TIME
+        seconds = round(time.monotonic() - begun, 1)
+        rows.append({"step": step.name, "exit_code": code, "seconds": seconds})
+        summary.write()
     print()
     for row in rows:
         state = {0: "passed", _OUT_OF_TIME: "FAILED: out of time"}

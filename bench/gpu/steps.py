@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from contextlib import ExitStack
+from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch import nn
 
 from squid_fast import SQUID, Discriminator
 from squid_fast.experiments.benchmark import compare
@@ -18,28 +18,26 @@ from . import trials
 _PUBLISHED, _OURS = "published loop", "squid_fast.Trainer"
 
 
-class CompiledSQUID(SQUID):
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.compile(dynamic=False)
+def compiled(kind: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """The constructor of a network that is compiled."""
+
+    def construct(*arguments: Any, **options: Any) -> nn.Module:
+        network = kind(*arguments, **options)
+        network.compile(dynamic=False)
+        return network
+
+    return construct
 
 
-class CompiledDiscriminator(Discriminator):
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.compile(dynamic=False)
-
-
-def main() -> None:
-    """Make the trials; exit with 1 if one failed."""
-    run = trials.Trials("steps", trials.parse(__doc__))
-    device = run.device
+def make(run: trials.Trials) -> None:
+    """Make the trials."""
+    preset = trials.preset(run.rehearsal)
 
     def rate(name: str, batch: int, rounds: int = 10) -> dict[str, float]:
         """Images/s, milliseconds of two steps, and the peak of the memory in GiB."""
         if not run.rehearsal:
             torch.cuda.reset_peak_memory_stats()
-        count, call = speed.training(device, batch)[name]
+        count, call = speed.training(preset, run.device, batch)[name]
         for _ in range(0 if run.rehearsal else 4):  # until the steps are captured
             call()
         times = compare({name: (count, call)}, 1 if run.rehearsal else rounds)[name]
@@ -50,27 +48,19 @@ def main() -> None:
         return found
 
     def kernels(batch: int) -> list[list[Any]]:
-        call = speed.training(device, batch)[_OURS][1]
-        return trials.kernels(call, device)
+        call = speed.training(preset, run.device, batch)[_OURS][1]
+        return trials.kernels(call, run.device)
 
-    small, large = (2, 2) if run.rehearsal else (16, 128)
-    with ExitStack() as stack:
-        stack.enter_context(patch.object(speed, "PRESET", trials.preset(run.rehearsal)))
-        for batch in (2,) if run.rehearsal else (16, 64, 128, 256):
-            run.attempt(f"squid_fast, batch {batch}", lambda batch=batch: rate(_OURS, batch))
-        for batch, rounds in {large: 4, small: 10}.items():
-            run.attempt(
-                f"published, batch {batch}",
-                lambda batch=batch, rounds=rounds: rate(_PUBLISHED, batch, rounds),
-            )
-        for batch in dict.fromkeys((small, large)):
-            run.attempt(f"kernels of two steps, batch {batch}", lambda batch=batch: kernels(batch))
-        if not run.rehearsal:  # where compiling would take minutes
-            stack.enter_context(patch.object(speed, "SQUID", CompiledSQUID))
-            stack.enter_context(patch.object(speed, "Discriminator", CompiledDiscriminator))
-            run.attempt("squid_fast, compiled, batch 16", lambda: rate(_OURS, 16))
-    sys.exit(bool(run.failures))
-
-
-if __name__ == "__main__":
-    main()
+    for batch in (2,) if run.rehearsal else (16, 64, 128, 256):
+        run.attempt(f"squid_fast, batch {batch}", rate, _OURS, batch)
+    of_both = {2: 1} if run.rehearsal else {128: 4, 16: 10}  # batch to rounds
+    for batch, rounds in of_both.items():
+        run.attempt(f"published, batch {batch}", rate, _PUBLISHED, batch, rounds)
+    for batch in of_both:
+        run.attempt(f"kernels of two steps, batch {batch}", kernels, batch)
+    if not run.rehearsal:  # where compiling would take minutes
+        with (
+            patch.object(speed, "SQUID", compiled(SQUID)),
+            patch.object(speed, "Discriminator", compiled(Discriminator)),
+        ):
+            run.attempt("squid_fast, compiled, batch 16", rate, _OURS, 16)

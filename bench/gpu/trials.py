@@ -1,12 +1,11 @@
-"""What the programs for a GPU share: trials one after the other, timers, inputs."""
+"""What the programs for a GPU share: trials one after the other, inputs, a list of kernels."""
 
 from __future__ import annotations
 
 import time
 import traceback
-from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,25 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from squid_fast import PRESETS, Bundle
-from squid_fast.experiments.benchmark import Benchmark
-from squid_fast.inference import Scorer
+from squid_fast import PRESETS
 from squid_fast.presets import Preset
-from squid_fast.utils.devices import ScoringPrecision, choose_device
+from squid_fast.utils.devices import choose_device
 
-from ..arguments import add_device, add_option, add_output
-from ..measurements import ROOT, Results
+from ..measurements import Results
 
 _LEAST_SECONDS = 5.0  # in which a trial may still be begun
-
-
-def parse(description: str | None, arguments: Sequence[str] | None = None) -> Namespace:
-    """The options of a program: device, output and seconds."""
-    parser = ArgumentParser(description=description)
-    add_option(parser, "--seconds", 60.0, "Time after which no trial is begun")
-    add_device(parser)
-    add_output(parser, ROOT / ".benchmarks")
-    return parser.parse_args(arguments)
 
 
 class Trials:
@@ -42,7 +29,7 @@ class Trials:
 
     Args:
         name: Name of the program. Figures go to ``NAME_cuda.json`` or ``NAME_cpu.json``.
-        options: As from ``parse``.
+        options: With ``device``, ``output`` and ``seconds``.
 
     Attributes:
         rehearsal: Whether there is no GPU, so that figures mean nothing and sizes should be tiny.
@@ -56,37 +43,25 @@ class Trials:
         self._results = Results(options.output / f"{name}_{self.device.type}.json", self.device)
         self._started, self._seconds = time.monotonic(), options.seconds
 
-    def attempt(self, name: str, call: Callable[[], Any]) -> None:
+    def attempt(self, name: str, call: Callable[..., Any], *arguments: Any) -> None:
         """Make a trial, unless the time is up, and note what it returns."""
         if time.monotonic() - self._started > self._seconds - _LEAST_SECONDS:
-            return self._note(name, "skipped: the time was up")
+            return self.note(name, "skipped: the time was up")
         try:
-            self._note(name, call())
+            self.note(name, call(*arguments))
         except Exception as error:  # whatever it is, the others go on
             traceback.print_exc()
             self.failures.append(name)
-            self._note(name, f"failed: {type(error).__name__}: {str(error)[:400]}")
+            self.note(name, f"failed: {type(error).__name__}: {str(error)[:400]}")
         if not self.rehearsal:
             torch.cuda.empty_cache()
 
-    def _note(self, name: str, figure: Any) -> None:
+    def note(self, name: str, figure: Any) -> None:
+        """Write a figure into the file, and print it."""
         self._results.figures[name] = figure
         self._results.write()
-        print(
-            f"{time.monotonic() - self._started:5.1f} s  {name}: {str(figure)[:1500]}", flush=True
-        )
-
-
-@contextmanager
-def tf32(convolutions: bool, products: bool = False) -> Iterator[None]:
-    """Whether float32 convolutions and products of matrices are computed in TF32 inside."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = convolutions
-    torch.backends.cuda.matmul.allow_tf32 = products
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+        seconds = time.monotonic() - self._started
+        print(f"{seconds:5.1f} s  {name}: {str(figure)[:1500]}", flush=True)
 
 
 def images(count: int, size: int) -> Tensor:
@@ -103,11 +78,6 @@ def preset(rehearsal: bool) -> Preset:
     return replace(small, model=small.model | tiny) if rehearsal else PRESETS["zhanglab"]
 
 
-def scorer(of: Bundle, device: torch.device, precision: ScoringPrecision) -> Scorer:
-    """A scorer by the paper's score, without a calibration of its own."""
-    return Benchmark(of, device).scorer(precision)
-
-
 def kernels(call: Callable[[], object], device: torch.device, most: int = 45) -> list[list[Any]]:
     """The kernels of a call that take longest: name, launches, and microseconds of all."""
     on_gpu = device.type == "cuda"
@@ -118,5 +88,5 @@ def kernels(call: Callable[[], object], device: torch.device, most: int = 45) ->
         if on_gpu:
             torch.cuda.synchronize()
     time_of = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    found = [(e.key[:140], e.count, round(getattr(e, time_of), 1)) for e in record.key_averages()]
-    return [list(row) for row in sorted(found, key=lambda row: -row[2])[:most]]
+    found = [[e.key[:140], e.count, round(getattr(e, time_of), 1)] for e in record.key_averages()]
+    return sorted(found, key=lambda row: -row[2])[:most]

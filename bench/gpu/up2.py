@@ -13,34 +13,22 @@ _BLOCK = 1024
 
 @triton.jit
 def _up2_kernel(
-    x_ptr,
-    out_ptr,
-    total,
-    H,
-    W,
-    C: tl.constexpr,
-    OUT_C: tl.constexpr,
-    OFFSET: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    x_ptr, out_ptr, total, H, W,
+    C: tl.constexpr, OUT_C: tl.constexpr, OFFSET: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """x [B, C, H, W] and out [B, OUT_C, 2H, 2W], channels last; channels from OFFSET on."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < total
-    c = index % C
-    pixel = index // C
+    c, pixel = index % C, index // C
     column = pixel % (2 * W)
     row = pixel // (2 * W) % (2 * H)
-    image = pixel // (2 * W) // (2 * H)
-    y0 = (row + 1) // 2 - 1
-    x0 = (column + 1) // 2 - 1
+    image = pixel // (4 * W * H)
+    y0, x0 = (row + 1) // 2 - 1, (column + 1) // 2 - 1
     weight_y = tl.where(row % 2 == 0, 0.75, 0.25)
     weight_x = tl.where(column % 2 == 0, 0.75, 0.25)
-    y1 = tl.minimum(y0 + 1, H - 1)
-    x1 = tl.minimum(x0 + 1, W - 1)
-    y0 = tl.maximum(y0, 0)
-    x0 = tl.maximum(x0, 0)
-    above = (image * H + y0) * W
-    below = (image * H + y1) * W
+    y1, x1 = tl.minimum(y0 + 1, H - 1), tl.minimum(x0 + 1, W - 1)
+    y0, x0 = tl.maximum(y0, 0), tl.maximum(x0, 0)
+    above, below = (image * H + y0) * W, (image * H + y1) * W
     v00 = tl.load(x_ptr + (above + x0) * C + c, mask=inside, other=0).to(tl.float32)
     v01 = tl.load(x_ptr + (above + x1) * C + c, mask=inside, other=0).to(tl.float32)
     v10 = tl.load(x_ptr + (below + x0) * C + c, mask=inside, other=0).to(tl.float32)
@@ -63,12 +51,8 @@ def up2(x: Tensor, skip: Tensor | None = None) -> Tensor:
     B, C, H, W = x.shape
     x = x.contiguous(memory_format=torch.channels_last)
     skipped = 0 if skip is None else skip.shape[1]
-    out = torch.empty(
-        (B, skipped + C, 2 * H, 2 * W),
-        dtype=x.dtype,
-        device=x.device,
-        memory_format=torch.channels_last,
-    )
+    shape = (B, skipped + C, 2 * H, 2 * W)
+    out = x.new_empty(shape).to(memory_format=torch.channels_last)
     if skip is not None:
         out[:, :skipped].copy_(skip)
     total = 4 * B * C * H * W

@@ -88,9 +88,8 @@ def _gumbel_shrinkage(kernels: Any) -> Iterator[Case]:
         yield Case(f"gumbel_shrinkage.backward {label}", partial(kernels.backward, logits, logits))
         hard = (logits, SHRINKAGES["hard"][1])
         yield Case(f"hard_shrinkage.forward {label}", partial(kernels.hard_forward, *hard))
-        yield Case(
-            f"hard_shrinkage.backward {label}", partial(kernels.hard_backward, logits, *hard)
-        )
+        backward = partial(kernels.hard_backward, logits, *hard)
+        yield Case(f"hard_shrinkage.backward {label}", backward)
 
 
 def _masked_shortcut(kernels: Any) -> Iterator[Case]:

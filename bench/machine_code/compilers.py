@@ -45,10 +45,10 @@ class _Absent:
 
     def __init__(self, card: Card) -> None:
         self.arch = card.arch
-        number = card.arch.removeprefix("sm_")
-        self.target = (
-            GPUTarget("hip", card.arch, 64) if card.is_amd else GPUTarget("cuda", int(number), 32)
-        )
+        if card.is_amd:
+            self.target = GPUTarget("hip", card.arch, 64)
+        else:
+            self.target = GPUTarget("cuda", int(card.arch.removeprefix("sm_")), 32)
 
     def get_current_target(self) -> GPUTarget:
         return self.target
@@ -89,9 +89,8 @@ def describe(launch: Launch) -> Row:
     }
     options |= {name: data["options"][name] for name in ("num_warps", "num_stages")}
     values = dict(zip((i for (i,) in data["constant_keys"]), data["constant_vals"], strict=True))
-    aligned = {
-        i for (i,), attrs in zip(data["attrs_keys"], data["attrs_vals"], strict=True) if attrs
-    }
+    attributes = zip(data["attrs_keys"], data["attrs_vals"], strict=True)
+    aligned = {i for (i,), attrs in attributes if attrs}
     constants, arguments = {}, {}
     for index, (name, kind) in enumerate(data["signature"].items()):
         if kernel.params[index].is_constexpr:
@@ -125,10 +124,8 @@ def _overheard() -> Iterator[list[str]]:
             os.close(before)
             file.seek(0)
             text = file.read().decode(errors="replace")
-            found = re.findall(
-                r"(?<=error: )[^\n]{,200}|Pipeline failed while executing \[`\w+`", text
-            )
-            reasons += dict.fromkeys(found)
+            known = r"(?<=error: )[^\n]{,200}|Pipeline failed while executing \[`\w+`"
+            reasons += dict.fromkeys(re.findall(known, text))
 
 
 def measure(launch: Launch) -> Row:
@@ -144,9 +141,8 @@ def measure(launch: Launch) -> Row:
         last = str(error).strip().rpartition("\n")[2]
         return row | {"error": " ".join([f"{type(error).__name__}: {last}.", *reasons])}
     ttir, ttgir = compiled.asm["ttir"], compiled.asm["ttgir"]
-    dots = re.findall(
-        r"= tt\.dot .* : tensor<([\dx]+)x(\w+)> \* tensor<[\dx]*?(\d+)x[a-z]\w+>", ttir
-    )
+    operands = r"tensor<([\dx]+)x(\w+)> \* tensor<[\dx]*?(\d+)x[a-z]\w+>"
+    dots = re.findall(rf"= tt\.dot .* : {operands}", ttir)
     plain = re.findall(r"= tt\.dot .* -> tensor<[^>]*#blocked", ttgir)
     read = _read_amd if CARDS[launch.arch].is_amd else _read_nvidia
     return row | {
@@ -171,10 +167,8 @@ def _read_nvidia(compiled: CompiledKernel) -> Row:
         # Disassembly is slow, and not needed to know that there is nothing to be found.
         found = "tt.dot" in compiled.asm["ttir"] or used["STACK"] != "0"
         # The mnemonic behind the address and, if there is one, the predicate.
-        code = re.findall(
-            r"/\*[0-9a-f]{4,}\*/\s+(?:@\S+ )?([A-Z]\w*)", ask("-sass") if found else ""
-        )
-    counts = Counter(code)
+        code = ask("-sass") if found else ""
+    counts = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@\S+ )?([A-Z]\w*)", code))
     return {
         "registers": int(used["REG"]),
         # The kernels have no arrays of their own: what is on a thread's stack is spilled.

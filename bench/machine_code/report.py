@@ -18,10 +18,9 @@ import pkgutil
 import sys
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from fnmatch import fnmatch
-from typing import Any
 
 import triton
 from rich.console import Console
@@ -40,15 +39,11 @@ WARPGROUP_ROWS = 64  # that sm_90's warpgroup instructions multiply at once
 
 def shipped(pattern: str) -> set[str]:
     """All kernels whose "file.name" has the pattern in it."""
-    modules = [
-        f"{kernels.__name__}.{found.name}" for found in pkgutil.iter_modules(kernels.__path__)
-    ]
-    return {
-        f"{module}.{name}"
-        for module in modules
-        for name in vars(importlib.import_module(module))
-        if name.endswith("_kernel") and fnmatch(f"{module}.{name}", f"*{pattern}*")
-    }
+    found = set()
+    for module in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."):
+        names = vars(importlib.import_module(module.name))
+        found |= {f"{module.name}.{name}" for name in names if name.endswith("_kernel")}
+    return {name for name in found if fnmatch(name, f"*{pattern}*")}
 
 
 def collect(archs: list[str], pattern: str) -> tuple[dict[Launch, list[str]], list[str]]:
@@ -68,10 +63,8 @@ def collect(archs: list[str], pattern: str) -> tuple[dict[Launch, list[str]], li
             if name in wanted:
                 launches.setdefault(launch, []).append(case.label)
     if len(archs) == len(CARDS):  # some kernels may suit some cards only
-        failures += [
-            f"{name} is launched by no call of bench/machine_code/cases.py; list one."
-            for name in sorted(wanted - reached)
-        ]
+        advice = "is launched by no call of bench/machine_code/cases.py; list one."
+        failures += [f"{name} {advice}" for name in sorted(wanted - reached)]
     return launches, failures
 
 
@@ -86,12 +79,9 @@ def hardest(launches: dict[Launch, list[str]]) -> dict[Launch, list[str]]:
     for launch in launches:
         row = describe(launch)
         constants, arguments = row["constants"], row["arguments"]
-        counts = {
-            name: value
-            for name, value in constants.items()
-            if isinstance(value, int) and not name.startswith("BLOCK_")
-        }
-        row["constants"] = {k: v for k, v in constants.items() if k not in counts}
+        tile = {k: v for k, v in constants.items() if "BLOCK_" in k or not isinstance(v, int)}
+        counts = [v for k, v in constants.items() if k not in tile]
+        row["constants"] = tile
         # Pointers that are there or not; strides that are 1 or not.
         row["arguments"] = {
             name: kind.removesuffix(":16") if "stride" not in name else kind == "1"
@@ -99,7 +89,7 @@ def hardest(launches: dict[Launch, list[str]]) -> dict[Launch, list[str]]:
             if kind[0] == "*" or kind == "None" or "stride" in name
         }
         unaligned = sum(not kind.endswith(":16") for kind in arguments.values())
-        hardness = (sum(counts.values()), unaligned)
+        hardness = (sum(counts), unaligned)
         groups.setdefault(json.dumps(row), []).append((hardness, launch))
     chosen = {}
     for group in groups.values():
@@ -119,43 +109,36 @@ def _unit(dot: str, arch: str) -> str:
 
 
 def problems(row: Row) -> list[str]:
-    """A sentence for everything that must not be in a shipped configuration."""
+    """What must not be in a shipped configuration, in sentences."""
     if "error" in row:
         return [f"does not compile: {row['error']}"]
     found = []
-    if row["spilled_bytes"] or row["spill_instructions"]:
-        found.append(
-            f"spills {row['spilled_bytes']} bytes of every thread's registers, with "
-            f"{row['spill_instructions']} loads and stores; the limit is 0."
-        )
-    limit = CARDS[row["arch"]].shared_memory
-    if row["shared_bytes"] > limit:
-        found.append(
-            f"asks for {row['shared_bytes']} bytes of shared memory; a program on "
-            f"{row['arch']} may use {limit}."
-        )
+    spilled, instructions = row["spilled_bytes"], row["spill_instructions"]
+    if spilled or instructions:
+        what = f"spills {spilled} bytes of every thread's registers"
+        found.append(f"{what}, with {instructions} loads and stores; the limit is 0.")
+    asked, limit = row["shared_bytes"], CARDS[row["arch"]].shared_memory
+    if asked > limit:
+        may = f"a program on {row['arch']} may use {limit}"
+        found.append(f"asks for {asked} bytes of shared memory; {may}.")
     expected: dict[str, list[str]] = {}
     for dot in row["dots"]:
         expected.setdefault(_unit(dot, row["arch"]), []).append(dot)
     counted = row["matrix_instructions"]
-    for unit, dots in expected.items():
-        if unit not in counted:
-            has = ", ".join(counted) or "no matrix instruction at all"
-            found.append(f"multiplies {' and '.join(dots)} without {unit}; it has {has}.")
-    for unit in counted:
-        if unit not in expected:
-            found.append(f"has {counted[unit]} {unit}, but all its dots should be other ones.")
-    if row["dots_without_matrix_unit"] and counted:
-        found.append(
-            f"multiplies {row['dots_without_matrix_unit']} of its dots outside the matrix units."
-        )
+    for unit in sorted(expected.keys() - counted.keys()):
+        has = ", ".join(counted) or "no matrix instruction at all"
+        found.append(f"multiplies {' and '.join(expected[unit])} without {unit}; it has {has}.")
+    for unit in sorted(counted.keys() - expected.keys()):
+        found.append(f"has {counted[unit]} {unit}, but all its dots should be other ones.")
+    if (outside := row["dots_without_matrix_unit"]) and counted:
+        found.append(f"multiplies {outside} of its dots outside the matrix units.")
     return found
 
 
 def _title(row: Row) -> str:
-    constants = " ".join(f"{name}={value}" for name, value in row["constants"].items())
-    options = " ".join(f"{name}={value}" for name, value in row["options"].items())
-    return f"{row['kernel']} for {row['arch']}, {'+'.join(row['dtypes'])}, {constants} {options}"
+    settings = row["constants"] | row["options"]
+    said = " ".join(f"{name}={value}" for name, value in settings.items())
+    return f"{row['kernel']} for {row['arch']}, {'+'.join(row['dtypes'])}, {said}"
 
 
 def _span(values: list[int]) -> str:
@@ -170,31 +153,25 @@ CAPTION = (
 )
 
 
-def full_tables(rows: list[Row]) -> Iterator[str]:
-    """For each kernel a line for each dtype, tile, warps and stages on each card."""
-    head = ("card", "dtype", "tile", "warps", "stages", *HEAD)
-    for kernel, of_kernel in _grouped(rows, lambda row: row["kernel"]):
-        lines = [(*key, *_cells(group)) for key, group in _grouped(of_kernel, _layout)]
-        yield f"{kernel}\n\n{table(head, lines, text=3)}"
+def tables(rows: list[Row], brief: bool) -> Iterator[str]:
+    """A line for each kernel, card, dtype, tile, warps, stages; in brief, for kernel and card."""
+    if brief:
+        yield _table(rows, ("kernel", "card"), lambda row: (row["kernel"], row["arch"]))
+        return
+    for kernel in sorted({row["kernel"] for row in rows}):
+        own = [row for row in rows if row["kernel"] == kernel]
+        yield f"{kernel}\n\n{_table(own, ('card', 'dtype', 'tile', 'warps', 'stages'), _layout)}"
 
 
-def brief_table(rows: list[Row]) -> str:
-    """A line for each kernel and card."""
-    groups = _grouped(rows, lambda row: (row["kernel"], row["arch"]))
-    return table(("kernel", "card", *HEAD), [(*key, *_cells(group)) for key, group in groups], 2)
-
-
-def _grouped(rows: list[Row], key: Callable[[Row], Any]) -> Iterator[tuple[Any, list[Row]]]:
-    for value, group in itertools.groupby(sorted(rows, key=key), key):
-        yield value, list(group)
+def _table(rows: list[Row], head: Sequence[str], key: Callable[[Row], tuple[str, ...]]) -> str:
+    groups = itertools.groupby(sorted(rows, key=key), key)
+    lines = [(*names, *_cells(list(group))) for names, group in groups]
+    return table((*head, *HEAD), lines, text=min(len(head), 3))
 
 
 def _layout(row: Row) -> tuple[str, ...]:
-    tile = " ".join(
-        name.removeprefix("BLOCK_").lower() + str(value)
-        for name, value in row["constants"].items()
-        if name.startswith("BLOCK_")
-    )
+    sizes = {k[6:].lower(): v for k, v in row["constants"].items() if k.startswith("BLOCK_")}
+    tile = " ".join(f"{name}{value}" for name, value in sizes.items())
     launch = (str(row["options"][name]) for name in ("num_warps", "num_stages"))
     return row["arch"], "+".join(row["dtypes"]), tile, *launch
 
@@ -205,11 +182,9 @@ def _cells(group: list[Row]) -> list[str]:
     good = [row for row in group if "error" not in row]
     if not good:
         return [str(len(group)), *["-"] * 5, bad]
-    units = sorted({unit for row in good for unit in row["matrix_instructions"]})
-    matrix = [
-        f"{unit} {_span([row['matrix_instructions'].get(unit, 0) for row in good])}"
-        for unit in units
-    ]
+    counts = [row["matrix_instructions"] for row in good]
+    units = sorted({unit for found in counts for unit in found})
+    matrix = [f"{unit} {_span([found.get(unit, 0) for found in counts])}" for unit in units]
     return [
         str(len(group)),
         _span([row["registers"] for row in good]),
@@ -219,19 +194,6 @@ def _cells(group: list[Row]) -> list[str]:
         f"{max(row['code_bytes'] for row in good) / 1024:.1f}",
         bad,
     ]
-
-
-def measure_all(launches: list[Launch], workers: int) -> Iterator[tuple[Launch, Row]]:
-    """Every launch with its row, in the order in which they are done."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        futures = {pool.submit(measure, launch): launch for launch in launches}
-        console = Console(stderr=True)
-        done = track(
-            as_completed(futures), "compiling", len(futures), console=console, transient=True
-        )
-        for future in done:
-            yield futures[future], future.result()
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -245,7 +207,6 @@ def add_arguments(parser: ArgumentParser) -> None:
     help = "Folder of the results file. Default: bench/results, if all kernels are compiled."
     add_folder(parser, "--output", help)
     add_option(parser, "--workers", os.cpu_count() or 1, "Number of compilations at a time")
-    parser.set_defaults(run=main)
 
 
 def main(options: Namespace) -> None:
@@ -258,16 +219,20 @@ def main(options: Namespace) -> None:
     if not options.every:
         launches = hardest(launches)
     rows = []
-    for launch, row in measure_all(list(launches), options.workers):
-        calls = launches[launch]
-        rows.append(row | {"calls": len(calls), "first_call": calls[0], "problems": problems(row)})
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.workers, mp_context=context) as pool:
+        how = {"console": Console(stderr=True), "transient": True}
+        done = track(pool.map(measure, launches), "compiling", len(launches), **how)
+        for calls, row in zip(launches.values(), done, strict=True):
+            known = {"calls": len(calls), "first_call": calls[0]}
+            rows.append(row | known | {"problems": problems(row)})
     rows.sort(key=lambda row: (row["file"], row["kernel"], row["arch"], json.dumps(row)))
     narrowed = options.only or options.arch or options.every
     if output := options.output or (None if narrowed else RESULTS):
         # Without machine and date: the file is the same whenever the machine code is the same.
         content = {"triton": triton.__version__, "configurations": rows}
         write(content, output / "compile_report.json")
-    for shown in [brief_table(rows)] if options.brief else full_tables(rows):
+    for shown in tables(rows, options.brief):
         print(shown, end="\n\n")
     print(CAPTION)
     failures += [f"{_title(row)} {problem}" for row in rows for problem in row["problems"]]

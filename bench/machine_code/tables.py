@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from .. import measurements
-from ..markdown import table
+from ..markdown import of_file, table
 
 
-def machine_code() -> str:
+def machine_code(report: dict[str, Any]) -> str:
     """Registers, memory and matrix instructions of every kernel on every card."""
-    report = measurements.read(measurements.RESULTS / "compile_report.json")
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in report["configurations"]:
         kernel = row["kernel"].strip("_").removesuffix("_kernel")
@@ -18,21 +16,15 @@ def machine_code() -> str:
     rows = []
     for (kernel, arch), found in sorted(groups.items()):
         registers = [row["registers"] for row in found]
+        span = f"{min(registers)}–{max(registers)}"
+        spilled = max(row["spilled_bytes"] for row in found)
+        shared = f"{max(row['shared_bytes'] for row in found) / 1024:.0f}"
         units = sorted({name for row in found for name in row["matrix_instructions"]})
-        rows.append(
-            (
-                kernel.replace("_", " "),
-                arch,
-                f"{len(found)}",
-                f"{min(registers)}–{max(registers)}",
-                f"{max(row['spilled_bytes'] for row in found)}",
-                f"{max(row['shared_bytes'] for row in found) / 1024:.0f}",
-                ", ".join(units) or "–",
-            )
-        )
+        cells = (f"{len(found)}", span, f"{spilled}", shared, ", ".join(units) or "–")
+        rows.append((kernel.replace("_", " "), arch, *cells))
     head = ["kernel", "card", "configurations", "registers", "spilled bytes", "shared KB"]
     note = f"Triton {report['triton']}; the largest of all configurations, of registers the range."
     return table([*head, "matrix units"], rows, text=(0, 1, 6), note=note)
 
 
-TABLES = {"machine_code": machine_code}
+TABLES = {"machine_code": of_file("compile_report.json", machine_code)}

@@ -2,7 +2,7 @@
 
 Every contender is verified against the reference in float64 before it is timed. Figures go to
 ``micro_cpu.json``, or ``micro_cuda.json`` on a GPU; rows of an earlier run stay in the file if
-device, versions and commit are the same. ``pytest --benchmark`` times the same by pytest-benchmark.
+device, versions and commit are the same. ``pytest --benchmark`` makes the same measurements.
 
 On a CPU that does other work too, times mean little, but ratios of one run do.
 """
@@ -33,32 +33,59 @@ from .verify import verify
 Row = dict[str, Any]
 
 
-class Timings:
-    """Rows of a run, and their file ``micro_<device>.json`` in ``folder``."""
+class OutOfTimeError(Exception):
+    """The time of a run was up before a contender was begun."""
 
-    def __init__(self, folder: Path, device: torch.device) -> None:
-        self.device = device
+
+class Timings:
+    """Verified and timed contenders, and their file ``micro_<device>.json``.
+
+    Args:
+        folder: Where the file lies.
+        seconds: Time after which nothing more is begun.
+    """
+
+    def __init__(self, device: torch.device, folder: Path, seconds: float = float("inf")) -> None:
+        self.device, self._end = device, time.monotonic() + seconds
+        self._case: Case | None = None
+        self._problem: Problem | None = None
         self.results = Results(folder / f"micro_{device.type}.json", device)
         self.results.resume()
         known = self.results.figures
         self.rows: dict[str, Row] = {_key(row): row for row in known.get("rows", [])}
         self.failures: dict[str, str] = known.get("failures", {})
-        ceilings = known.get("ceilings")
-        self._ceilings: Ceilings | None = Ceilings(**ceilings) if ceilings else None
+        self._ceilings = Ceilings(**known["ceilings"]) if known.get("ceilings") else None
 
-    @property
-    def ceilings(self) -> Ceilings:
-        """Ceilings of the device, which are measured when they are first needed."""
-        if self._ceilings is None:
-            self._ceilings = measure(self.device)
-        return self._ceilings
+    def prepare(self, case: Case, contender: str) -> tuple[Callable[[], list[Tensor]], float]:
+        """The call to time, and its error; inputs are kept while the case is the same.
+
+        Raises:
+            OutOfTimeError: The time of the run is up.
+            WrongResultError: The contender disagrees with the reference.
+        """
+        if time.monotonic() > self._end:
+            raise OutOfTimeError("skipped: the time was up")
+        if self._problem is None or self._case != case:
+            self._problem = None  # before the next one takes its memory
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self._problem, self._case = problem(case, self.device), case
+        call = call_of(case, self._problem, function_of(self._problem, contender))
+        return call, verify(case, self._problem, call)
+
+    def measure(self, case: Case, contender: str) -> tuple[Row, list[float]]:
+        """Verify and time a contender, and write what came of it: the row, and warm seconds."""
+        try:
+            call, error = self.prepare(case, contender)
+            timed = timing.on_cuda(call) if self.device.type == "cuda" else timing.on_cpu(call)
+        except Exception as failure:
+            self.fail(case, contender, failure)
+            raise
+        return self.add(case, contender, error, timed), timed.warm
 
     def add(self, case: Case, contender: str, error: float, timed: timing.Timing) -> Row:
         """Add a measurement to the file: its row."""
-        row: Row = {
-            "operation": case.operation,
-            "direction": case.direction,
-            "dtype": case.dtype,
+        row: Row = asdict(case) | {
             "sizes": dict(case.sizes),
             "contender": contender,
             "median_us": _rounded(timed.median * 1e6),
@@ -66,40 +93,36 @@ class Timings:
             "error": _rounded(error, 2),
         }
         if timed.cold:
-            cold = timing.Timing(timed.cold, []).median
-            floor = self.ceilings.floor(work_of(case), case.dtype)
+            if self._ceilings is None:
+                self._ceilings = measure(self.device)
+            work, cold = work_of(case), timing.Timing(timed.cold, []).median
+            floor = self._ceilings.floor(work, case.dtype)
             row |= {
                 "cold_us": _rounded(cold * 1e6),
                 "floor_us": _rounded(floor * 1e6),
                 # The floor counts bytes of the device memory, so the cold time is held against it.
                 "fraction_of_floor": _rounded(floor / cold, 3) if cold else None,
-                "gb_per_s": _rounded(work_of(case).bytes / timed.median / 1e9),
-                "tflops": _rounded(work_of(case).flops / timed.median / 1e12),
+                "gb_per_s": _rounded(work.bytes / timed.median / 1e9),
+                "tflops": _rounded(work.flops / timed.median / 1e12),
             }
-        key = _key(row)
-        self.rows[key] = row
-        self.failures.pop(key, None)
-        self._compare()
-        self.write()
+        self.rows[_key(row)] = row
+        self.failures.pop(_key(row), None)
+        for other in self.rows.values():
+            if eager := self.rows.get(_key(other | {"contender": "eager"})):
+                other["ratio_to_eager"] = _rounded(eager["median_us"] / other["median_us"], 3)
+        self._write()
         return row
 
-    def fail(self, case: Case, contender: str, error: BaseException | str) -> None:
+    def fail(self, case: Case, contender: str, error: Exception) -> None:
         """Note why there is no row, in place of that of an earlier run."""
         key = f"{case.group} {contender}"
-        if isinstance(error, BaseException):
-            error = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        reason = (str(error).splitlines() or [""])[0]
+        late = isinstance(error, OutOfTimeError)
+        self.failures[key] = reason if late else f"{type(error).__name__}: {reason}"
         self.rows.pop(key, None)
-        self.failures[key] = error
-        self.write()
+        self._write()
 
-    def _compare(self) -> None:
-        for row in self.rows.values():
-            eager = self.rows.get(_key(row | {"contender": "eager"}))
-            if eager is not None:
-                row["ratio_to_eager"] = _rounded(eager["median_us"] / row["median_us"], 3)
-
-    def write(self) -> None:
-        """Write the file."""
+    def _write(self) -> None:
         self.results.figures = {
             "ceilings": self._ceilings and asdict(self._ceilings),
             "failures": dict(sorted(self.failures.items())),
@@ -119,76 +142,34 @@ def _key(row: Row) -> str:
 
 def _order(row: Row) -> tuple[Any, ...]:
     """Operations and contenders in the order of their lists, sizes by number."""
-    return (
-        OPERATIONS.index(row["operation"]),
-        row["direction"],
-        row["dtype"],
-        [str(x).zfill(9) for x in row["sizes"].values()],
-        CONTENDERS.index(row["contender"]),
-    )
+    sizes = [str(x).zfill(9) for x in row["sizes"].values()]
+    operation, contender = OPERATIONS.index(row["operation"]), CONTENDERS.index(row["contender"])
+    return operation, row["direction"], row["dtype"], sizes, contender
 
 
-class Runner:
-    """Prepares contenders one after the other, keeping the inputs while the case is the same."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._case: Case | None = None
-        self._problem: Problem | None = None
-
-    def prepare(self, case: Case, contender: str) -> tuple[Callable[[], list[Tensor]], float]:
-        """The call to time, and its error.
-
-        Raises:
-            WrongResultError: The contender disagrees with the reference.
-        """
-        if self._problem is None or self._case != case:
-            self._problem = None  # before the next one takes its memory
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-            self._problem, self._case = problem(case, self.device), case
-        call = call_of(case, self._problem, function_of(self._problem, contender))
-        return call, verify(case, self._problem, call)
-
-
-def run(
-    device: torch.device,
-    selection: str,
-    timings: Timings | None,
-    operations: tuple[str, ...] = (),
-    seconds: float = float("inf"),
-) -> int:
-    """Verify, and with ``timings`` time, what is asked for; the number of failures."""
-    started, failed = time.monotonic(), 0
-    runner = Runner(device)
-    for case, contender in schedule(device, selection):
-        if operations and case.operation not in operations:
-            continue
+def run(timings: Timings, plan: list[tuple[Case, str]], check: bool = False) -> int:
+    """Time, or with ``check`` only verify, what is planned: the number of failures."""
+    failed = 0
+    for case, contender in plan:
         name = f"{case.group} {contender}"
-        if time.monotonic() - started > seconds:
-            if timings:
-                timings.fail(case, contender, "skipped: the time was up")
-            continue
         try:
-            call, error = runner.prepare(case, contender)
-            if timings is None:
-                print(f"{name}: correct to {error:.1e}", flush=True)
-                continue
-            timed = timing.on_cuda(call) if device.type == "cuda" else timing.on_cpu(call)
+            if check:
+                _, error = timings.prepare(case, contender)
+                said = f"correct to {error:.1e}"
+            else:
+                said = f"{timings.measure(case, contender)[0]['median_us']} µs"
+        except OutOfTimeError:
+            continue
         except Exception as error:  # whatever it is, the others go on
             failed += 1
-            print(f"{name}: FAILED, {type(error).__name__}: {error}", flush=True)
-            if timings:
-                timings.fail(case, contender, error)
-        else:
-            row = timings.add(case, contender, error, timed)
-            print(f"{name}: {row['median_us']} µs", flush=True)
+            said = f"FAILED, {type(error).__name__}: {error}"
+        print(f"{name}: {said}", flush=True)
     return failed
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     help = "Operation to time, which may be given more than once. Default: all."
-    parser.add_argument("--operation", action="append", choices=OPERATIONS, default=[], help=help)
+    parser.add_argument("--operation", action="append", choices=OPERATIONS, help=help)
     help = "Sizes: tiny ones for a trial, core ones for minutes, or all, which takes longer"
     add_option(parser, "--sizes", "core", help, choices=SELECTIONS)
     add_option(parser, "--seconds", float("inf"), "Time after which nothing more is begun")
@@ -199,7 +180,6 @@ def add_arguments(parser: ArgumentParser) -> None:
     what.add_argument("--floors", action="store_true", help=help)
     add_device(parser)
     add_output(parser, ROOT / ".benchmarks")
-    parser.set_defaults(run=main)
 
 
 def main(options: Namespace) -> None:
@@ -209,6 +189,6 @@ def main(options: Namespace) -> None:
     if options.floors:
         print(floors(device, options.sizes))
         return
-    timings = None if options.check else Timings(options.output, device)
-    operations = tuple(options.operation)
-    sys.exit(min(run(device, options.sizes, timings, operations, options.seconds), 1))
+    plan = schedule(device, options.sizes, options.operation or OPERATIONS)
+    timings = Timings(device, options.output, options.seconds)
+    sys.exit(bool(run(timings, plan, options.check)))

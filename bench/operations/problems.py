@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from .cases import Case
 
 KEEP = 0.95  # the published chance of a position to be in-painted
 HEADS = 8
-THRESHOLD = 2.0  # of hard shrinkage: between the logits of ``_logits`` that are kept and the others
+THRESHOLD = 2.0  # of hard shrinkage: between the logits that are kept and the others
 
 Function = Callable[..., Tensor]
 
@@ -31,48 +32,50 @@ class WrongResultError(AssertionError):
 
 @dataclass
 class Problem:
-    """Inputs and functions of a case.
-
-    Attributes:
-        inputs: what every function is called with.
-        learned: which of them want a gradient, besides the parameters of a module.
-        reference, ours: functions or modules.
-        fitted: given inputs and a result, the function that should have made it; None where that
-            is the reference itself. For operations that draw at random.
-    """
+    """Inputs and functions, or modules, of a case."""
 
     inputs: list[Tensor]
-    learned: list[int]
+    learned: list[int]  # the inputs that want a gradient, besides the parameters of a module
     reference: Function
     ours: Function
+    # Of operations that draw at random: inputs and a result to the function that should have made
+    # it. None where that is the reference itself.
     fitted: Callable[[list[Tensor], Tensor], Function] | None = None
 
     def grad(self, result: Tensor) -> Tensor:
         """The gradient that a result is given: the same for all contenders."""
         generator = torch.Generator(result.device).manual_seed(1)
-        shape = result.shape
-        grad = torch.randn(shape, generator=generator, device=result.device).to(result)
+        grad = torch.randn(result.shape, generator=generator, device=result.device).to(result)
         channels_last = result.dim() == 4 and result.stride(1) == 1
         return grad.contiguous(memory_format=torch.channels_last) if channels_last else grad
 
     def wanted(self, function: Function, inputs: list[Tensor]) -> list[Tensor]:
+        """What a gradient is taken of: the learned inputs, and the parameters of a module."""
         parameters = list(function.parameters()) if isinstance(function, nn.Module) else []
         return [inputs[i] for i in self.learned] + parameters
 
 
-def _planted(query: Tensor, memory: Tensor, k: int) -> Tensor:
-    """Queries near k of the slots [N, M, C]: logits from 9 downwards, the k-th clear of the others.
+def _heights(k: int, last: float, device: torch.device | None = None) -> Tensor:
+    """Logits of the slots that are kept: from 9 downwards, the k-th clear of the others."""
+    heights = torch.linspace(9, 6, k, device=device)
+    heights[-1] = last
+    return heights
 
-    Slots have length 1, so that a logit is the weight with which the slot was added.
-    """
+
+def _planted(query: Tensor, memory: Tensor, k: int) -> Tensor:
+    """Queries near k of the slots [N, M, C]; these have length 1, so that a weight is a logit."""
     B, N, _ = query.shape
-    heights = torch.linspace(9, 6, k, device=query.device)
-    heights[-1] = 2.0
+    heights = _heights(k, 2.0, query.device)
     chosen = torch.rand(B, N, memory.shape[1], device=query.device).topk(k, dim=-1).indices
     for j in range(k):
         rows = memory[torch.arange(N, device=query.device), chosen[..., j]]
         query = query + heights[j] * rows
     return query
+
+
+def _functions(name: str, **arguments: Any) -> tuple[Function, Function]:
+    """The function of that name in ``reference`` and in ``ops``, with these arguments bound."""
+    return tuple(partial(getattr(module, name), **arguments) for module in (reference, ops))
 
 
 def _memory_lookup(case: Case, device: torch.device) -> Problem:
@@ -81,12 +84,7 @@ def _memory_lookup(case: Case, device: torch.device) -> Problem:
     memory = torch.nn.functional.normalize(torch.randn(N, M, C, device=device), dim=-1)
     query = _planted(torch.randn(B, N, C, device=device) / math.sqrt(C), memory, k)
     learned = [0, 1] if case.direction == "forward_backward_slots" else [0]
-    return Problem(
-        [query, memory],
-        learned,
-        lambda q, m: reference.memory_lookup(q, m, k),
-        lambda q, m: ops.memory_lookup(q, m, k),
-    )
+    return Problem([query, memory], learned, *_functions("memory_lookup", top_k=k))
 
 
 def _projected_lookup(case: Case, device: torch.device) -> Problem:
@@ -106,101 +104,63 @@ def _projected_lookup(case: Case, device: torch.device) -> Problem:
     return made
 
 
-def _logits(case: Case, device: torch.device) -> Tensor:
+def _shrinkage(case: Case, device: torch.device) -> Problem:
     """Logits [B, N, M] of which k stand clear of the others."""
     s = dict(case.sizes)
     B, N, M, k = (s[name] for name in "BNMk")
     logits = 0.3 * torch.randn(B, N, M, device=device)
-    heights = torch.linspace(9, 6, k, device=device)
-    heights[-1] = 3.0
     chosen = torch.rand_like(logits).topk(k, dim=-1).indices
-    return logits.scatter_(-1, chosen, heights.expand(B, N, k))
+    logits.scatter_(-1, chosen, _heights(k, 3.0, device).expand(B, N, k))
+    how = {"threshold": THRESHOLD} if case.operation == "hard_shrinkage" else {"top_k": k}
+    return Problem([logits], [0], *_functions(case.operation, **how))
 
 
-def _gumbel_shrinkage(case: Case, device: torch.device) -> Problem:
-    k = dict(case.sizes)["k"]
-    return Problem(
-        [_logits(case, device)],
-        [0],
-        lambda x: reference.gumbel_shrinkage(x, k),
-        lambda x: ops.gumbel_shrinkage(x, k),
-    )
-
-
-def _hard_shrinkage(case: Case, device: torch.device) -> Problem:
-    return Problem(
-        [_logits(case, device)],
-        [0],
-        lambda x: reference.hard_shrinkage(x, THRESHOLD),
-        lambda x: ops.hard_shrinkage(x, THRESHOLD),
-    )
-
-
-def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    return torch.relu(scale[:, None, None] * x + shift[:, None, None])
+def _shortcut(x: Tensor, y: Tensor, *affine: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The reference, behind an affine with its ReLU where parameters [C] are given."""
+    if affine:
+        scale, shift = affine
+        x = torch.relu(scale[:, None, None] * x + shift[:, None, None])
+    return reference.masked_shortcut(x, y, KEEP, mask)
 
 
 def _fitted_shortcut(inputs: list[Tensor], result: Tensor) -> Function:
     """The masked shortcut with the draw that ``result`` shows, which has to be a likely one."""
-    inpainted, shortcut, *parameters = inputs
-    if parameters:
-        inpainted = _affine(inpainted, *parameters)
+    everywhere = torch.ones_like(result[:, :1], dtype=torch.bool)
+    inpainted, shortcut = _shortcut(*inputs, mask=everywhere), inputs[1]
     mask = (result - inpainted).abs().sum(1) <= (result - shortcut).abs().sum(1)
-    count = mask.numel()
-    deviation = abs(float(mask.double().mean()) - KEEP)
-    if not deviation <= 6 * math.sqrt(KEEP * (1 - KEEP) / count):
-        share = float(mask.double().mean())
+    count, share = mask.numel(), float(mask.double().mean())
+    if not abs(share - KEEP) <= 6 * math.sqrt(KEEP * (1 - KEEP) / count):
         raise WrongResultError(f"{share:.3f} of {count} positions are in-painted, not {KEEP}")
-
-    def function(x: Tensor, y: Tensor, *affine: Tensor) -> Tensor:
-        x = _affine(x, *affine) if affine else x
-        return reference.masked_shortcut(x, y, KEEP, mask[:, None])
-
-    return function
+    return partial(_shortcut, mask=mask[:, None])
 
 
 def _masked_shortcut(case: Case, device: torch.device) -> Problem:
     s = dict(case.sizes)
-    shape = (s["B"] * s["N"], s["C"], s["side"], s["side"])
-    maps = [torch.randn(shape, device=device) for _ in range(2)]
+    C, shape = s["C"], (s["B"] * s["N"], s["C"], s["side"], s["side"])
+    inputs = [torch.randn(shape, device=device) for _ in range(2)]
     if s["layout"] == "channels_last":
-        maps = [x.contiguous(memory_format=torch.channels_last) for x in maps]
-    if not s["affine"]:
-        return Problem(
-            maps,
-            [0, 1],
-            lambda x, y: reference.masked_shortcut(x, y, KEEP),
-            lambda x, y: ops.masked_shortcut(x, y, KEEP),
-            _fitted_shortcut,
-        )
-    C = s["C"]
-    parameters = [torch.rand(C, device=device) + 0.5, torch.randn(C, device=device)]
-    return Problem(
-        maps + parameters,
-        [0, 1, 2, 3],
-        lambda x, y, a, b: reference.masked_shortcut(_affine(x, a, b), y, KEEP),
-        lambda x, y, a, b: ops.masked_shortcut(x, y, KEEP, scale=a, shift=b),
-        _fitted_shortcut,
-    )
+        inputs = [x.contiguous(memory_format=torch.channels_last) for x in inputs]
+    if s["affine"]:
+        inputs += [torch.rand(C, device=device) + 0.5, torch.randn(C, device=device)]
+
+    def ours(x: Tensor, y: Tensor, scale: Any = None, shift: Any = None) -> Tensor:
+        return ops.masked_shortcut(x, y, KEEP, scale=scale, shift=shift)
+
+    return Problem(inputs, list(range(len(inputs))), _shortcut, ours, _fitted_shortcut)
 
 
 def _neighbourhood_attention(case: Case, device: torch.device) -> Problem:
     s = dict(case.sizes)
-    shape = (s["B"], s["N"], s["C"])
-    inputs = [torch.randn(shape, device=device) for _ in range(3)]
+    inputs = [torch.randn(s["B"], s["N"], s["C"], device=device) for _ in range(3)]
     inputs += [torch.randn(s["C"], device=device) for _ in range(2)]
-    return Problem(
-        inputs,
-        [0, 1, 2, 3, 4],
-        partial(reference.neighbourhood_attention, num_heads=HEADS),
-        partial(ops.neighbourhood_attention, num_heads=HEADS),
-    )
+    functions = _functions("neighbourhood_attention", num_heads=HEADS)
+    return Problem(inputs, list(range(5)), *functions)
 
 
 def _inpaint_block(case: Case, device: torch.device) -> Problem:
-    """Both blocks with the same weights; positions are always in-painted, so results compare.
+    """Both blocks with the same weights; every position is in-painted, so that results compare.
 
-    The draw is made all the same. A few slots of each memory answer to the mean of all features.
+    A few slots of each memory answer to the mean of all features.
     """
     s = dict(case.sizes)
     width, C, k = s["width"], s["C"], s["k"]
@@ -209,10 +169,8 @@ def _inpaint_block(case: Case, device: torch.device) -> Problem:
     plain, ours = reference.InpaintBlock(*arguments), modules.InpaintBlock(*arguments)
     variance, mean_sum = 1 / 3, C * 0.4 / math.sqrt(3)  # of the features, and their sum
     plain.bottleneck_conv1[1].running_var.fill_(variance)
-    heights = torch.linspace(9, 6, k)
-    heights[-1] = 2.0
     for queue in plain.memory:
-        queue.memMatrix[:k] += heights[:, None] / mean_sum
+        queue.memMatrix[:k] += _heights(k, 2.0)[:, None] / mean_sum
     ours.load_state_dict(plain.state_dict())
     training = case.direction != "forward"
     for block in (plain, ours):
@@ -226,8 +184,8 @@ def _inpaint_block(case: Case, device: torch.device) -> Problem:
 BUILDERS = {
     "memory_lookup": _memory_lookup,
     "projected_lookup": _projected_lookup,
-    "gumbel_shrinkage": _gumbel_shrinkage,
-    "hard_shrinkage": _hard_shrinkage,
+    "gumbel_shrinkage": _shrinkage,
+    "hard_shrinkage": _shrinkage,
     "masked_shortcut": _masked_shortcut,
     "neighbourhood_attention": _neighbourhood_attention,
     "inpaint_block": _inpaint_block,
@@ -265,7 +223,7 @@ def call_of(case: Case, made: Problem, function: Function) -> Callable[[], list[
                 return [function(*made.inputs)]
 
         return forward
-    wanted = made.wanted(_uncompiled(function), made.inputs)
+    wanted = made.wanted(getattr(function, "_orig_mod", function), made.inputs)  # uncompiled
     grad = made.grad(function(*made.inputs).detach())
 
     def both() -> list[Tensor]:
@@ -273,7 +231,3 @@ def call_of(case: Case, made: Problem, function: Function) -> Callable[[], list[
         return [result.detach(), *torch.autograd.grad(result, wanted, grad)]
 
     return both
-
-
-def _uncompiled(function: Function) -> Function:
-    return getattr(function, "_orig_mod", function)

@@ -1,11 +1,10 @@
 """The least time an operation can take: its bytes and operations over the device's ceilings.
 
-Counted is what no implementation can do without: in each pass (forward, backward) every input is
-read once and every output written once, whatever lies between stays on the chip; sums and products
-of matrices count 2 operations per multiplication, and are counted only where the result depends on
-them. What an implementation may keep instead of computing it again is counted neither as bytes nor
-as operations. So a fraction of 1 is out of reach, and a floor is the larger of two times:
-bytes / bandwidth and operations / rate.
+Counted is what no implementation can do without. In each pass (forward, backward) every input is
+read once and every output written once; whatever lies between stays on the chip. Products of
+matrices count 2 operations per multiplication. What an implementation may keep instead of computing
+it again is counted neither as bytes nor as operations. A floor is the larger of two times,
+bytes / bandwidth and operations / rate, so that a fraction of 1 is out of reach.
 
 Symbols: B images, N patches of an image, M memory slots, C slot width, k of top-k, e bytes of an
 element.
@@ -14,7 +13,6 @@ element.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +21,7 @@ import torch
 
 from ..markdown import table
 from .cases import Case, cases
+from .timing import clock_seconds, event_seconds, tf32
 
 ELEMENT = {"bfloat16": 2, "float16": 2, "float32": 4}  # bytes
 
@@ -85,27 +84,19 @@ def masked_shortcut(
     Backward adds: reads the gradient, writes one of each map. With the affine, reads the in-painted
     map too and writes 2 C sums: 5 operations an element. Draws are not counted.
     """
-    elements = B * C * H * W
-    parameters = 2 * C * 4 if affine else 0
-    work = Work(2 * elements * e + parameters, 3 * elements if affine else 0)
+    elements, parameters = B * C * H * W, 2 * C * 4 * affine
+    work = Work(2 * elements * e + parameters, 3 * elements * affine)
     if backward:
-        reads = 2 if affine else 1
-        moved = (reads + 2) * elements * e + 2 * parameters
-        work += Work(moved, 5 * elements if affine else 0)
+        work += Work((3 + affine) * elements * e + 2 * parameters, 5 * elements * affine)
     return work
 
 
 def attended(N: int) -> int:
     """Different keys that the N patches of a grid attend to, all zeros outside it being one."""
     P = math.isqrt(N)
-    terms = 0
-    for row in range(P):
-        for column in range(P):
-            rows = sum(0 <= row + d < P for d in (-1, 0, 1))
-            columns = sum(0 <= column + d < P for d in (-1, 0, 1))
-            inside = rows * columns - 1
-            terms += inside + (inside < 8)
-    return terms
+    near = [sum(0 <= place + d < P for d in (-1, 0, 1)) for place in range(P)]
+    inside = [rows * columns - 1 for rows in near for columns in near]
+    return sum(count + (count < 8) for count in inside)
 
 
 def neighbourhood_attention(B: int, N: int, C: int, e: int, backward: bool = False) -> Work:
@@ -149,23 +140,18 @@ def inpaint_block(
     return Work(moved * e, products + lookup + attention)
 
 
-COUNTS = {
-    count.__name__: count
-    for count in (
-        memory_lookup,
-        gumbel_shrinkage,
-        masked_shortcut,
-        neighbourhood_attention,
-        inpaint_block,
-    )
+COUNTS: dict[str, Callable[..., Work]] = {
+    "memory_lookup": memory_lookup,
+    "gumbel_shrinkage": gumbel_shrinkage,
+    "masked_shortcut": masked_shortcut,
+    "neighbourhood_attention": neighbourhood_attention,
+    "inpaint_block": inpaint_block,
 }
 
 
 def work_of(case: Case) -> Work:
     """The work of a case: its sizes are the arguments of the counting function of its name."""
-    s = dict(case.sizes)
-    s["e"] = ELEMENT[case.dtype]
-    s["backward"] = case.direction != "forward"
+    s = dict(case.sizes) | {"e": ELEMENT[case.dtype], "backward": case.direction != "forward"}
     if case.operation == "memory_lookup":
         s["slots"] = case.direction == "forward_backward_slots"
     if case.operation == "gumbel_shrinkage":
@@ -193,21 +179,8 @@ class Ceilings:
 
 def _seconds(call: Callable[[], object], device: torch.device, repeats: int = 10) -> float:
     """The shortest of some calls: a ceiling is what is reached at best."""
-    best = math.inf
-    for index in range(repeats + 2):
-        if device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            call()
-            end.record()
-            end.synchronize()
-            seconds = start.elapsed_time(end) / 1e3
-        else:
-            started = time.perf_counter()
-            call()
-            seconds = time.perf_counter() - started
-        best = min(best, seconds) if index >= 2 else best
-    return best
+    timed = event_seconds if device.type == "cuda" else clock_seconds
+    return min([timed(call) for _ in range(repeats + 2)][2:])
 
 
 def _matrix_rate(side: int, dtype: torch.dtype, device: torch.device) -> float:
@@ -223,9 +196,9 @@ def measure(device: torch.device) -> Ceilings:
     rate, since three such products make one that is as exact (``tf32x3`` in Triton).
     """
     cuda = device.type == "cuda"
-    count = 2**30 if cuda else 2**25  # float32: 4 GiB, 128 MiB, beyond any cache
+    count = 2**25  # of float32: 128 MiB, beyond any cache
     if cuda:
-        count = min(count, torch.cuda.mem_get_info(device)[0] // 16)
+        count = min(2**30, torch.cuda.mem_get_info(device)[0] // 16)
     source = torch.ones(count, device=device)
     target = torch.empty_like(source)
     bandwidth = 8 * count / _seconds(partial(target.copy_, source), device)
@@ -234,10 +207,8 @@ def measure(device: torch.device) -> Ceilings:
     bfloat16 = _matrix_rate(side, torch.bfloat16, device)
     float32 = _matrix_rate(side, torch.float32, device)
     if cuda:
-        before = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = True
-        float32 = max(float32, _matrix_rate(side, torch.float32, device) / 3)
-        torch.backends.cuda.matmul.allow_tf32 = before
+        with tf32(convolutions=False, products=True):
+            float32 = max(float32, _matrix_rate(side, torch.float32, device) / 3)
         torch.cuda.empty_cache()
     return Ceilings(bandwidth, bfloat16, float32)
 
@@ -248,11 +219,10 @@ def floors(device: torch.device, selection: str) -> str:
     rows = []
     for case in cases(device, selection):
         work = work_of(case)
-        seconds = ceilings.floor(work, case.dtype)
-        bound = "bytes" if work.bytes / ceilings.bytes_per_s >= seconds else "operations"
-        figures = (work.bytes / 1e6, work.flops / 1e9, seconds * 1e6)
-        cells = (case.operation, case.direction, case.label, case.dtype)
-        rows.append([*cells, *(f"{x:.2f}" for x in figures), bound])
+        floor = ceilings.floor(work, case.dtype)
+        bound = "bytes" if work.bytes / ceilings.bytes_per_s >= floor else "operations"
+        figures = [f"{x:.2f}" for x in (work.bytes / 1e6, work.flops / 1e9, floor * 1e6)]
+        rows.append([case.operation, case.direction, case.label, case.dtype, *figures, bound])
     head = ["operation", "direction", "sizes", "dtype", "MB", "GFLOP", "µs", "bound by"]
     note = (
         f"Ceilings: {ceilings.bytes_per_s / 1e9:.0f} GB/s, bfloat16 "

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -20,15 +21,10 @@ WARM_UP = 3
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call, one for each repeat.
+    """Seconds of one call, one for each repeat."""
 
-    Attributes:
-        warm: the call again and again, on the same tensors.
-        cold: with its inputs evicted from the L2 cache before each call; empty on a CPU.
-    """
-
-    warm: list[float]
-    cold: list[float]
+    warm: list[float]  # of the call again and again, on the same tensors
+    cold: list[float]  # with its inputs evicted from the L2 cache before each call; none on a CPU
 
     @property
     def median(self) -> float:
@@ -48,20 +44,45 @@ def on_cpu(call: Call, seconds: float = 0.3, least: int = 5) -> Timing:
     call()
     times: list[float] = []
     while len(times) < least or sum(times) < seconds:
-        started = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - started)
+        times.append(clock_seconds(call))
     return Timing(times, [])
+
+
+def clock_seconds(call: Call) -> float:
+    """Seconds of one call by the clock of the host."""
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def event_seconds(call: Call) -> float:
+    """Seconds of one call between two events on the stream of the GPU."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+@contextmanager
+def tf32(convolutions: bool, products: bool = False) -> Iterator[None]:
+    """Whether float32 convolutions and products of matrices are computed in TF32 inside."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = convolutions
+    torch.backends.cuda.matmul.allow_tf32 = products
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _graph(call: Call) -> torch.cuda.CUDAGraph:
     """The call in a CUDA graph, after warming it up as capturing asks for."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
         for _ in range(WARM_UP):
             call()
-    torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -71,31 +92,12 @@ def _graph(call: Call) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def _times(count: int, *calls: Call) -> Call:
-    def several() -> None:
-        for _ in range(count):
-            for call in calls:
-                call()
-
-    return several
-
-
-def _replay(graph: torch.cuda.CUDAGraph) -> float:
-    """Seconds of one replay, between two events on its stream."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    graph.replay()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
-
-
 def graph_seconds(call: Call, device: torch.device, repeats: int = REPEATS) -> float:
     """Median seconds of a call in a CUDA graph of its own; on a CPU, of a call by the clock."""
     if device.type == "cpu":
         return on_cpu(call, seconds=0, least=1).median
     graph = _graph(call)
-    return statistics.median(_replay(graph) for _ in range(repeats))
+    return statistics.median(event_seconds(graph.replay) for _ in range(repeats))
 
 
 def _flush() -> Call:
@@ -115,25 +117,13 @@ def on_cuda(call: Call, repeats: int = REPEATS) -> Timing:
     pay for writing the buffer's lines back.
     """
     single = _graph(call)
-    seconds = min(_replay(single) for _ in range(3))
+    seconds = min(event_seconds(single.replay) for _ in range(3))
     count = max(1, min(LARGEST_GRAPH, round(GRAPH_SECONDS / seconds)))
-    graph = single if count == 1 else _graph(_times(count, call))
-    warm = [_replay(graph) / count for _ in range(repeats)]
+    graph = single if count == 1 else _graph(lambda: [call() for _ in range(count)])
+    warm = [event_seconds(graph.replay) / count for _ in range(repeats)]
     del graph, single
     flush, count = _flush(), min(count, LARGEST_COLD_GRAPH)
-    both, flushes = _graph(_times(count, flush, call)), _graph(_times(count, flush))
-    cold = [max(_replay(both) - _replay(flushes), 0.0) / count for _ in range(repeats)]
-    return Timing(warm, cold)
-
-
-class DeviceClock:
-    """A clock that is set by hand, from which pytest-benchmark reads times of the device."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def advance(self, seconds: float) -> None:
-        self.now += seconds
-
-    def __call__(self) -> float:
-        return self.now
+    both = _graph(lambda: [(flush(), call()) for _ in range(count)])
+    flushes = _graph(lambda: [flush() for _ in range(count)])
+    pairs = ((event_seconds(both.replay), event_seconds(flushes.replay)) for _ in range(repeats))
+    return Timing(warm, [max(with_call - without, 0.0) / count for with_call, without in pairs])

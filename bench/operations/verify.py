@@ -19,6 +19,10 @@ TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 BLOCK_TOLERANCES = {"float32": 1e-2, "bfloat16": 2e-1}
 
 
+def _size(x: Tensor) -> float:
+    return float(x.square().mean().sqrt())
+
+
 def verify(case: Case, made: Problem, call: Callable[[], list[Tensor]]) -> float:
     """The largest error of the call's results against the reference in float64.
 
@@ -42,13 +46,11 @@ def verify(case: Case, made: Problem, call: Callable[[], list[Tensor]]) -> float
         wanted = made.wanted(function, inputs)
         grad = made.grad(found[0].to(getattr(torch, case.dtype))).double()
         expected = [result.detach(), *torch.autograd.grad(result, wanted, grad)]
-    largest = max(float(x.square().mean().sqrt()) for x in expected[1:] or expected)
-    worst = 0.0
-    for index, (a, b) in enumerate(zip(found, expected, strict=True)):
-        scale = float(b.square().mean().sqrt())
+    sizes = [_size(x) for x in expected]
+    largest, worst = max(sizes[1:] or sizes), 0.0
+    for index, (a, b, size) in enumerate(zip(found, expected, sizes, strict=True)):
         # Some gradients are zero, such as that of a bias in front of a batch norm.
-        scale = scale if scale > 1e-9 * largest else largest
-        error = float((a - b).square().mean().sqrt()) / scale
+        error = _size(a - b) / (size if size > 1e-9 * largest else largest)
         deep = index and case.operation == "inpaint_block"
         allowed = (BLOCK_TOLERANCES if deep else TOLERANCES)[case.dtype]
         if not error <= allowed:

@@ -43,40 +43,29 @@ class Assumptions:
 
 @dataclass(frozen=True)
 class Format:
-    """One kind of file: bytes of one, and seconds that one core takes to decode it."""
+    """One kind of file."""
 
-    bytes: float
-    decoding: float
+    bytes: float  # of one file
+    decoding: float  # seconds that one core takes for it
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What was measured.
+    """What was measured."""
 
-    Attributes:
-        formats: by name; the packed one is its pixels, and its decoding is taken as free.
-        cores: of the machine that scored.
-        scorer: images/s it scored on all of them.
-        gpu: images/s of one GPU, or None where none has been measured.
-        device, decoding_device: the processors that scored and decoded.
-    """
-
-    formats: dict[str, Format]
-    cores: int
-    scorer: float
-    gpu: float | None
-    device: str
+    formats: dict[str, Format]  # by name; the packed one is its pixels, and free to decode
+    cores: int  # of the machine that scored
+    scorer: float  # images/s that it scored on all of them
+    gpu: float | None  # images/s of one GPU, if it has been measured
+    device: str  # the processor that scored
     decoding_device: str
 
 
 def read_rates(folder: Path = RESULTS) -> Rates:
     """The rates in a folder of results."""
     decoding = read(folder / "decoding_cpu.json")
-    formats = {
-        name: Format(row["bytes"], 1 / row["files_per_second"])
-        for name, row in decoding["files"].items()
-    }
-    side = decoding["side"]
+    files, side = decoding["files"], decoding["side"]
+    formats = {name: Format(x["bytes"], 1 / x["files_per_second"]) for name, x in files.items()}
     formats[f"packed {side} × {side}"] = Format(side**2, 0.0)
     cpu = read(folder / "speed_cpu.json")["evaluation"]
     cuda = read(folder / "speed_cuda.json")
@@ -92,8 +81,7 @@ def _best(evaluation: dict[str, Any]) -> float:
 def ceilings(rates: Rates, form: Format, cores: int, scoring: bool, a: Assumptions) -> Limits:
     """Images/s that the cores of one machine, its disk and its network allow.
 
-    Args:
-        scoring: the cores score as well as decode; otherwise a GPU scores.
+    With ``scoring`` the cores score as well as decode; otherwise a GPU scores.
     """
     busy = form.decoding + (rates.cores / rates.scorer if scoring else 0.0)
     return {
@@ -119,15 +107,16 @@ def inputs(rates: Rates, a: Assumptions) -> str:
             rows.append((f"decoding {name} on one core", value, rates.decoding_device))
         else:
             rows.append((name, _bytes(form.bytes), "one byte for each pixel"))
-    rows += [
-        ("disk of one machine", f"{a.disk_mb:g} MB/s", "assumed"),
-        ("network of one machine", f"{a.network_gbit:g} Gbit/s", "assumed"),
-        ("storage shared by a cluster", f"{a.store_gbit:g} Gbit/s", "assumed"),
-        ("cores beside one GPU", f"{a.gpu_cores}", "assumed"),
-        ("cluster", f"{a.machines} machines of {a.cluster_cores} cores", "assumed"),
-        ("price of a core-hour", f"{a.core_hour:g} USD", "assumed"),
-        ("price of a terabyte-month", f"{a.terabyte_month:g} USD", "assumed"),
-    ]
+    assumed = {
+        "disk of one machine": f"{a.disk_mb:g} MB/s",
+        "network of one machine": f"{a.network_gbit:g} Gbit/s",
+        "storage shared by a cluster": f"{a.store_gbit:g} Gbit/s",
+        "cores beside one GPU": f"{a.gpu_cores}",
+        "cluster": f"{a.machines} machines of {a.cluster_cores} cores",
+        "price of a core-hour": f"{a.core_hour:g} USD",
+        "price of a terabyte-month": f"{a.terabyte_month:g} USD",
+    }
+    rows += [(name, value, "assumed") for name, value in assumed.items()]
     return table(["input", "value", "from"], rows, text=3)
 
 
@@ -167,12 +156,12 @@ def one_gpu(rates: Rates, a: Assumptions) -> str:
     head = [f"{a.gpu_cores} cores decode", f"disk {a.disk_mb:g} MB/s"]
     head += [f"network {a.network_gbit:g} Gbit/s", "first limit", *COUNTS]
     note = (
-        f"The GPU itself scores {rates.gpu:,.0f} images/s, measured."
-        if rates.gpu
-        else "**No scorer has been measured on a GPU yet.** The times are the least that the files "
+        "**No scorer has been measured on a GPU yet.** The times are the least that the files "
         "allow. A GPU that scores more images/s than the first limit waits for them; one that "
         "scores fewer takes longer than this in the same ratio."
     )
+    if rates.gpu:
+        note = f"The GPU itself scores {rates.gpu:,.0f} images/s, measured."
     return table(["format", *head], rows, note=note)
 
 
@@ -224,7 +213,6 @@ def add_arguments(parser: ArgumentParser) -> None:
     for assumed in fields(Assumptions):
         name = f"--{assumed.name.replace('_', '-')}"
         add_option(parser, name, assumed.default, assumed.metadata["meaning"])
-    parser.set_defaults(run=main)
 
 
 def main(options: Namespace) -> None:

@@ -1,6 +1,7 @@
 """How many radiographs one core decodes in a second, from files of several kinds.
 
-The files lie in memory, so that the disk does not count. Figures go to ``decoding_cpu.json``.
+The files lie in memory, so that the disk does not count. Figures go to ``decoding_cpu.json``. The
+environment variable SQUID_FAST_SHARED names the folder in which the radiographs are looked for.
 """
 
 from __future__ import annotations
@@ -28,11 +29,7 @@ _ROUNDS = 5
 
 
 def measure(images: Path, rounds: int = _ROUNDS) -> dict[str, dict[str, float]]:
-    """Files/s that one core decodes, and their mean size in bytes, by kind of file.
-
-    Args:
-        images: a folder with radiographs; the large files are made from the first.
-    """
+    """Files/s that one core decodes, and their mean size in bytes, by kind of file."""
     found = sorted(path for path in images.rglob("*") if path.suffix in (".jpeg", ".jpg"))[:200]
     if not found:
         raise SystemExit(f"{images} holds no JPEG files; --images takes a folder of radiographs.")
@@ -85,17 +82,16 @@ def large_files(source: Path, folder: Path) -> tuple[Path, Path]:
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    help = "Folder of radiographs as JPEG files, by default in the folder SQUID_FAST_SHARED"
+    help = "Folder of radiographs as JPEG files"
     add_option(parser, "--images", SHARED / "data" / "zhanglab" / "test", help)
     add_output(parser)
-    parser.set_defaults(run=main)
 
 
 def main(options: Namespace) -> None:
     """Measure and write the results file."""
     torch.set_num_threads(1)
-    path, settings = options.output / "decoding_cpu.json", {"rounds": _ROUNDS, "side": SIDE}
-    results = Results(path, torch.device("cpu"), settings)
+    settings = {"rounds": _ROUNDS, "side": SIDE}
+    results = Results(options.output / "decoding_cpu.json", torch.device("cpu"), settings)
     results.figures["files"] = measure(options.images)
     results.write()
-    print(path.read_text(encoding="utf-8"))
+    print(results.path.read_text(encoding="utf-8"))

@@ -19,11 +19,11 @@ _STRANGE_NAMES = 0.01  # share of the whole files whose names are not UTF-8
 
 @dataclass
 class ImageFolder:
-    """Paths in the order in which screening lists them; the image behind each that is whole."""
+    """Paths of images."""
 
-    files: list[str] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)  # in the order in which screening lists them
     broken: set[str] = field(default_factory=set)
-    originals: dict[str, Path] = field(default_factory=dict)
+    originals: dict[str, Path] = field(default_factory=dict)  # the image behind each whole one
 
 
 def make_images(
@@ -36,8 +36,7 @@ def make_images(
     originals = _write_originals(folder.with_name("originals"), generator)
     for number in range(_FOLDERS):
         (folder / f"ward-{number:02d}").mkdir(parents=True)
-    made = ImageFolder()
-    ways = list(BROKEN.items())
+    made, ways = ImageFolder(), list(BROKEN.items())
     chosen = set(generator.choice(files, broken, replace=False).tolist())
     for number in range(files):
         stem = folder / f"ward-{number % _FOLDERS:02d}" / f"{number:06d}"
@@ -72,31 +71,21 @@ def _write_originals(folder: Path, generator: np.random.Generator) -> list[Path]
     return paths
 
 
-def _truncated(kind: str) -> Callable[[str, np.random.Generator], None]:
-    def write(path: str, generator: np.random.Generator) -> None:
-        Image.fromarray(generator.integers(0, 256, (64, 64), dtype=np.uint8)).save(path, kind)
-        size = os.path.getsize(path)
-        os.truncate(path, int(size * generator.uniform(0.3, 0.7)))
-
-    return write
+def _truncated(path: str, generator: np.random.Generator) -> None:
+    Image.fromarray(generator.integers(0, 256, (64, 64), dtype=np.uint8)).save(path)
+    os.truncate(path, int(os.path.getsize(path) * generator.uniform(0.3, 0.7)))
 
 
-def _bytes(content: Callable[[np.random.Generator], bytes]) -> Callable[..., None]:
-    def write(path: str, generator: np.random.Generator) -> None:
-        Path(path).write_bytes(content(generator))
-
-    return write
-
-
-def _bomb(generator: np.random.Generator) -> bytes:
+def _bomb(path: str, generator: np.random.Generator) -> None:
     """A PNG that claims a size no memory holds."""
     side = int(generator.integers(60_000, 1_000_000))
     head = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
     chunks = [(b"IHDR", head), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        for kind, data in chunks
-    )
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, data in chunks:
+        check = struct.pack(">I", zlib.crc32(kind + data))
+        content += struct.pack(">I", len(data)) + kind + data + check
+    Path(path).write_bytes(content)
 
 
 def _nan(path: str, generator: np.random.Generator) -> None:
@@ -105,13 +94,13 @@ def _nan(path: str, generator: np.random.Generator) -> None:
     np.save(path, pixels)
 
 
-BROKEN: dict[str, Callable[[str, np.random.Generator], None]] = {
-    "truncated.jpg": _truncated("JPEG"),
-    "truncated.png": _truncated("PNG"),
-    "empty.png": _bytes(lambda generator: b""),
-    "text.jpg": _bytes(lambda generator: b"this is no image\n"),
-    "bomb.png": _bytes(_bomb),
-    "garbage.dcm": _bytes(lambda generator: generator.bytes(4096)),
+BROKEN: dict[str, Callable[[str, np.random.Generator], object]] = {
+    "truncated.jpg": _truncated,
+    "truncated.png": _truncated,
+    "empty.png": lambda path, generator: Path(path).touch(),
+    "text.jpg": lambda path, generator: Path(path).write_text("this is no image\n"),
+    "bomb.png": _bomb,
+    "garbage.dcm": lambda path, generator: Path(path).write_bytes(generator.bytes(4096)),
     "dangling.png": lambda path, generator: os.symlink("nowhere.png", path),
     "folder.png": lambda path, generator: os.mkdir(path),
     "pipe.png": lambda path, generator: os.mkfifo(path),

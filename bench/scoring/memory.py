@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..arguments import add_output
+from ..arguments import add_option, add_output
 from ..measurements import Results
 from .images import make_images
 from .soak import make_bundle
@@ -37,10 +37,9 @@ def peak(pid: int) -> float:
 def children(pid: int) -> list[int]:
     """Processes that a process started."""
     try:
-        listed = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+        return [*map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
     except OSError:
         return []
-    return [int(child) for child in listed.split()]
 
 
 def measure(files: int, folder: Path) -> dict[str, Any]:
@@ -62,17 +61,15 @@ def measure(files: int, folder: Path) -> dict[str, Any]:
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    help = "Numbers of files, each screened in a run of its own. Default: 1000 10000 100000."
-    default = [1000, 10_000, 100_000]
-    parser.add_argument("--files", type=int, nargs="+", default=default, metavar="N", help=help)
+    help = "Numbers of files, each screened in a run of its own"
+    add_option(parser, "--files", [1000, 10_000, 100_000], help)
     add_output(parser)
-    parser.set_defaults(run=main)
 
 
 def main(options: Namespace) -> None:
     """Measure and write the results file."""
-    path, settings = options.output / "memory.json", {"cores": os.cpu_count()}
-    results = Results(path, torch.device("cpu"), settings)
+    settings = {"cores": os.cpu_count()}
+    results = Results(options.output / "memory.json", torch.device("cpu"), settings)
     runs = results.figures["runs"] = []
     for files in options.files:
         with tempfile.TemporaryDirectory() as folder:

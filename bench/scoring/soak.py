@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from argparse import ArgumentParser, Namespace
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,25 +113,20 @@ def make_bundle(folder: Path, seed: int) -> None:
     noise = torch.randint(0, 256, (64, 1, side, side), dtype=torch.uint8)
     normal = ImageSet(noise, torch.zeros(64, dtype=torch.int64), list(map(str, range(64))))
     model.inpaint_block.memory.update()
-    model, discriminator = model.eval(), discriminator.eval()
+    model.eval(), discriminator.eval()
     calibration = calibrate(model, discriminator, normal, normal, 0.05, "float32", "cpu")
     save_bundle(Bundle(model, discriminator, calibration, "patch_error"), folder)
 
 
 def start(folder: Path, table: Path) -> tuple[Process, str]:
-    """Start or go on with a run in a process group of its own; its mark finds its processes."""
+    """Start or resume a run in a process group of its own; its mark finds its processes."""
     mark = secrets.token_hex(8)
     arguments = [folder / "bundle", folder / "images", "--out", table, "--resume"]
     arguments += ["--precision", "float32", "--device", "cpu", "--workers", "2"]
     with open(folder / _SAID, "w") as said:  # a pipe would be broken by the kill
-        process = subprocess.Popen(
-            [sys.executable, "-m", "squid_fast", "screen", *map(str, arguments)],
-            env=os.environ | {_MARK: mark},
-            stdout=subprocess.DEVNULL,
-            stderr=said,
-            start_new_session=True,
-        )
-    return process, mark
+        command = [sys.executable, "-m", "squid_fast", "screen", *map(str, arguments)]
+        how = {"env": os.environ | {_MARK: mark}, "stdout": subprocess.DEVNULL, "stderr": said}
+        return subprocess.Popen(command, start_new_session=True, **how), mark
 
 
 def kill(process: Process, table: Path, target: int, delay: float, how: str) -> bool:
@@ -141,10 +136,7 @@ def kill(process: Process, table: Path, target: int, delay: float, how: str) -> 
     time.sleep(delay)
     if process.poll() is not None:
         return False
-    if how == "group":
-        os.killpg(process.pid, signal.SIGKILL)
-    else:
-        process.kill()
+    (os.killpg if how == "group" else os.kill)(process.pid, signal.SIGKILL)
     process.wait()
     return True
 
@@ -188,15 +180,11 @@ def wait_until_gone(mark: str, result: Soak) -> None:
 
 def marked(mark: str) -> list[int]:
     """Processes whose environment has the mark."""
-    found, wanted = [], f"{_MARK}={mark}".encode()
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                environment = (entry / "environ").read_bytes()
-            except OSError:  # it has ended, or is not ours
-                continue
-            if wanted in environment.split(b"\0"):
-                found.append(int(entry.name))
+    found = []
+    for environment in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):  # it has ended, or is not ours
+            if f"{_MARK}={mark}".encode() in environment.read_bytes().split(b"\0"):
+                found.append(int(environment.parent.name))
     return found
 
 
@@ -213,8 +201,7 @@ def check(images: ImageFolder, whole: Path, table: Path, result: Soak) -> None:
             f"{len(images.files)} files, {len(paths) - len(set(paths))} of them doubled"
         )
         return
-    wrong = {row["path"] for row in rows if row["error"]} ^ set(map(utf8_text, images.broken))
-    if wrong:
+    if wrong := {row["path"] for row in rows if row["error"]} ^ set(map(utf8_text, images.broken)):
         problems.append(f"{len(wrong)} files are errors and fine, or broken and scored: {wrong}")
         return
     scores: dict[Path, list[float]] = {}
@@ -234,10 +221,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_option(parser, "--files", 20_000, "Number of files")
     add_option(parser, "--broken", 0.05, "Share of the files that are broken")
     add_option(parser, "--kills", 5, "Number of kills")
-    help = "Seeds, each of them a soak. Default: 0."
-    parser.add_argument("--seed", type=int, nargs="+", default=[0], metavar="N", help=help)
+    add_option(parser, "--seed", [0], "Seeds, each of them a soak")
     add_output(parser)
-    parser.set_defaults(run=main)
 
 
 def main(options: Namespace) -> None:
@@ -251,5 +236,4 @@ def main(options: Namespace) -> None:
         soaks.append(asdict(result) | {"verdict": verdict})
         print(json.dumps(soaks[-1], indent=2), flush=True)
     results.write()
-    if any(result["problems"] for result in soaks):
-        sys.exit(1)
+    sys.exit(any(result["problems"] for result in soaks))

@@ -1,4 +1,4 @@
-"""Evaluation, screening and training of the zhanglab preset: the published way and squid_fast.
+"""Evaluation, screening and training of a preset: the published way and squid_fast.
 
 The contenders take turns, round by round, on the same images. Medians and ratios go to
 ``speed_cpu.json``, or ``speed_cuda.json`` on a GPU, which holds machine, settings and ``rows`` of
@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import json
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from squid_fast import PRESETS, SQUID, Discriminator, reference
 from squid_fast.experiments import benchmark
 from squid_fast.experiments.benchmark import Benchmark, Contenders, compare, figures, random_bundle
 from squid_fast.inference.bundle import load_bundle
 from squid_fast.modules import discriminator_size
+from squid_fast.presets import Preset
 from squid_fast.training import Trainer, make_optimizers
 from squid_fast.training.ema import EMA
 from squid_fast.training.graphs import Losses, StepGraphs
@@ -25,79 +29,78 @@ from squid_fast.utils.devices import choose_device, choose_layout, choose_precis
 from ..arguments import add_device, add_folder, add_option, add_output, add_threads
 from ..measurements import Results
 
-PRESET = PRESETS["zhanglab"]
+Step = Callable[[int], object]  # takes the number of the batch
 PARTS = (*benchmark.PARTS, "training")
 
 
-def training(device: torch.device, count: int) -> Contenders:
-    """Contenders that train on two batches, of which one trains the generator.
+def training(preset: Preset, device: torch.device, count: int) -> Contenders:
+    """Contenders that train on two batches, of which one trains the generator."""
+    images = torch.rand(count, 1, preset.image_size, preset.image_size, device=device)
+    steps = {
+        "published loop": _published_step(preset, images),
+        "squid_fast.Trainer": _our_step(preset, images),
+    }
 
-    The published loop runs the generator once for each loss, teacher and gradient graph included,
-    in float32 and contiguous layout.
-    """
-    images = torch.rand(count, 1, PRESET.image_size, PRESET.image_size, device=device)
-    recipe = PRESET.recipe
-    size = discriminator_size(PRESET.image_size)
-    plain = reference.SQUID(**PRESET.model).to(device)
-    plain_discriminator = reference.Discriminator(size).to(device)
-    optimizers = (
-        torch.optim.Adam(plain.parameters(), 1e-4, (0.5, 0.999), weight_decay=1e-5),
-        torch.optim.Adam(plain_discriminator.parameters(), 1e-4, (0.5, 0.999)),
-    )
-
-    def published() -> None:
+    def both(step: Step) -> None:
         for index in range(2):
-            optimizers[1].zero_grad()
-            recon = plain(images)["recon"].detach()
-            reference.discriminator_loss(
-                plain_discriminator(images), plain_discriminator(recon)
-            ).backward()
-            optimizers[1].step()
-            if index % recipe.n_critic == 0:
-                optimizers[0].zero_grad()
-                outputs = plain(images)
-                reference.generator_loss(
-                    images, outputs, plain_discriminator(outputs["recon"])
-                ).backward()
-                optimizers[0].step()
-                for module in plain.modules():
-                    if isinstance(module, reference.MemoryQueue):
-                        module.update()
-        _wait(device)
+            step(index)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
 
-    layout = choose_layout(PRESET.model["features_root"])
-    model = to_layout(SQUID(**PRESET.model).to(device), layout)
+    return {name: (2 * count, partial(both, step)) for name, step in steps.items()}
+
+
+def _published_step(preset: Preset, images: Tensor) -> Step:
+    """Runs the generator once for each loss, teacher and gradient graph included, in float32."""
+    model = reference.SQUID(**preset.model).to(images.device)
+    discriminator = reference.Discriminator(discriminator_size(preset.image_size))
+    discriminator.to(images.device)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-4, (0.5, 0.999), weight_decay=1e-5)
+    other = torch.optim.Adam(discriminator.parameters(), 1e-4, (0.5, 0.999))
+
+    def step(index: int) -> None:
+        other.zero_grad()
+        recon = model(images)["recon"].detach()
+        reference.discriminator_loss(discriminator(images), discriminator(recon)).backward()
+        other.step()
+        if index % preset.recipe.n_critic == 0:
+            optimizer.zero_grad()
+            outputs = model(images)
+            logits = discriminator(outputs["recon"])
+            reference.generator_loss(images, outputs, logits).backward()
+            optimizer.step()
+            for module in model.modules():
+                if isinstance(module, reference.MemoryQueue):
+                    module.update()
+
+    return step
+
+
+def _our_step(preset: Preset, images: Tensor) -> Step:
+    device, recipe = images.device, preset.recipe
+    layout = choose_layout(preset.model["features_root"])
+    model = to_layout(SQUID(**preset.model).to(device), layout)
+    size = discriminator_size(preset.image_size)
     discriminator = to_layout(Discriminator(size).to(device), layout)
     on_gpu = device.type == "cuda"
     pair = make_optimizers(model, discriminator, recipe, capturable=on_gpu)
     ema = EMA(discriminator, 0.998)
     trainer = Trainer(model, discriminator, pair, recipe, lambda loss: loss.backward(), ema)
     bf16 = choose_precision("auto", device) == "bf16"
-    everything = torch.arange(count, device=device)
 
-    def step(chosen: torch.Tensor, index: int) -> Losses:
+    def step(chosen: Tensor, index: int) -> Losses:
         batch = images[chosen].to(memory_format=layout)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             return trainer.step(batch, index)
 
     advance = StepGraphs(step, lambda index: index % recipe.n_critic) if on_gpu else step
-
-    def ours() -> None:
-        for index in range(2):
-            advance(everything, index)
-        _wait(device)
-
-    return {"published loop": (2 * count, published), "squid_fast.Trainer": (2 * count, ours)}
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    return partial(advance, torch.arange(len(images), device=device))
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     help = "Part to measure; the others stay in the file. Default: all."
     parser.add_argument("--part", choices=PARTS, help=help)
+    add_option(parser, "--preset", "zhanglab", "Preset of the model", choices=PRESETS)
     add_option(parser, "--rounds", 9, "Number of rounds")
     add_option(parser, "--batch", 16, "Number of images in a batch")
     add_option(parser, "--seconds", 10.0, "Seconds that a screening run should last")
@@ -106,29 +109,23 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_device(parser)
     add_threads(parser)
     add_output(parser)
-    parser.set_defaults(run=main)
 
 
 def main(options: Namespace) -> None:
     """Measure and write the results file."""
     torch.set_num_threads(options.threads)
-    device = choose_device(options.device)
-    scoring = Benchmark(
-        load_bundle(options.bundle) if options.bundle else random_bundle(PRESET),
-        device,
-        batch=options.batch,
-        rounds=options.rounds,
-        seconds=options.seconds,
-        data=options.data,
-    )
+    device, preset = choose_device(options.device), PRESETS[options.preset]
+    bundle = load_bundle(options.bundle) if options.bundle else random_bundle(preset)
+    how = {name: getattr(options, name) for name in ("batch", "rounds", "seconds", "data")}
     parts = [options.part] if options.part else PARTS
-    measured = scoring.run([part for part in parts if part in benchmark.PARTS])
+    rows = Benchmark(bundle, device, **how).run([part for part in parts if part != "training"])
     if "training" in parts:
-        contenders = training(device, options.batch)
-        measured["training"] = figures(contenders, compare(contenders, options.rounds))
-    rows = {part: measured.pop(part) for part in parts}
+        contenders = training(preset, device, options.batch)
+        rows["training"] = figures(contenders, compare(contenders, options.rounds))
+    settings = {name: value for name, value in rows.items() if name not in PARTS}
+    path = options.output / f"speed_{device.type}.json"
     for part in parts:
-        results = Results(options.output / f"speed_{device.type}.json", device, measured, part)
+        results = Results(path, device, {"preset": preset.name} | settings, part)
         results.figures["rows"] = rows[part]
         results.write()
-    print(json.dumps(measured | rows, indent=2))
+    print(json.dumps(rows, indent=2))

@@ -7,18 +7,20 @@ model on the test images. Figures go to ``stages_cpu.json``.
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 import time
 from argparse import ArgumentParser, Namespace
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from squid_fast import PRESETS, SQUID, Bundle, Discriminator, Scorer, load_bundle, reference
+from squid_fast import PRESETS, Bundle, Scorer, load_bundle, reference
 from squid_fast.data import ImageSet, find_records, load_images, select
+from squid_fast.experiments.benchmark import random_bundle
 from squid_fast.inference.calibration import rank_correlation
 from squid_fast.inference.precision import can_use_int8
 from squid_fast.inference.scores import PAPER_SCORE, SCORES
@@ -44,32 +46,28 @@ STAGES = {
     "head": "head",
     "teacher_ups": "teacher",
     "teacher_out": "teacher",
-    "conv_model": "discriminator",
 }
 
 
 class StageClock:
-    """Seconds spent in the stages of a network while it runs, the rest being what is in between."""
+    """Seconds spent in the stages of a network while it runs."""
 
-    def __init__(self, *networks: nn.Module) -> None:
+    def __init__(self, network: nn.Module) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self._started: dict[nn.Module, float] = {}
-        for network in networks:
-            for name, module in network.named_children():
-                if name in STAGES:
-                    self._watch(STAGES[name], module)
+        for name, module in network.named_children():
+            if stage := STAGES.get(name):
+                parts = list(module) if isinstance(module, nn.ModuleList) else [module]
+                for i, part in enumerate(parts):
+                    several = len(parts) > 1 and stage != "teacher"
+                    stop = partial(self._stop, f"{stage} {i + 1}" if several else stage)
+                    part.register_forward_pre_hook(self._start)
+                    part.register_forward_hook(stop)
 
-    def _watch(self, stage: str, module: nn.Module) -> None:
-        parts = list(module) if isinstance(module, nn.ModuleList) else [module]
-        for i, part in enumerate(parts):
-            name = f"{stage} {i + 1}" if len(parts) > 1 and stage != "teacher" else stage
-            part.register_forward_pre_hook(lambda m, _: self._start(m))
-            part.register_forward_hook(lambda m, _, __, name=name: self._stop(name, m))
-
-    def _start(self, module: nn.Module) -> None:
+    def _start(self, module: nn.Module, _: object) -> None:
         self._started[module] = time.perf_counter()
 
-    def _stop(self, name: str, module: nn.Module) -> None:
+    def _stop(self, name: str, module: nn.Module, *_: object) -> None:
         self.seconds[name] += time.perf_counter() - self._started[module]
 
 
@@ -89,14 +87,10 @@ def published(bundle: Bundle) -> tuple[Callable[[Tensor], Tensor], StageClock]:
 
 def frozen(bundle: Bundle, precision: str) -> tuple[Callable[[Tensor], Tensor], StageClock]:
     """``Scorer`` in that precision."""
-    scorer = Scorer(
-        bundle.model, bundle.discriminator, bundle.calibration, PAPER_SCORE, precision, "cpu"
-    )
-
-    def score(images: Tensor) -> Tensor:
-        return scorer.measure(images, [PAPER_SCORE])[0][PAPER_SCORE]
-
-    return score, StageClock(scorer.model.generator)
+    pair = bundle.model, bundle.discriminator
+    scorer = Scorer(*pair, bundle.calibration, PAPER_SCORE, precision, "cpu")
+    clock = StageClock(scorer.model.generator)
+    return lambda images: scorer.measure(images, [PAPER_SCORE])[0][PAPER_SCORE], clock
 
 
 def computed_in(bundle: Bundle) -> list[str]:
@@ -119,11 +113,10 @@ def times(bundle: Bundle, batch: int, rounds: int) -> dict[str, dict[str, float]
             started = time.perf_counter()
             score(images)
             total = time.perf_counter() - started
-            if round_:
-                seconds = dict(clock.seconds)
-                rest = total - sum(seconds.values())
-                for stage, value in {**seconds, "everything else": rest, "total": total}.items():
-                    found[name][stage].append(1e3 * value / batch)
+            rest = total - sum(clock.seconds.values())
+            seconds = clock.seconds | {"everything else": rest, "total": total}
+            for stage, value in seconds.items() if round_ else ():
+                found[name][stage].append(1e3 * value / batch)
     return {
         name: {stage: round(statistics.median(values), 3) for stage, values in stages.items()}
         for name, stages in found.items()
@@ -142,12 +135,9 @@ def ranking(bundle: Bundle, test: ImageSet) -> dict[str, dict[str, dict[str, flo
     known = bundle.calibration and bundle.calibration.quantization
     if bundle.calibration and known and "int8" in calibrations:
         names = [f"{p}.{i}" for p in ("downs", "ups") for i in range(bundle.model.level)]
-        everywhere = dataclasses.replace(known, stages=names)
-        calibrations["int8 everywhere"] = dataclasses.replace(
-            bundle.calibration, quantization=everywhere
-        )
-    exact: dict[str, Tensor] = {}
-    found: dict[str, dict[str, dict[str, float]]] = {}
+        everywhere = replace(bundle.calibration, quantization=replace(known, stages=names))
+        calibrations["int8 everywhere"] = everywhere
+    labels, exact, found = test.labels.numpy(), {}, {}
     for name, calibration in calibrations.items():
         pair = bundle.model, bundle.discriminator
         scorer = Scorer(*pair, calibration, PAPER_SCORE, name.split()[0], "cpu")
@@ -157,7 +147,7 @@ def ranking(bundle: Bundle, test: ImageSet) -> dict[str, dict[str, dict[str, flo
             score: {
                 "rank_correlation": rank_correlation(exact[score], raw),
                 "noise": round(float((raw - exact[score]).std() / exact[score].std()), 4),
-                "auroc": round(image_auroc(test.labels.numpy(), SCORES[score][0] * raw.numpy()), 4),
+                "auroc": round(image_auroc(labels, SCORES[score][0] * raw.numpy()), 4),
             }
             for score, raw in values.items()
         }
@@ -171,25 +161,21 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_option(parser, "--rounds", 9, "Number of rounds")
     add_threads(parser)
     add_output(parser)
-    parser.set_defaults(run=main)
 
 
 def main(options: Namespace) -> None:
     """Measure and write the results file."""
     torch.set_num_threads(options.threads)
-    if options.bundle:
-        bundle = load_bundle(options.bundle)
-    else:
-        bundle = Bundle(SQUID(**PRESETS["zhanglab"].model).eval(), Discriminator(4).eval())
+    preset = PRESETS["zhanglab"]
+    bundle = load_bundle(options.bundle) if options.bundle else random_bundle(preset)
     known = bundle.calibration and bundle.calibration.quantization
     settings = {"batch": options.batch, "rounds": options.rounds, "about": bundle.about}
-    path = options.output / "stages_cpu.json"
-    results = Results(path, torch.device("cpu"), settings)
-    results.figures["stages_in_bytes"] = known.stages if known else None
+    results = Results(options.output / "stages_cpu.json", torch.device("cpu"), settings)
+    results.figures["stages_in_int8"] = known.stages if known else None
     results.figures["milliseconds"] = times(bundle, options.batch, options.rounds)
     if options.bundle and options.data:
         records = [r for r in select(find_records(options.data), "test") if r.label is not None]
         test = load_images(records, bundle.model.image_size)
         results.figures |= {"images": len(test), "ranking": ranking(bundle, test)}
     results.write()
-    print(path.read_text(encoding="utf-8"))
+    print(results.path.read_text(encoding="utf-8"))

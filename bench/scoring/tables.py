@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
 from .. import measurements
-from ..markdown import not_measured, table
+from ..markdown import of_file, table
 from .costs import TABLES as COSTS
 from .costs import Assumptions, read_rates
 from .speed import PARTS
+from .stages import STAGES
 
 
-def _read(name: str) -> dict[str, Any]:
-    return measurements.read(measurements.RESULTS / name)
-
-
-def speed(device: str) -> str:
+def speed(figures: dict[str, Any], cuda: bool = False) -> str:
     """The published way beside squid_fast."""
-    name = f"speed_{device}.json"
-    figures = _read(name)
-    if not figures:
-        return not_measured(name)
     parts = {part: figures[part] for part in PARTS if part in figures}
     rows = [
         (f"{part}: {name}", f"{row['images_per_second']:.1f}", f"{row['ratio']:.1f} ×")
@@ -31,7 +23,11 @@ def speed(device: str) -> str:
     ]
     told: dict[str, list[str]] = {}  # what was measured alike is told once
     for part, found in parts.items():
-        told.setdefault(_measured(found, device), []).append(part)
+        where = found["device"]
+        where = where if cuda else f"{found['threads']} cores ({where})"
+        rounds = f"medians of {found['rounds']} interleaved rounds."
+        how = f"{where}, {found['precision']}, torch {found['torch']}, {rounds}"
+        told.setdefault(how, []).append(part)
     notes = [
         how if len(told) == 1 else f"{', '.join(parts).capitalize()}: {how}"
         for how, parts in told.items()
@@ -39,19 +35,8 @@ def speed(device: str) -> str:
     return table(["", "images/s", "ratio"], rows, note="\n\n".join(notes))
 
 
-def _measured(part: dict[str, Any], device: str) -> str:
-    where = part["device"]
-    if device == "cpu":
-        where = f"{part['threads']} cores ({where})"
-    return (
-        f"{where}, {part['precision']}, torch {part['torch']}, "
-        f"medians of {part['rounds']} interleaved rounds."
-    )
-
-
-def threads() -> str:
+def threads(figures: dict[str, Any]) -> str:
     """Seconds of a training step beside busy processes, by how many threads there are."""
-    figures = _read("threads_cpu.json")
     found = {(row["busy"], row["way"]): row for row in figures["rows"]}
     heads = {"before": "all, spinning", "limited": "all", "one": "one", "chosen": "chosen"}
     rows = []
@@ -68,9 +53,8 @@ def threads() -> str:
     return table(["busy processes beside it", *heads.values()], rows, text=0, note=note)
 
 
-def stages() -> str:
+def stages(figures: dict[str, Any]) -> str:
     """Milliseconds for an image by stage and precision."""
-    figures = _read("stages_cpu.json")
     found = figures["milliseconds"]
     last = ("everything else", "total")
     rows = []
@@ -78,35 +62,25 @@ def stages() -> str:
         times = [by_stage.get(stage, 0) for by_stage in found.values()]
         if any(time > 0 for time in times):
             rows.append([stage, *(f"{time:.2f}" if time > 0 else "–" for time in times)])
+    parts = [name.split(".") for name in figures["stages_in_int8"]]
+    in_int8 = [f"{STAGES[part]} {int(index) + 1}" for part, index in parts]
     note = (
         f"{figures['threads']} cores ({figures['device']}), batch of {figures['batch']}, medians "
-        f"of {figures['rounds']} interleaved rounds. In int8: "
-        f"{_stage_names(figures['stages_in_bytes'])}. The discriminator is in *everything else*."
+        f"of {figures['rounds']} interleaved rounds. In int8: {', '.join(in_int8)}. "
+        "The discriminator is in *everything else*."
     )
     return table(["stage", *found], rows, note=note)
 
 
-def _stage_names(stages: Iterable[str]) -> str:
-    words = {"downs": "encoder", "ups": "decoder"}
-    parts = [name.split(".") for name in stages]
-    return ", ".join(f"{words[part]} {int(index) + 1}" for part, index in parts)
-
-
-def ranking(full: bool) -> str:
+def ranking(figures: dict[str, Any], full: bool = False) -> str:
     """Rank correlation and AUROC by precision, of all scores or of the paper's."""
-    figures = _read("stages_cpu.json")
-    rows = [
-        (
-            precision,
-            f"`{name}`",
-            f"{row['rank_correlation']:.4f}",
-            f"{row['noise']:.3f}",
-            f"{row['auroc']:.4f}",
-        )
-        for precision, scores in figures["ranking"].items()
-        for name, row in scores.items()
-        if full or (name == "discriminator_instance" and " " not in precision)
-    ]
+    rows = []
+    for precision, scores in figures["ranking"].items():
+        for name, row in scores.items():
+            if full or (name == "discriminator_instance" and " " not in precision):
+                noise = f"{row['noise']:.3f}"
+                cells = (f"{row['rank_correlation']:.4f}", noise, f"{row['auroc']:.4f}")
+                rows.append((precision, f"`{name}`", *cells))
     about = figures["about"]
     note = (
         f"{figures['images']} test images of ZhangLab; the model was trained for {about['epochs']} "
@@ -116,17 +90,12 @@ def ranking(full: bool) -> str:
     return table(head, rows, text=2, note=note)
 
 
-def memory() -> str:
+def memory(figures: dict[str, Any]) -> str:
     """Peak memory of screening by the number of files."""
-    rows = [
-        (
-            f"{row['files']:,}",
-            f"{row['run_mb']:.0f}",
-            f"{row['reader_mb']:.0f}",
-            f"{row['files'] / row['seconds']:.0f}",
-        )
-        for row in _read("memory.json")["runs"]
-    ]
+    rows = []
+    for row in figures["runs"]:
+        cells = (row["run_mb"], row["reader_mb"], row["files"] / row["seconds"])
+        rows.append((f"{row['files']:,}", *(f"{x:.0f}" for x in cells)))
     note = "Largest resident memory of `squid-fast screen`, with a tiny model."
     return table(["files", "the run, MB", "each reader, MB", "files/s"], rows, text=0, note=note)
 
@@ -137,12 +106,12 @@ def cost(name: str) -> str:
 
 
 TABLES = {
-    "speed": partial(speed, "cpu"),
-    "speed_cuda": partial(speed, "cuda"),
-    "threads": threads,
-    "stages": stages,
-    "ranking": partial(ranking, True),
-    "precision": partial(ranking, False),
-    "memory": memory,
+    "speed": of_file("speed_cpu.json", speed),
+    "speed_cuda": of_file("speed_cuda.json", partial(speed, cuda=True)),
+    "threads": of_file("threads_cpu.json", threads),
+    "stages": of_file("stages_cpu.json", stages),
+    "ranking": of_file("stages_cpu.json", partial(ranking, full=True)),
+    "precision": of_file("stages_cpu.json", ranking),
+    "memory": of_file("memory.json", memory),
     **{name: partial(cost, name) for name in COSTS},
 }

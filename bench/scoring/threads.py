@@ -48,18 +48,15 @@ def steps(name: str, way: str, precision: Precision) -> dict[str, Any]:
     count = chosen.recipe.batch_size
     settings = Settings(chosen.model, chosen.recipe, 0, precision, count, "")
     learner = SquidLearner(SQUID(**chosen.model), settings, CPU)
-    side = chosen.image_size
-    images = torch.rand(count, 1, side, side)
+    images = torch.rand(count, 1, chosen.image_size, chosen.image_size)
     turns = chosen.recipe.n_critic
 
     def turn() -> None:
         for number in range(turns):
             learner.step(images, number)
 
-    number = torch.get_num_threads()
-    if way == "one":
-        number = 1
-    elif way == "chosen":
+    number = 1 if way == "one" else torch.get_num_threads()
+    if way == "chosen":
         number = fastest_threads(turn, number)
     with threads(number):
         turn()
@@ -68,21 +65,16 @@ def steps(name: str, way: str, precision: Precision) -> dict[str, Any]:
             started = time.perf_counter()
             turn()
             found.append((time.perf_counter() - started) / turns)
-    return {
-        "threads": number,
-        "mean": round(statistics.mean(found), 4),
-        "median": round(statistics.median(found), 4),
-        "longest": round(max(found), 4),
-        "steps": len(found) * turns,
-    }
+    figures = {"mean": statistics.mean(found), "median": statistics.median(found)}
+    rounded = {name: round(x, 4) for name, x in (figures | {"longest": max(found)}).items()}
+    return {"threads": number, **rounded, "steps": len(found) * turns}
 
 
 @contextmanager
 def busy(processes: int) -> Iterator[None]:
     """So many other processes compute all the time inside the block."""
-    others = [
-        subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)
-    ]
+    command = [sys.executable, "-c", "while True: pass"]
+    others = [subprocess.Popen(command) for _ in range(processes)]
     try:
         yield
     finally:
@@ -99,7 +91,6 @@ def add_arguments(parser: ArgumentParser) -> None:
     help = "Way to time in this process, printed as JSON. Default: all, each in its own process."
     parser.add_argument("--way", choices=WAYS, help=help)
     add_output(parser)
-    parser.set_defaults(run=main)
 
 
 def main(options: Namespace) -> None:
@@ -116,19 +107,12 @@ def main(options: Namespace) -> None:
     for processes in BUSY:
         found: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
         with busy(processes):
-            for _ in range(options.rounds):
-                for way in WAYS:
-                    spin = _SPIN_BY_ITSELF if way == "before" else SPIN["GOMP_SPINCOUNT"]
-                    done = subprocess.run(
-                        [*command, way],
-                        env=os.environ | {"GOMP_SPINCOUNT": spin},
-                        cwd=ROOT,
-                        capture_output=True,
-                        text=True,
-                        check=True,
-                    )
-                    found[way].append(json.loads(done.stdout))
-                    print(processes, way, done.stdout.strip(), flush=True)
+            for way in WAYS * options.rounds:
+                spin = _SPIN_BY_ITSELF if way == "before" else SPIN["GOMP_SPINCOUNT"]
+                environment = os.environ | {"GOMP_SPINCOUNT": spin}
+                said = subprocess.check_output([*command, way], env=environment, cwd=ROOT)
+                found[way].append(json.loads(said))
+                print(processes, way, found[way][-1], flush=True)
         for way, times in found.items():
             middle = sorted(times, key=lambda row: row["mean"])[len(times) // 2]
             rows.append({"busy": processes, "way": way, **middle})

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,25 +19,32 @@ from bench.__main__ import COMMANDS, main
 from bench.accuracy.runs import together
 from bench.measurements import Results, commit
 from bench.operations import micro, roofline, timing
-from bench.operations.cases import OPERATIONS, Case, cases
-from bench.operations.micro import Runner, Timings
+from bench.operations.cases import OPERATIONS, Case, cases, schedule
+from bench.operations.micro import Timings
 from bench.operations.problems import WrongResultError as Wrong
 from bench.operations.problems import call_of, function_of, problem
 from bench.operations.roofline import Ceilings, Work
 from bench.operations.verify import verify
-from bench.scoring import speed, threads
-from squid_fast import PRESETS
-from squid_fast.data import ImageSet
+from bench.scoring import threads
 from squid_fast.inference.scores import PAPER_SCORE
 from squid_fast.metrics import evaluate
+from squid_fast.utils import machine
+from tests.factories import image_set
 
-ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder of results in place of the repository's."""
+    monkeypatch.setattr(measurements, "RESULTS", tmp_path)
+    return tmp_path
 
 
 def pytest_in_a_process(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    how = {"cwd": measurements.ROOT, "capture_output": True, "text": True}
+    return subprocess.run(command, timeout=120, **how)
 
 
 def tiny(operation: str, direction: str = "forward") -> Case:
@@ -138,14 +146,14 @@ def test_cold_times_are_what_the_call_adds_to_the_flush(monkeypatch: pytest.Monk
         nonlocal spent
         spent += seconds
 
-    def replay(graph: timing.Call) -> float:
+    def event_seconds(replay: timing.Call) -> float:
         nonlocal spent
         spent = 0.0
-        graph()
+        replay()
         return spent
 
-    monkeypatch.setattr(timing, "_graph", lambda call: call)
-    monkeypatch.setattr(timing, "_replay", replay)
+    monkeypatch.setattr(timing, "_graph", lambda call: SimpleNamespace(replay=call))
+    monkeypatch.setattr(timing, "event_seconds", event_seconds)
     monkeypatch.setattr(timing, "_flush", lambda: lambda: spend(80e-6))
     for seconds in (2e-6, 30e-6, 5e-3):
         timed = timing.on_cuda(lambda seconds=seconds: spend(seconds))
@@ -156,52 +164,46 @@ def test_cold_times_are_what_the_call_adds_to_the_flush(monkeypatch: pytest.Monk
 
 def test_rows_of_a_gpu_are_held_against_the_floor(tmp_path: Path) -> None:
     case = tiny("gumbel_shrinkage")
-    results = Timings(tmp_path, CPU)
+    results = Timings(CPU, tmp_path)
     results._ceilings = Ceilings(bytes_per_s=1e9, bfloat16=1e12, float32=1e12)
     row = results.add(case, "eager", 0.0, timing.Timing([2e-6], [4e-6]))
     moved = 2 * 4 * (2 * 4 * 7)  # bytes: 448
-    assert row["floor_us"] == moved / 1e3
-    assert row["fraction_of_floor"] == 0.112
+    assert (row["floor_us"], row["fraction_of_floor"]) == (moved / 1e3, 0.112)
     assert row["gb_per_s"] == pytest.approx(moved / 2e-6 / 1e9)
     assert row["tflops"] == pytest.approx(4 * 56 / 2e-6 / 1e12)
 
 
 def test_results_keep_rows_of_the_same_commit_and_drop_others(tmp_path: Path) -> None:
     case = tiny("gumbel_shrinkage")
-    results = Timings(tmp_path, CPU)
+    results = Timings(CPU, tmp_path)
     results.add(case, "eager", 1e-7, timing.Timing([4e-6], []))
-    row = Timings(tmp_path, CPU).add(case, "squid_fast", 1e-7, timing.Timing([2e-6], []))
+    row = Timings(CPU, tmp_path).add(case, "squid_fast", 1e-7, timing.Timing([2e-6], []))
     assert row["ratio_to_eager"] == 2.0
     written = json.loads(results.results.path.read_text())
     assert [r["contender"] for r in written["rows"]] == ["eager", "squid_fast"]
     assert written["torch"] == torch.__version__
-    again = Timings(tmp_path, CPU)
+    again = Timings(CPU, tmp_path)
     again.fail(case, "squid_fast", Wrong("off"))
     assert list(again.failures.values()) == ["WrongResultError: off"]
     assert len(json.loads(results.results.path.read_text())["rows"]) == 1
     written["commit"] = "another"
     results.results.path.write_text(json.dumps(written))
-    assert Timings(tmp_path, CPU).rows == {}
+    assert Timings(CPU, tmp_path).rows == {}
 
 
-def test_the_table_of_microbenchmarks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measurements, "RESULTS", tmp_path)
+def test_the_table_of_microbenchmarks(folder: Path) -> None:
     assert pages.TABLES["micro_cuda"]().startswith("Not measured yet")
-    case = tiny("gumbel_shrinkage", "forward_backward")
-    results = Timings(tmp_path, CPU)
+    case, results = tiny("gumbel_shrinkage", "forward_backward"), Timings(CPU, folder)
     results.add(case, "eager", 1e-7, timing.Timing([4e-6], []))
     results.add(case, "squid_fast", 1e-7, timing.Timing([2e-6], []))
     line = "| gumbel shrinkage, forward + backward | B 2, N 4, M 7, k 5 | float32 | 4 |  | 2.00 × |"
     assert line in pages.TABLES["micro_cpu"]().splitlines()
 
 
-def test_the_table_of_speed_says_of_every_part_how_it_was_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(measurements, "RESULTS", tmp_path)
+def test_the_table_of_speed_says_of_every_part_how_it_was_measured(folder: Path) -> None:
     how = {"device": "That", "threads": 2, "precision": "int8", "torch": "3", "rounds": 4}
     part = how | {"rows": {"ours": {"images_per_second": 8.0, "ratio": 2.0}}}
-    path = tmp_path / "speed_cpu.json"
+    path = folder / "speed_cpu.json"
     path.write_text(json.dumps({"evaluation": part, "training": part}))
     alike = pages.TABLES["speed"]().splitlines()
     assert "| training: ours | 8.0 | 2.0 × |" in alike
@@ -212,35 +214,29 @@ def test_the_table_of_speed_says_of_every_part_how_it_was_measured(
     assert apart[-3:] == [f"Evaluation: {said}", "", f"Training: {said.replace('4', '9')}"]
 
 
-def test_a_part_measured_anew_leaves_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(speed, "PRESET", PRESETS["small"])
+def test_a_part_measured_anew_leaves_the_others(tmp_path: Path) -> None:
     path = tmp_path / "speed_cpu.json"
     kept = {"commit": "x", "rows": {"a": 1}}
     path.write_text(json.dumps({"training": {"rows": {"old": 1}}, "screening": kept}))
     options = ["--rounds=1", "--batch=2", "--threads=1", "--device=cpu", "--part=training"]
-    main(["speed", *options, f"--output={tmp_path}"])
+    main(["speed", "--preset=small", *options, f"--output={tmp_path}"])
     written = json.loads(path.read_text())
-    assert set(written) == {"screening", "training"}
-    assert written["screening"] == kept
+    assert written == {"screening": kept, "training": written["training"]}
     training = written["training"]
-    assert (training["commit"], training["rounds"]) == (commit(), 1)
+    assert (training["commit"], training["rounds"], training["preset"]) == (commit(), 1, "small")
     assert (training["batch"], training["threads"], training["torch"]) == (2, 1, torch.__version__)
     assert list(training["rows"]) == ["published loop", "squid_fast.Trainer"]
     first, second = training["rows"].values()
     assert first["images"] == second["images"] == 4
-    assert second["ratio"] == pytest.approx(
-        first["milliseconds"] / second["milliseconds"], rel=0.01
-    )
+    ratio = first["milliseconds"] / second["milliseconds"]
+    assert second["ratio"] == pytest.approx(ratio, rel=0.01)
 
 
 def test_every_command_describes_itself_and_each_of_its_options(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     commands = [[name] for name in COMMANDS]
-    commands += [["accuracy", name] for name in ("runs", "baselines", "contamination", "demo")]
-    for command in commands:
+    for command in [*commands, *(["accuracy", name] for name in COMMANDS["accuracy"][0])]:
         with pytest.raises(SystemExit) as ended:
             main([*command, "--help"])
         assert ended.value.code == 0
@@ -260,39 +256,24 @@ def test_an_unknown_command_names_those_that_there_are(capsys: pytest.CaptureFix
     assert "'operations', 'machine-code', 'speed'" in capsys.readouterr().err
 
 
-def test_results_say_where_they_come_from_and_keep_what_has_the_same_settings(
-    tmp_path: Path,
-) -> None:
+def test_results_say_where_they_come_from_and_resume_with_the_same_settings(tmp_path: Path) -> None:
     path = tmp_path / "folder" / "figures.json"
     results = Results(path, CPU, {"settings": {"epochs": 2}})
     results.figures["runs"] = {"0.1": [1, 2]}
     results.write()
     written = json.loads(path.read_text())
-    assert written == {**measurements.describe(CPU), **results.header, **results.figures}
-    assert (written["commit"], written["settings"]) == (commit(), {"epochs": 2})
+    about = machine.describe(CPU) | {"commit": commit(), "settings": {"epochs": 2}}
+    assert written == about | results.figures
 
     path.write_text(json.dumps(written | {"torch": "1.0"}))
-    again = Results(path, CPU, {"settings": {"epochs": 2}})
-    again.resume("settings")  # whatever else has changed
-    assert again.figures == results.figures
-    again = Results(path, CPU, {"settings": {"epochs": 2}})
-    again.resume()
-    assert again.figures == {}
-    again = Results(path, CPU, {"settings": {"epochs": 3}})
-    again.resume("settings")
-    assert again.figures == {}
-
-
-def test_results_of_a_part_leave_the_other_parts(tmp_path: Path) -> None:
-    path = tmp_path / "figures.json"
-    for part, rate in {"one": 1.0, "other": 2.0, "one ": 3.0}.items():
-        results = Results(path, CPU, {"rounds": 4}, part=part.strip())
-        results.figures["rate"] = rate
-        results.write()
-    written = json.loads(path.read_text())
-    assert {part: found["rate"] for part, found in written.items()} == {"one": 3.0, "other": 2.0}
-    assert written["other"]["rounds"] == 4
-    assert written["other"]["torch"] == torch.__version__
+    for epochs, same, known in (
+        (2, ["settings"], results.figures),
+        (2, [], {}),
+        (3, ["settings"], {}),
+    ):
+        again = Results(path, CPU, {"settings": {"epochs": epochs}})
+        again.resume(*same)
+        assert again.figures == known
 
 
 def test_a_file_of_figures_has_a_line_for_each_row_and_never_nan(tmp_path: Path) -> None:
@@ -329,14 +310,8 @@ def test_plain_pytest_collects_no_benchmarks() -> None:
 
 
 def test_the_flag_runs_benchmarks_alone(tmp_path: Path) -> None:
-    done = pytest_in_a_process(
-        "--benchmark",
-        "--bench-device=cpu",
-        "--bench-sizes=tiny",
-        f"--bench-results={tmp_path}",
-        "-k",
-        "gumbel_shrinkage-forward-",
-    )
+    options = ["--bench-device=cpu", "--bench-sizes=tiny", f"--bench-results={tmp_path}"]
+    done = pytest_in_a_process("--benchmark", *options, "-k", "gumbel_shrinkage-forward-")
     assert done.returncode == 0, done.stdout
     assert "2 passed" in done.stdout
     written = json.loads((tmp_path / "micro_cpu.json").read_text())
@@ -348,46 +323,47 @@ def test_the_flag_runs_benchmarks_alone(tmp_path: Path) -> None:
 def test_the_runner_without_pytest_does_the_same(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    results = Timings(tmp_path, CPU)
+    results, plan = Timings(CPU, tmp_path), schedule(CPU, "tiny", ["gumbel_shrinkage"])
     monkeypatch.setattr(timing, "on_cpu", lambda call: timing.Timing([1e-6], []))
-    assert micro.run(CPU, "tiny", results, ("gumbel_shrinkage",)) == 0
+    assert micro.run(results, plan) == 0
     assert len(results.rows) == 4
-    monkeypatch.setattr(Runner, "prepare", lambda *_: (_ for _ in ()).throw(Wrong("no")))
-    assert micro.run(CPU, "tiny", results, ("gumbel_shrinkage",)) == 4
+    assert micro.run(results, plan, check=True) == 0
+    assert "squid_fast: correct to " in capsys.readouterr().out
+    late = Timings(CPU, tmp_path, seconds=-1)
+    assert micro.run(late, plan[:1]) == 0
+    assert (len(late.rows), [*late.failures.values()]) == (3, ["skipped: the time was up"])
+    monkeypatch.setattr(micro, "verify", lambda *_: (_ for _ in ()).throw(Wrong("no")))
+    assert micro.run(results, plan) == 4
     assert results.rows == {}
     assert "FAILED, WrongResultError: no" in capsys.readouterr().out
 
 
 def test_runs_together_are_ranked_by_the_mean_of_their_z_scores() -> None:
-    images = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
-    labelled = ImageSet(images, torch.tensor([0, 0, 1, 1]), ["a", "b", "c", "d"])
-    one, other = np.float32([0, 3, 2, 4]), np.float32([2, 0, 3, 1])
-    areas = [together(labelled, [{"z": z}])["z"]["auroc"] for z in (one, other)]
+    images = image_set(4, anomalous=2)
+    one, other = np.float32([2, 4, 0, 3]), np.float32([3, 1, 2, 0])
+    areas = [together(images, [{"z": z}])["z"]["auroc"] for z in (one, other)]
     assert areas == [0.75, 0.75]
-    assert together(labelled, [{"z": one}, {"z": other}])["z"]["auroc"] == 1.0
+    assert together(images, [{"z": one}, {"z": other}])["z"]["auroc"] == 1.0
 
 
-def test_the_table_of_accuracy_is_of_the_runs_that_it_shows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(measurements, "RESULTS", tmp_path)
-    tmp_path = tmp_path / "accuracy"
-    tmp_path.mkdir()
+def test_the_table_of_accuracy_is_of_the_runs_that_it_shows(folder: Path) -> None:
+    folder = folder / "accuracy"
+    folder.mkdir()
     labels, z = np.repeat([0, 1], 20), np.arange(40.0)
     split = {PAPER_SCORE: evaluate(labels, z, score_name=PAPER_SCORE).to_json()}
     about = {"seed": 0, "training_images": 9, "recipe": {"epochs": 2}, "training_minutes": 3.0}
     run = {"evaluation": {"val": split, "test": split}, "about": about, "threads": 7}
-    (tmp_path / "zhanglab_cpu-seed0.json").write_text(json.dumps(run))
+    (folder / "zhanglab_cpu-seed0.json").write_text(json.dumps(run))
     assert "2 epochs, 3 minutes. Accuracy" in pages.TABLES["accuracy"]()
     about["machine"] = {"device": "That", "threads": 2}
-    (tmp_path / "zhanglab_cpu-seed1.json").write_text(json.dumps(run))
+    (folder / "zhanglab_cpu-seed1.json").write_text(json.dumps(run))
     said = pages.TABLES["accuracy"]()
     assert "2 epochs, 3 minutes, 3 minutes on 2 cores (That). Accuracy" in said
     both = {"runs": ["zhanglab_cpu-seed0", "zhanglab_cpu-seed1"], **run}
-    (tmp_path / "together.json").write_text(json.dumps(both))
+    (folder / "together.json").write_text(json.dumps(both))
     assert "| together |" in pages.TABLES["accuracy"]()
     both["runs"].append("zhanglab_cpu-seed2")
-    (tmp_path / "together.json").write_text(json.dumps(both))
+    (folder / "together.json").write_text(json.dumps(both))
     with pytest.raises(ValueError, match=r"seed2, but there are .*seed1: give all"):
         pages.TABLES["accuracy"]()
 

@@ -18,15 +18,9 @@ from squid_fast.data import read_image
 RATES = costs.Rates({"big": costs.Format(1e6, 0.01)}, 2, 10.0, None, "this", "that")
 # 50 MB/s are 50 images/s, 0.8 Gbit/s are 100, 8 Gbit/s of the storage are 1000.
 ASSUMED = costs.Assumptions(
-    disk_mb=50,
-    network_gbit=0.8,
-    store_gbit=8,
-    gpu_cores=4,
-    cluster_cores=42,
-    machines=3,
-    core_hour=0.1,
-    terabyte_month=20,
-)
+    disk_mb=50, network_gbit=0.8, store_gbit=8, gpu_cores=4, cluster_cores=42, machines=3,
+    core_hour=0.1, terabyte_month=20,
+)  # fmt: skip
 
 
 def cells(table: str, row: int = 0) -> list[str]:
@@ -34,11 +28,9 @@ def cells(table: str, row: int = 0) -> list[str]:
 
 
 def test_ceilings_are_those_of_cores_disk_and_network() -> None:
-    form = RATES.formats["big"]
-    both = costs.ceilings(RATES, form, 42, True, ASSUMED)
-    assert both == pytest.approx({"cores": 200, "disk": 50, "network": 100})
-    only_decoding = costs.ceilings(RATES, form, 4, False, ASSUMED)
-    assert only_decoding == pytest.approx({"cores": 400, "disk": 50, "network": 100})
+    for cores, scoring, rate in ((42, True, 200), (4, False, 400)):
+        found = costs.ceilings(RATES, RATES.formats["big"], cores, scoring, ASSUMED)
+        assert found == pytest.approx({"cores": rate, "disk": 50, "network": 100})
     packed = costs.Format(1e4, 0.0)
     assert costs.ceilings(RATES, packed, 4, False, ASSUMED)["cores"] == float("inf")
     assert costs.first_limit({"a": 3.0, "b": 2.0, "c": float("inf")}) == ("b", 2.0)
@@ -54,19 +46,15 @@ def test_tables_by_hand() -> None:
     gpu = costs.one_gpu(RATES, ASSUMED)
     assert cells(gpu)[:5] == ["big", "400", "50", "100", "disk"]
     assert "No scorer has been measured on a GPU yet" in gpu
+    gpu = costs.one_gpu(dataclasses.replace(RATES, gpu=20.0), ASSUMED)  # one more limit
+    assert cells(gpu)[4:6] == ["GPU", "13.9 h"]
+    assert "scores 20 images/s, measured" in gpu
     # 200 images/s by the cores of one machine, 100 by its network: 300 of three machines.
     together = cells(costs.cluster(RATES, ASSUMED))
     assert together[:5] == ["big", "300", "network", "10", "55.6 min"]
     assert together[-2:] == ["117", "11.67 USD"]
     more = dataclasses.replace(ASSUMED, machines=30)
     assert cells(costs.cluster(RATES, more))[:3] == ["big", "1,000", "storage"]
-
-
-def test_a_gpu_that_was_measured_is_one_more_limit() -> None:
-    measured = dataclasses.replace(RATES, gpu=20.0)
-    table = costs.one_gpu(measured, ASSUMED)
-    assert cells(table)[4:6] == ["GPU", "13.9 h"]
-    assert "scores 20 images/s, measured" in table
 
 
 def test_rates_come_from_the_results(tmp_path: Path) -> None:
@@ -99,10 +87,8 @@ def test_decoding_is_measured_on_files_of_the_sizes_named(tmp_path: Path) -> Non
     image.fromarray(np.zeros((8, 8), np.uint8)).save(source)
     large = decoding.large_files(source, tmp_path)
     assert [read_image(path).shape for path in large] == [(2048, 2048)] * 2
-    rows = decoding.measure(source.parent, rounds=1)
-    assert [row["bytes"] for row in rows.values()] == [
-        path.stat().st_size for path in (source, *large)
-    ]
+    rows = decoding.measure(source.parent, rounds=1).values()
+    assert [row["bytes"] for row in rows] == [path.stat().st_size for path in (source, *large)]
 
 
 def test_the_page_has_every_table_once() -> None:
