@@ -13,7 +13,7 @@ SOURCES := conftest.py squid_fast kernels reference bench tests
 .PHONY: help setup demo test avx2 lint format types compile bench speed gpu rehearsal clean
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(READY)  ## Build .venv from constraints.txt (done by the others when needed)
 

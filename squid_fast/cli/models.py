@@ -37,7 +37,9 @@ def evaluate(
             show_default="evaluation-SPLIT in the model's folder",
         ),
     ] = None,
-    all_scores: Annotated[bool, Option("--all-scores", help="Research scores as well.")] = False,
+    all_scores: Annotated[
+        bool, Option("--all-scores", help="Research scores as well, of memories and teacher.")
+    ] = False,
     device: options.Device = None,
     precision: options.Precision = "auto",
     as_json: options.Json = False,

@@ -34,9 +34,11 @@ else:
     AnyScoreName = Literal[_SCORES]
 
 
-def score_option(names: Iterable[str], default: str | bool) -> Any:
+def score_option(
+    names: Iterable[str], default: str | bool, purpose: str = "to rank and flag images by"
+) -> Any:
     """The option ``--score``; it has too many names for the column of the option itself."""
-    text = f"Score to rank and flag images by: {', '.join(names)}."
+    text = f"Score {purpose}: {', '.join(names)}."
     return Option(metavar="<name>", help=text, show_default=default)
 
 
@@ -91,7 +93,9 @@ Workers = Annotated[
         show_default="one for each core, at most 16",
     ),
 ]
-Score = Annotated[ScoreName | None, score_option(SCORES, "the one chosen in training")]
+ExportedScore = Annotated[
+    ScoreName | None, score_option(SCORES, "the one chosen in training", "that the graph returns")
+]
 AnyScore = Annotated[AnyScoreName | None, score_option(_SCORES, "the one chosen in training")]
 Timeout = Annotated[
     float, Option(help="Longest time to read one file, in seconds; then it counts as broken.")

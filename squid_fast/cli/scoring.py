@@ -34,7 +34,9 @@ def screen(
     listed: options.FileList = None,
     root: options.Root = None,
     report: Annotated[Path | None, Option(help="HTML file for a report.")] = None,
-    summary: Annotated[Path | None, Option(help="JSON file for the counts.")] = None,
+    summary: Annotated[
+        Path | None, Option(help="JSON file for the numbers of files, flags and errors.")
+    ] = None,
     score: options.AnyScore = None,
     batch_size: options.BatchSize = 32,
     workers: options.Workers = None,
@@ -90,7 +92,10 @@ def pack(
     paths: options.Inputs = None,
     listed: options.FileList = None,
     root: options.Root = None,
-    size: Annotated[int | None, Option(min=1, help="Side of the packed images in pixels.")] = None,
+    size: Annotated[
+        int | None,
+        Option(min=1, help="Side of the packed images in pixels, unless --bundle is given."),
+    ] = None,
     bundle: Annotated[Path | None, Option(help="Model whose image size is taken.")] = None,
     workers: options.Workers = None,
     timeout: options.Timeout = TIMEOUT,
@@ -108,7 +113,8 @@ def pack(
     side = size if bundle is None else load_bundle(bundle).model.image_size
     if side is None or None not in (size, bundle):
         raise ValueError(
-            f"--size is {size} and --bundle {bundle}; give one of them to set the image size."
+            "give either --size or --bundle, which sets the size of the packed images; "
+            f"{'neither' if side is None else 'both'} was given."
         )
     started = time.perf_counter()
     with progress_bar("packing") as advance:
@@ -127,7 +133,7 @@ def pack(
 def export(
     bundle: options.BundleFolder,
     out: Annotated[Path, Option(help="File for the graph, ending in .onnx or .pt2.")],
-    score: options.Score = None,
+    score: options.ExportedScore = None,
 ) -> None:
     """Export a model as one file that runs without squid-fast.
 

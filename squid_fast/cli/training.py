@@ -38,7 +38,8 @@ def train(
         Path | None, Option(help="Folder of images to mix in as normal.")
     ] = None,
     contamination_rate: Annotated[
-        float | None, Option(help="Share of --contaminate in the training set, between 0 and 1.")
+        float | None,
+        Option(help="Share of them in the training set, between 0 and 1; it has no default."),
     ] = None,
     epochs: Annotated[int | None, Option(min=1, help="Number of epochs.")] = None,
     batch_size: Annotated[int | None, Option(min=1, help="Batch size over all processes.")] = None,
@@ -65,10 +66,10 @@ def train(
 ) -> None:
     """Train a model on normal images.
 
-    Reads the normal images of the split train, and those of val, if there are any, to set
-    thresholds. Writes a folder that evaluate, screen and export take. Training settings that are
-    not given are those of the preset or the baseline. Ctrl-C saves a checkpoint before it stops.
-    With torchrun, training runs on several GPUs.
+    Reads the normal images of the split train. Those of val, if there are any, set thresholds;
+    with abnormal ones, val also shows the best epoch. Writes a folder that evaluate, screen and
+    export take. Training settings that are not given are those of the preset or the baseline.
+    Ctrl-C saves a checkpoint before it stops. With torchrun, training runs on several GPUs.
 
     Example: squid-fast train --data chest_xray --out runs/zhang
     """

@@ -288,7 +288,7 @@ def test_mistakes_end_in_one_sentence(grids: Path, run: Path, tmp_path: Path) ->
         ("screen", "none", grids, "--out", "x.csv", "--summary", "no/s.json"): "no folder 'no'",
         ("screen", run, grids, "--out", tmp_path / "y.csv", "--timeout", -1): "timeout",
         ("pack", "--out", "no", "--size", 8): "nothing to read",
-        ("pack", "x", "--out", "no"): "--size is None and --bundle None; give one",
+        ("pack", "x", "--out", "no"): "give either --size or --bundle",
         ("pack", "x", "--out", "no", "--size", 8, "--root", "y"): "--root is y, but",
         ("evaluate", run, "--data", grids, "--split", "exam"): "split 'exam'",
     }
