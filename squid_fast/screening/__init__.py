@@ -5,8 +5,7 @@
     summary = screen_to_table(scorer, ["ward-3/", "extra/**/*.dcm"], "results.parquet")
     write_report("report.html", scorer, summary)
 
-Rows are first written to a journal beside the table, from which a run that was stopped or killed
-is resumed. The table, and the summary for the report, are made from it at the end.
+Until the table is written, rows are kept in a journal, from which a stopped run is resumed.
 """
 
 from typing import TYPE_CHECKING

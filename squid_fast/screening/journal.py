@@ -1,14 +1,9 @@
-"""The journal of a screening run: a database that keeps its rows until the table is written.
+"""The journal of a screening run: an SQLite database in a folder beside the table.
 
-It is a folder beside the table, from which a run that was stopped or killed is resumed. The folder
-holds an SQLite database, the files that SQLite puts beside it and, at the end, the table while it
-is being written. The database has three tables:
-
-- ``run``: what is being run, as one JSON object. It is written together with the listing.
-- ``files``: the listing, paths as bytes.
-- ``rows``: the rows so far, in the order of the listing, each as the JSON list of its fields. JSON
-  as Python writes it keeps NaN, booleans and file names that are not UTF-8; the types of SQLite
-  do not.
+A run that was stopped or killed is resumed from it. Its tables are ``run``, what is being run, as
+one JSON object; ``files``, the listing, paths as bytes; and ``rows``, the rows so far in the order
+of the listing, each as the JSON list of its fields. JSON as Python writes it keeps NaN, booleans
+and file names that are not UTF-8; the types of SQLite do not.
 """
 
 from __future__ import annotations
@@ -77,23 +72,17 @@ class Run:
 class Journal:
     """An open journal, locked for this process.
 
-    As a context manager it is closed at the end of the block, and removed if it holds no run.
-
-    Args:
-        folder: place of the journal; created if it is missing.
+    Leaving its block closes it, and removes it if it holds no run.
 
     Attributes:
-        run: the unfinished run that was found in the folder, or the one that ``start`` began;
-            else None.
+        run: the unfinished run found in the folder, or the one that ``start`` began; else None.
         files: the listing, see ``find_files``. It stays in the database.
-        packed: the number of rows of each packed file, by its index in the listing.
-        count: number of rows in the journal.
-        total: number of rows when the run is finished.
+        packed: number of rows of each packed file, by its index in the listing.
+        total: number of rows when the run is finished, ``count`` of which are in the journal.
 
     Raises:
-        JournalError: the folder cannot be written or locked, is in use, is damaged, or holds
-            something other than a journal of this version. All methods raise it when the journal
-            cannot be read or written.
+        JournalError: from any method, if the folder cannot be read, written or locked, is in use,
+            is damaged, or holds something other than a journal of this version.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -116,11 +105,9 @@ class Journal:
         found: Iterable[tuple[int, str, str]],
         packed: Callable[[Collection[str]], Mapping[int, int]],
     ) -> None:
-        """Begin a run.
+        """Begin a run; the database sorts ``found``, as ``search_files`` gives it, on the disk.
 
         Args:
-            run: what is being run.
-            found: its files, see ``search_files``. The database sorts them, on the disk.
             packed: returns the number of images in each packed file of a listing, by its index.
 
         Raises:
@@ -267,8 +254,7 @@ class _Listing(Collection[str]):
 def _read(database: sqlite3.Connection, query: str, count: int) -> Iterator[Any]:
     """The one column that a query gives for the first ``count`` records.
 
-    It is read in pieces, since a query that stays open keeps the database from being closed and
-    its write-ahead log from being emptied.
+    Read in pieces: an open query keeps the database from being closed and its log from emptying.
     """
     query += " WHERE number > ? AND number <= ? ORDER BY number"
     for start in range(0, count, _AT_ONCE):
@@ -306,8 +292,7 @@ def _open(folder: Path) -> sqlite3.Connection:
 def _lock(database: sqlite3.Connection, folder: Path) -> None:
     """Lock the database until it is closed, and give it its tables if it is new."""
     try:
-        # With an exclusive lock, a write-ahead log needs no shared memory, which a network drive
-        # does not have.
+        # Locked so, a write-ahead log needs no shared memory, which a network drive lacks.
         database.execute("PRAGMA locking_mode = EXCLUSIVE")
         is_new = database.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,)
         (version,) = database.execute("PRAGMA user_version").fetchone()

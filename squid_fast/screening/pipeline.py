@@ -65,15 +65,13 @@ class ScreenRow:
     """The result for one image: either its scores or an error.
 
     Attributes:
-        path: the file as it was named or found. Bytes of a name that are not UTF-8 are kept as
-            surrogates, so that the file can be opened by this name.
+        path: the file as it was named or found; bytes that are not UTF-8 are kept as surrogates.
         raw_score: the score in its own unit, see ``Scorer.score_name``.
         z_score: standard deviations from the mean of normal training images; a greater value is
             less normal. Rank images by this one.
         anomaly_score: ``sigmoid(z_score)``, in [0, 1], 1 = anomalous. It saturates in float32 and
             is not a probability of disease.
         flag: whether ``z_score > threshold``.
-        threshold: the scorer's threshold, on the scale of ``z_score``.
         error: why there is no score, in one sentence; then the scores and the flag are None.
         error_kind: the error without what is particular to the file, by which a report groups
             errors. It is not a column of tables, and None where it is not known.
@@ -106,10 +104,10 @@ def screen(
     """Score every image in ``inputs``; yields one row for each, in the order of ``find_files``.
 
     A file that cannot be read becomes a row with an error. So does a file that crashes its decoder,
-    keeps it busy for longer than ``timeout`` or would take more than 4 GiB of memory. Processes
-    decode files two batches ahead, so memory does not grow with the number of files. Batches are
-    filled across folders. Packed images, which ``pack`` writes, give a row each. If the device has
-    too little memory for a batch, batches are halved from then on.
+    keeps it busy for longer than ``timeout`` or would take more than 4 GiB of memory. Files are
+    decoded two batches ahead, so memory does not grow with their number. Packed images, which
+    ``pack`` writes, give a row each. If the device has too little memory for a batch, batches are
+    halved from then on.
 
     Args:
         scorer: a ``squid_fast.Scorer``, or any object with the methods of ``ScorerLike``.
@@ -119,8 +117,7 @@ def screen(
             0, files are decoded in this process, which a damaged file can then crash or block.
         on_progress: called as ``on_progress(rows_done, rows_in_total)`` after every batch.
         timeout: seconds after which a file is given up.
-        skip: number of rows at the start that were done before; they are left out, but count as
-            done.
+        skip: number of rows at the start to leave out, which count as done.
 
     Raises:
         ValueError: ``batch_size``, ``workers``, ``timeout`` or ``skip`` is out of range.
@@ -194,7 +191,7 @@ def _scored(
 
 
 def _batches(decoded: Iterable[Decoded], batch_size: int) -> Iterator[list[Decoded]]:
-    """Group results so that each group holds ``batch_size`` images, with the errors between them.
+    """Group results by ``batch_size`` images, with the errors between them.
 
     Errors before the first image do not wait for it, and a long run of errors ends a group early.
     """

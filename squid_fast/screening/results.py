@@ -29,20 +29,17 @@ def write_table(
 ) -> None:
     r"""Write ``rows``, a stream of any length, as a table at ``path``, whole or not at all.
 
-    The table has the columns ``COLUMNS``. The suffix of ``path`` chooses the format:
+    The suffix of ``path`` chooses the format:
 
     - ``.parquet``: strings, float64 and booleans; missing values are null.
     - ``.csv``: UTF-8 with a header; missing values are empty, flags ``true`` or ``false``.
     - ``.jsonl``: one JSON object in each line; missing values are null.
 
-    Bytes of file names that are not UTF-8 are written as ``\xff``. A table already there stays
-    until the new one is whole.
+    Bytes of file names that are not UTF-8 are written as ``\xff``.
 
     Args:
-        rows: the rows, in their order.
-        path: place of the table.
         partial: place of the table until it is whole, on the same file system; by default beside
-            ``path``.
+            ``path``. A table already at ``path`` stays until then.
 
     Raises:
         ValueError: ``path`` has another suffix.
@@ -50,10 +47,9 @@ def write_table(
         OSError: the table cannot be written.
 
     >>> row = ScreenRow("a.png", 0.25, 1.5, 0.75, True, 1.0, None)
-    >>> write_table([row], "results.jsonl")
-    >>> print(Path("results.jsonl").read_text())
-    {"path": "a.png", "raw_score": 0.25, "z_score": 1.5, "anomaly_score": 0.75, "flag": true,
-    "threshold": 1.0, "error": null}
+    >>> write_table([row], "results.csv")
+    >>> Path("results.csv").read_text().splitlines()[1]
+    'a.png,0.25,1.5,0.75,true,1.0,'
     """
     write = table_writer(path)
     with replacing(Path(path), None if partial is None else Path(partial)) as file:

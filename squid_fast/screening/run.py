@@ -43,17 +43,15 @@ def screen_to_table(
 ) -> Summary | None:
     """Score every image in ``inputs`` into the table ``out``: one row per file, in their order.
 
-    Until the table is whole, rows are kept in the folder ``out`` + ``.partial``, so that a run
-    that was stopped or killed can be resumed without losing or doubling a row. A table already at
-    ``out`` stays until the new one is whole.
+    Until the table is whole, a table already at ``out`` stays, and rows are kept in the folder
+    ``out`` + ``.partial``, so that a stopped run can be resumed without losing or doubling a row.
 
     Args:
-        scorer: see ``ScorerLike``.
-        inputs: files, folders and globs, see ``find_files``.
+        inputs, batch_size, workers, timeout: see ``screen``; all but ``inputs`` may change when a
+            run is resumed.
         out: the table, see ``write_table``.
-        resume: continue an unfinished run of the same scorer and inputs, if there is one. The
-            files are those that were found when it was started.
-        batch_size, workers, timeout: see ``screen``; a resumed run may have others.
+        resume: continue an unfinished run of the same scorer and inputs, if there is one, with the
+            files that were found when it was started.
         on_progress: called as ``on_progress(rows_done, rows_in_total)`` after every batch.
         should_stop: called after every batch; the run stops when it returns true.
         say: called with messages for the user, each one or more sentences.
@@ -62,27 +60,18 @@ def screen_to_table(
         The figures of all rows, or None if ``should_stop`` ended the run.
 
     Raises:
-        ValueError: ``out`` has an unknown suffix, or ``batch_size``, ``workers`` or ``timeout``
-            is out of range.
+        ValueError: ``out`` has an unknown suffix, or a number is out of range.
         OSError: ``out`` is a folder, or its folder is missing or cannot be written to.
         ImportError: ``out`` is Parquet and pyarrow is not installed.
         JournalError: there is an unfinished run and ``resume`` is not set, or it has another
             scorer or other inputs, or is in use; or the disk is full.
         Exception: whatever the scorer raises; the rows before can be resumed.
 
-    >>> import numpy as np
     >>> from types import SimpleNamespace
-    >>> class Brightness:
-    ...     image_size, score_name, threshold, fingerprint = 4, "brightness", 0.5, "1"
-    ...     def prefetch(self, images):
-    ...         return images / 255
-    ...     def score(self, images):
-    ...         mean = images.mean((1, 2, 3))
-    ...         return SimpleNamespace(raw=mean, z_score=mean, anomaly_score=mean)
-    >>> np.save("light.npy", np.full((4, 4), 255, np.uint8))
-    >>> summary = screen_to_table(Brightness(), "light.npy", "results.csv", workers=0)
-    >>> Path("results.csv").read_text().splitlines()[1]
-    'light.npy,1.0,1.0,1.0,true,0.5,'
+    >>> scorer = SimpleNamespace(image_size=32, score_name="l1", threshold=1.64, fingerprint="1")
+    >>> summary = screen_to_table(scorer, "missing.png", "results.csv", workers=0)
+    >>> summary.count, summary.errors
+    (1, 1)
     """
     out = Path(out)
     check_output(out, resume=True)  # an unfinished run is refused below
@@ -123,13 +112,11 @@ def check_output(out: PathInput, resume: bool = False) -> None:
     """Refuse what could not become the table of a run, before any work is done.
 
     Args:
-        out: the table, see ``write_table``.
         resume: whether an unfinished run of this table is to be continued.
 
     Raises:
         ValueError, OSError, ImportError, JournalError: as ``screen_to_table`` does.
 
-    >>> check_output("results.csv")
     >>> check_output("results.xlsx")
     Traceback (most recent call last):
     ValueError: results are written as .parquet, .csv, .jsonl; 'results.xlsx' has the ...
@@ -146,11 +133,7 @@ def check_output(out: PathInput, resume: bool = False) -> None:
 
 
 def check_folder(out: PathInput) -> None:
-    """Refuse a file whose folder is missing or cannot be written to.
-
-    Raises:
-        FileNotFoundError: the folder is missing.
-        PermissionError: the folder cannot be written to.
+    """Raise FileNotFoundError or PermissionError unless files can be written beside ``out``.
 
     >>> check_folder("reports/ward-3.html")
     Traceback (most recent call last):

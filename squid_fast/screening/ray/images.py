@@ -44,13 +44,9 @@ def cut_listing(source: Source, per_part: int) -> Iterator[Table]:
 
 
 def decode(part: Table, size: int, timeout: float, folder: str) -> Iterator[Table]:
-    """Decode the images of a part of the listing, in one reader process.
+    """Decode the images of ``part``, a table from ``cut_listing``, in one reader process.
 
-    Args:
-        part: a table from ``cut_listing``.
-        size: side of the images.
-        timeout: seconds after which a file is given up.
-        folder: the folder in which relative paths start. It becomes the current folder.
+    Relative paths start in ``folder``, which becomes the current folder.
 
     Yields:
         Numbers of images, names of files, uint8 pixels [size, size] or null, errors or null.

@@ -5,13 +5,10 @@
     screen_with_ray("bundle/", ["/archive/**/*.dcm"], "/archive/scores/")
     gather_table("/archive/scores/", "scores.parquet")
 
-Tasks decode images, actors score them and tasks write Parquet files, all at the same time; Ray Data
-slows down whichever gets ahead of the others. Every machine needs squid_fast, and must find the
-images, the bundle and the folder of the results at the same paths, on shared storage. A machine,
-task or actor that is lost is replaced, and its work is done again. A file that cannot be read,
-hangs its reader or kills it becomes a row with an error, as in ``screen``.
-
-Without a running cluster, one is started on this machine alone; ``ray.init`` chooses another.
+Tasks decode images, actors score them and tasks write Parquet files, all at the same time. Every
+machine needs squid_fast, and must find the images, the bundle and the folder of the results at the
+same paths, on shared storage. A machine, task or actor that is lost is replaced, and its work is
+done again. Without a running cluster, one is started on this machine; ``ray.init`` chooses another.
 """
 
 from __future__ import annotations
@@ -43,7 +40,6 @@ ray = require("ray", "ray")
 require("ray.data", "ray")
 
 _FILES = require("pyarrow.fs", "ray").LocalFileSystem()
-
 _SUMMARY = "_summary.json"  # Arrow ignores files whose name begins with an underscore
 _FILES_PER_TASK = 4096  # starting its reader process takes as long as some hundred small files
 _ROWS_PER_FILE = 1 << 18  # of the results
@@ -71,17 +67,14 @@ def screen_with_ray(
 
     Args:
         bundle: folder of a trained model.
-        inputs: files, folders and globs, see ``find_files``; they are listed on this machine.
+        inputs, batch_size, timeout: see ``screen``; the files are listed on this machine.
         out_folder: folder for the results. It is made, and may exist if it is empty.
-        batch_size: number of images scored at once.
         scorers: number of actors that score. By default there are as many as the cluster has room
-            for now, with an eighth of its CPUs left for decoding; give a number if the cluster is
-            to grow.
+            for now, with an eighth of its CPUs left for decoding; give a number if it is to grow.
         cpus_per_scorer: number of CPUs, and of threads, of each scorer.
         gpus_per_scorer: number of GPUs of each scorer, by default one if the cluster has any.
         precision: see ``squid_fast.Scorer``; "auto" is decided once for all scorers.
         score: name of the score, by default the bundle's own.
-        timeout: seconds after which a file is given up.
 
     Returns:
         The numbers of rows ``count``, ``scored``, ``flagged`` and ``errors``, and the scorer's
@@ -165,9 +158,7 @@ def score_dataset(
 def gather_table(folder: PathInput, path: PathInput) -> None:
     """Gather the results of ``screen_with_ray`` in one table, in the order of the listing.
 
-    Args:
-        folder: the folder of results.
-        path: the table, see ``write_table``.
+    The suffix of ``path`` chooses the format, see ``write_table``.
 
     Raises:
         ValueError: the rows in the folder are not those of one complete run.

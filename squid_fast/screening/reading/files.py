@@ -24,23 +24,20 @@ def find_files(inputs: PathInput | Iterable[PathInput]) -> list[str]:
     """List the files that ``inputs`` name, each once, in the order given.
 
     - A file is kept as it is named, whatever its suffix and whether it exists or not.
-    - A folder is searched with all folders in it. It gives its images and packed images, known by
-      their suffix, and files without a suffix, as DICOM files often are, sorted by path. A folder
-      that gives no file is kept itself. So is a folder in it that cannot be listed, or that is
-      named like an image and holds no file.
+    - A folder is searched with all folders in it for images and packed images, known by their
+      suffix, and files without a suffix, as DICOM files often are, sorted by path. A folder that
+      gives no file is kept itself. So is a folder in it that cannot be listed, or that is named
+      like an image and holds no file.
     - A glob gives what it matches, sorted; ``**`` matches any number of folders. Folders that it
       matches are searched. A glob without a match is kept itself.
 
     Whatever is kept and cannot be read gets a row with an error from ``screen``. Hidden files and
-    folders are left out unless they are named. Links to folders are followed, and each folder is
-    searched once, so that loops end.
+    folders are left out unless they are named. Links to folders are followed once, so loops end.
 
     >>> for name in ("b.png", "a.dcm", "notes.txt"):
     ...     open(name, "w").close()
     >>> find_files([".", "missing.png", "b.png"])
     ['./a.dcm', './b.png', 'missing.png']
-    >>> find_files("*.png")
-    ['b.png']
     """
     found: dict[str, str] = {}
     for *_, path in sorted(search_files(as_paths(inputs))):
@@ -51,8 +48,8 @@ def find_files(inputs: PathInput | Iterable[PathInput]) -> list[str]:
 def search_files(names: Iterable[str]) -> Iterator[tuple[int, str, str]]:
     """Yield the files of ``find_files`` as they are found, unsorted, and some of them repeatedly.
 
-    A file comes as (index of its name in ``names``, match of a glob, path). Sorted, and each once,
-    they are what ``find_files`` returns, which needs memory for all of them.
+    A file comes as (index of its name in ``names``, match of a glob, path): sorted and each once,
+    these are what ``find_files`` returns, which holds all of them in memory.
     """
     for index, name in enumerate(names):
         for match, path in _expand(name):
@@ -68,9 +65,8 @@ def as_paths(inputs: PathInput | Iterable[PathInput]) -> list[str]:
 def listed_file(name: str, root: str) -> str:
     """Turn a name in a list into a path for ``find_files``: a file inside ``root``.
 
-    Some names stand for no such file: one that leads out of ``root`` through ``..``, as an absolute
-    path or by a link, a folder, and a missing file whose name looks like a pattern. They become
-    ``ROOT/././NAME``, which ``find_files`` keeps as it is and ``check_is_file`` refuses.
+    A name that leads out of ``root``, a folder, and a missing file whose name looks like a pattern
+    become ``ROOT/././NAME``, which ``find_files`` keeps as it is and ``check_is_file`` refuses.
     """
     name = os.path.normpath(name)
     path = os.path.join(root, name)
@@ -83,11 +79,9 @@ def listed_file(name: str, root: str) -> str:
 
 
 def check_is_file(path: str) -> None:
-    """Refuse a path that ``find_files`` kept though it stands for no file.
+    """Raise ImageReadError for a path that ``find_files`` kept though it stands for no file.
 
-    Raises:
-        ImageReadError: the path is a folder, a pattern without a match, or a name in a list that
-            leads out of its folder.
+    It is a folder, a pattern without a match, or a name in a list that leads out of its folder.
     """
     root, listed, _ = path.rpartition(_LISTED)
     if listed:
@@ -144,10 +138,10 @@ def _files_in(folder: str) -> Iterator[str]:
 
 
 def _walk(root: str) -> Iterator[tuple[str, str]]:
-    """Yield ``root`` and all that lies in it, as (path, "file", "folder" or "unlisted").
+    """Yield ``root`` and all in it that is not hidden, as (path, "file", "folder" or "unlisted").
 
-    Hidden entries are left out. Links to folders come after all real folders. They are followed if
-    they lead to a folder that was not searched yet and does not hold ``root``.
+    Links to folders come after all real folders. They are followed if they lead to a folder that
+    was not searched yet and does not hold ``root``.
     """
     seen = set()
     above = real_root = os.path.realpath(root)

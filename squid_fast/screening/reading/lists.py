@@ -22,19 +22,16 @@ def read_list(path: PathInput, root: PathInput | None = None) -> list[str]:
     - A list whose name ends in ``.csv`` is a table, and its column ``image_path`` is read.
 
     A name stands for one file: no folder is searched and no pattern is expanded. It is relative to
-    ``root`` and may not lead out of it through ``..``, as an absolute path or by a symbolic link,
-    which is checked when the list is read. A name that does is not read and gets a row with an
-    error from ``screen``, as folders and missing files do.
+    ``root``. One that leads out of ``root`` through ``..``, as an absolute path or by a symbolic
+    link is not read and gets a row with an error from ``screen``, as folders and missing files do.
 
     Args:
-        path: the list.
         root: folder that holds the files, by default the folder of the list, or the current
             folder for standard input.
 
     Raises:
         OSError: the list cannot be read.
-        ValueError: a table has no column ``image_path``, a row has no value in it, or the table is
-            not CSV.
+        ValueError: a table is not CSV, or lacks the column ``image_path`` or a value in it.
 
     >>> with open("night.txt", "w") as file:
     ...     _ = file.write("a.png\nward 3/b.dcm\n")

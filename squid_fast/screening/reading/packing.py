@@ -1,8 +1,7 @@
 """Packed images: decoded once and kept in Arrow files, so that they need not be decoded again.
 
 A *shard* is a file in Arrow's IPC file format with one row for each image: ``path``, the bytes of
-its name; ``image``, its pixels; ``error``, why there are none. The kinds of the errors stand in the
-custom metadata of the record batches.
+its name; ``image``, its pixels; ``error``, why there are none.
 """
 
 from __future__ import annotations
@@ -42,9 +41,8 @@ class ShardHeader:
     Attributes:
         image_size: side S of the images, uint8 [S, S].
         listing_sha256: hash of the names of all files that were packed together.
-        rows_per_shard: number of rows in every shard but the last.
+        rows_per_shard: number of rows in every shard but the last; ``rows`` are in this one.
         first_row: place of the shard's first row in the listing.
-        rows: number of rows in this shard.
     """
 
     image_size: int
@@ -66,9 +64,8 @@ class ShardHeader:
 class Packed:
     """What ``pack`` wrote: a row for each file, ``errors`` of which hold no image; size in bytes.
 
-    >>> packed = Packed(files=1000, errors=2, shards=1, bytes=16_800_000)
-    >>> packed.files - packed.errors
-    998
+    >>> Packed(files=1000, errors=2, shards=1, bytes=16_800_000).errors
+    2
     """
 
     files: int
@@ -91,16 +88,14 @@ def pack(
     """Decode every image in ``inputs`` and write them to ``shard-00000.arrow`` and so on.
 
     Images are uint8 [size, size], 255 = 1.0, in the order of ``find_files``; a file that cannot be
-    read becomes a row with an error. A shard gets its name once it is complete, so that a run that
-    is stopped leaves only complete shards. Shards already in ``out_folder`` are not packed again.
+    read becomes a row with an error. A shard gets its name once it is complete.
 
     Args:
-        inputs: files, folders and globs, see ``find_files``.
+        inputs, workers, timeout: see ``screen``.
         out_folder: folder for the shards, made if it is missing.
         size: side of the images in pixels, that of the model that will screen them.
         rows_per_shard: number of images in each shard; the last may have fewer.
-        workers, timeout: see ``screen``.
-        resume: continue in a folder that holds some shards of the same files.
+        resume: continue in a folder that holds some shards of the same files, and keep those.
         on_progress: called as ``on_progress(rows_done, rows_in_total)``.
 
     Raises:
@@ -247,12 +242,12 @@ def count_rows(path: str) -> int:
 
 
 def read_shard(path: str, size: int) -> Iterator[Decoded]:
-    """Yield the rows of a shard: for each packed file its image, or why there is none.
+    """Yield the rows of a shard, as many as ``count_rows`` says.
 
-    Images are read-only views of the record batch that was read: uint8 [size, size], 255 = 1.0.
-    The number of rows is always that of ``count_rows``. A file that is not a shard gives one row
-    with an error, under its own path. If a shard breaks off, the remaining rows are errors, named
-    ``shard-00000.arrow#4096`` by their number in the shard. Images of another size are errors.
+    Images are read-only views of the record batch that was read: uint8 [size, size], 255 = 1.0. A
+    file that is not a shard gives one row with an error, under its own path. If a shard breaks off,
+    the remaining rows are errors, named ``shard-00000.arrow#4096`` by their number in the shard.
+    Images of another size are errors.
     """
     try:
         with open_shard(path) as (header, batches):
@@ -279,9 +274,9 @@ def read_shard(path: str, size: int) -> Iterator[Decoded]:
 def open_shard(path: str) -> Iterator[tuple[ShardHeader, Any]]:
     """Open a shard: its header, and a reader of its record batches.
 
-    The file is read as a stream, which the file format holds between its magic bytes and its
-    footer: so the rows of a file that was cut off are read up to the cut. A memory map would spare
-    a copy, but the process would be killed (SIGBUS) if the file became shorter meanwhile.
+    The file is read as a stream, which the format holds between its magic bytes and its footer, so
+    that a file that was cut off is read up to the cut. A memory map would spare a copy, but kill
+    the process (SIGBUS) if the file became shorter meanwhile.
 
     Raises:
         ImageReadError: the file is not a shard that can be read.

@@ -1,9 +1,8 @@
 """A pool of reader processes that decode files ahead of their use.
 
-A process that dies or hangs is replaced, and only the file that it was decoding gets an error in
-place of its image. The pools of the standard library cannot do this: they lose all pending work
-when a process dies, cannot end one that hangs, and import the caller's ``__main__`` again in each,
-which breaks scripts without a ``__main__`` guard.
+A process that dies or hangs is replaced, and only the file that it was decoding gets an error. The
+pools of the standard library lose all pending work when a process dies, cannot end one that hangs,
+and import the caller's ``__main__`` again in each, which breaks scripts without a guard.
 
 Reader processes need POSIX. Elsewhere, and with ``workers=0``, files are decoded in this process,
 which then is not protected from a file that crashes or hangs its decoder.
@@ -45,10 +44,8 @@ def read_ahead(
     Args:
         paths: files, which are taken from the iterable as reading goes on.
         size: side of the images in pixels.
-        workers: number of processes, by default one for each core and at most 16. With 0, files
-            are decoded in this process.
-        look_ahead: largest number of files that are being decoded or wait for their use; so many
-            images are held in memory.
+        workers: number of processes, see ``screen``.
+        look_ahead: largest number of images held in memory, decoded or being decoded.
         timeout: seconds after which a file is given up.
 
     Raises:
@@ -96,8 +93,7 @@ def _read_in_processes(
 class _Pool:
     """Readers, and the files that were added and not yet taken.
 
-    A file waits or is with one reader until it is done. It keeps its place in the shared memory
-    until it is taken.
+    Until it is taken, a file keeps its place in the shared memory.
     """
 
     def __init__(self, size: int, workers: int, look_ahead: int, timeout: float) -> None:
@@ -178,8 +174,7 @@ class _Pool:
     def _wait(self) -> None:
         """Wait for an answer, and kill readers that have taken too long.
 
-        Only the time spent here counts: a file is not given up because this process was busy or
-        was stopped from the terminal.
+        Only time spent here counts, not time in which this process was busy or was stopped.
         """
         busy = [reader for reader in self._readers if reader.files]
         seconds = max(0.0, min([_TICK, *(reader.patience for reader in busy)]))
@@ -228,8 +223,7 @@ class _Pool:
         elif file.suspect:
             problem = f"{{path}} kills the process that decodes it, twice now ({reason})"
         else:
-            # The file need not be the cause, for example if memory has run out. To find out, it
-            # gets a process to itself.
+            # Memory may have run out for another file: alone in a process, it shows the cause.
             file.suspect = True
             self._start().give([file])
             return

@@ -13,17 +13,12 @@ from .worker import Decoded
 
 
 class Source:
-    """The images of a listing, numbered from 0 in its order.
-
-    A packed file stands for all the images in it, any other file for one.
+    """The images of a listing, numbered from 0: all those in a packed file, one for any other file.
 
     Args:
-        paths: the listing, see ``find_files``. It is iterated several times, and need not be held
-            in memory.
+        paths: the listing, see ``find_files``, iterated several times. It may lie on the disk.
 
     >>> source = Source(["a.png", "b.png"])
-    >>> len(source)
-    2
     >>> [item.path for item in source.read(size=32, workers=0, first=1)]
     ['b.png']
     """

@@ -1,13 +1,12 @@
 """Reader processes: both ends of a process that decodes files.
 
-Among a hundred thousand files there are some that crash a decoder, keep it busy for ever or make it
-take all the memory there is. A ``Reader`` is a process to which this may happen.
+Some files crash a decoder, keep it busy for ever or make it take all the memory there is. A
+``Reader`` is a process to which this may happen.
 
 It receives places and paths through its standard input, and decodes one file after the other into
-memory that it shares with the process that started it: a pipe would hold only a few images while
-that process is busy. For each file it prints one line, which is empty if there is an image, and
-else holds the error and its kind. So it is always known which file it is working on. It does not
-import torch, so that it starts quickly and stays small.
+shared memory: a pipe would hold only a few images while the parent is busy. For each file it prints
+one line, empty if there is an image, and else the error and its kind, so that it is always known
+which file it is working on. It does not import torch, so that it starts quickly and stays small.
 """
 
 from __future__ import annotations
@@ -58,8 +57,7 @@ class Decoded(NamedTuple):
     Attributes:
         image: uint8 [S, S] with 255 = 1.0, or None.
         error: why there is no image, in one sentence, or None.
-        error_kind: the error without what is particular to the file, as ``ImageReadError.kind``;
-            None where it is not known.
+        error_kind: see ``ImageReadError.kind``; None where it is not known.
     """
 
     path: str
@@ -91,7 +89,6 @@ def serve(memory: int, places: int, size: int, max_memory: int, timeout: float) 
 
     Args:
         memory: file descriptor of the shared memory, uint8 [places, size, size].
-        places, size: shape of the shared memory.
         max_memory: bytes of address space that this process may take.
         timeout: seconds after which the parent kills this process if a file is not decoded. Without
             a parent, it ends itself after twice that time.
@@ -155,7 +152,6 @@ class Reader:
     Attributes:
         files: the files it was given and has not answered yet, in order.
         answers: a pipe that can be read when there is an answer or the process has died.
-        started: whether the process is ready to decode.
         waited: seconds spent waiting for the next answer, counted by whoever waits.
 
     Raises:

@@ -36,8 +36,8 @@ class Histogram:
 def draw_histogram(z: np.ndarray, threshold: float, reference: np.ndarray) -> Histogram:
     """Draw the histogram of z-scores, with an outline of the reference scores.
 
-    The threshold is an edge of bins, so that a bar is flagged as a whole or not at all. The axis
-    spans the bulk of the scores; those beyond it are counted in the outermost bins.
+    The threshold is an edge of bins, so that a bar is flagged as a whole or not at all. Scores
+    beyond the bulk are counted in the outermost bins.
     """
     z = z.astype(np.float64)
     anchor = threshold if math.isfinite(threshold) else 0.0

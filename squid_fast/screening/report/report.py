@@ -52,18 +52,14 @@ def write_report(
     """Write the report of a run to ``path``, replacing a file there only when it is complete.
 
     The images shown, ``most_anomalous`` of the summary, are read and scored again for their
-    reconstructions. One that can no longer be read is shown by its name, such as the original of a
-    packed image that was moved. Flagged images beyond those are listed, and files that could not be
-    scored, by what is wrong with them: as many as the summary holds, so that the page stays below
+    reconstructions; one that can no longer be read is shown by its name. Other flagged images and
+    files without a score are listed, as many as the summary holds, so that the page stays below
     20 MB whatever was screened.
 
     Args:
-        path: the HTML file.
         scorer: the scorer of the run.
         rows: a ``Summary`` of the run, or its rows, which are then consumed.
-        title: heading of the page.
         inputs: what was screened, as the user named it.
-        model_name: name of the model.
         results: path of the table with all rows.
         reference_z: z-scores of normal validation images, of any shape, drawn beside the run's.
         created: time of the report, by default now.
@@ -74,11 +70,9 @@ def write_report(
         OSError: the file cannot be written.
 
     >>> from types import SimpleNamespace
-    >>> scorer = SimpleNamespace(
-    ...     image_size=128, score_name="discriminator", threshold=1.64, false_positive_rate=0.05
-    ... )
-    >>> row = ScreenRow("a.png", None, None, None, None, 1.64, error="a.png is empty")
-    >>> write_report("report.html", scorer, [row], title="Night shift")
+    >>> run = {"score_name": "l1", "threshold": 1.64, "false_positive_rate": 0.05}
+    >>> scorer = SimpleNamespace(image_size=128, **run)
+    >>> write_report("report.html", scorer, [], title="Night shift")
     >>> "<h1>Night shift</h1>" in Path("report.html").read_text(encoding="utf-8")
     True
     """
@@ -126,10 +120,7 @@ def write_report(
 def _findings(
     scorer: ScorerLike, rows: list[ScreenRow], reference: np.ndarray
 ) -> tuple[list[dict[str, Any]], float]:
-    """The images of the gallery, and the difference that has the last colour of its heat maps.
-
-    Pictures are data URLs, or None if there is none.
-    """
+    """The images of the gallery, as data URLs or None, and the greatest difference of heat maps."""
     pictures = list(_pictures(scorer, rows))
     peaks = [np.quantile(p.difference, 0.995) for p in pictures if p.difference is not None]
     scale = min(1.0, max(0.05, math.ceil(max(peaks, default=0.0) * 20) / 20))

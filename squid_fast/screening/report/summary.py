@@ -37,13 +37,9 @@ class Summary:
     It holds four bytes for each scored row, the ``top_k`` or 1,000 rows of greatest z-score,
     whichever is more, and 100 rows for each of at most 51 kinds of errors.
 
-    Args:
-        top_k: number of rows in ``most_anomalous``.
-
     Attributes:
-        count: number of rows so far.
+        count: number of rows so far, ``errors`` of them without a score.
         flagged: number of rows whose z-score is above the threshold.
-        errors: number of rows without a score.
         threshold: the threshold of the rows; None before the first row.
 
     >>> summary = Summary(top_k=1)
@@ -131,8 +127,8 @@ class Summary:
         """The figures as a dict for JSON.
 
         Its keys are count, scored, flagged, errors and threshold; z_score, a dict with min, q05,
-        median, q95 and max, or None without a scored row; and error_kinds, a list with a dict for
-        each kind, the most frequent first: reason, count, and example, the path of its first file.
+        median, q95 and max, or None without a scored row; and error_kinds, a list with the most
+        frequent first, of dicts with reason, count, and example, the path of the first file.
         """
         z = self.z_scores
         quantiles = {key: float(np.quantile(z, q)) for key, q in _QUANTILES.items() if z.size}
