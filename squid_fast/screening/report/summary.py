@@ -127,8 +127,8 @@ class Summary:
         """The figures as a dict for JSON.
 
         Its keys are count, scored, flagged, errors and threshold; z_score, a dict with min, q05,
-        median, q95 and max, or None without a scored row; and error_kinds, a list with the most
-        frequent first, of dicts with reason, count, and example, the path of the first file.
+        median, q95 and max, or None without a scored row; and error_kinds, the most frequent
+        first, a list of dicts: reason, count, and example, the path of the first file.
         """
         z = self.z_scores
         quantiles = {key: float(np.quantile(z, q)) for key, q in _QUANTILES.items() if z.size}
