@@ -15,10 +15,7 @@ def contaminated(
     """Mix contaminants into normal images so that they make up ``rate`` of the result.
 
     The contaminants, of any label, are drawn without replacement. In the result they are labelled
-    normal, as in an archive that nobody has looked through.
-
-    Returns:
-        The mixed set and the paths of the contaminants in it.
+    normal, as in an archive that nobody has looked through. Their paths come with the result.
 
     Raises:
         ValueError: a rate outside (0, 1), or too few contaminants.

@@ -1,8 +1,6 @@
-"""Where the images of a dataset are and what is known of them.
+"""Where the images of a dataset are and what is known of them, by the names of its folders.
 
-Every layout is one small function from a folder (or table) to records; ``find_records`` recognises
-which one fits. The layouts here go by the names of folders; those in ``squid_fast.data.tables``
-read lists.
+Layouts that read lists are in ``squid_fast.data.tables``.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ from .tables import TABLE_LAYOUTS
 
 
 def find_records(root: str | os.PathLike[str], layout: str = "auto") -> list[Record]:
-    """List the images of a dataset.
+    """List the images of a dataset, each once, sorted by path.
 
     The layouts, in the order in which ``"auto"`` tries them:
 
@@ -36,17 +34,10 @@ def find_records(root: str | os.PathLike[str], layout: str = "auto") -> list[Rec
     ``squid_fast.data.tables`` describes the four that read lists. A split may be absent. Files
     that a list names are not opened here: whether they exist turns out when they are read.
 
-    Args:
-        root: the dataset's folder, or the CSV of a ``table``.
-
-    Returns:
-        the records, each image once, sorted by path.
-
     Raises:
         LayoutError: nothing is there, no layout fits, or an image has two labels or two splits.
         ValueError: ``layout`` is not a known name.
 
-    >>> from pathlib import Path
     >>> for name in ("train/NORMAL/a.png", "test/NORMAL/b.png", "test/PNEUMONIA/c.png"):
     ...     Path(name).parent.mkdir(parents=True)
     ...     Path(name).touch()

@@ -40,7 +40,7 @@ _TIFF_BITS_PER_SAMPLE, _TIFF_PHOTOMETRIC, _TIFF_WHITE_IS_ZERO = 258, 262, 0
 
 
 def read_image(path: str | os.PathLike[str]) -> FloatImage:
-    """Read an image file as greyscale.
+    """Read an image file as greyscale: float32 ``[H, W]`` in [0, 1].
 
     - **Integers** of 8 and 16 bits are divided by their full range (255, 65535; a TIFF of n bits
       by 2^n - 1), so 16-bit greyscale keeps its precision. Colour is reduced to ITU-R 601
@@ -53,9 +53,6 @@ def read_image(path: str | os.PathLike[str]) -> FloatImage:
     - **NPY**: ``[H, W]``, ``[1, H, W]`` or ``[H, W, 1]`` of bool, integers or floats.
     - **DICOM**: modality LUT, then VOI LUT or window (the first of several) scaled by its output
       range, or minimum to maximum where there is none; MONOCHROME1 is inverted last.
-
-    Returns:
-        float32 ``[H, W]`` in [0, 1].
 
     Raises:
         ImageReadError: the file is missing, unreadable, empty, damaged, of an unknown format or
@@ -71,15 +68,12 @@ def read_image(path: str | os.PathLike[str]) -> FloatImage:
 
 
 def load_image(path: str | os.PathLike[str], size: int) -> FloatImage:
-    """Read an image and resize it to a square, as a model takes it.
+    """Read an image as a model takes it: float32 ``[size, size]`` in [0, 1].
 
     The resize is bilinear with antialiasing and does not keep the aspect ratio, as in the
     published preprocessing. A JPEG of at least four times the size per side is decoded at a half,
     a quarter or an eighth, so that the resize starts from at least twice the size. In radiographs
     this changed pixels by 0.3/255 on average, and by 2/255 at most.
-
-    Returns:
-        float32 ``[size, size]`` in [0, 1].
 
     Raises:
         ImageReadError, ImportError: as ``read_image``.

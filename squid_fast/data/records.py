@@ -25,7 +25,6 @@ class Record:
         label: 0 normal, 1 anomalous, None unknown.
         split: "train", "val", "test" or another name that the dataset uses; None if it has none.
 
-    >>> from pathlib import Path
     >>> Record(Path("a.png"), label=1, split="test").label
     1
     """
@@ -44,7 +43,6 @@ def select(
 ) -> list[Record]:
     """The records of one split, of one label, or both; None means any.
 
-    >>> from pathlib import Path
     >>> records = [Record(Path("a.png"), 0, "train"), Record(Path("b.png"), 1, "test")]
     >>> [record.path.name for record in select(records, split="test")]
     ['b.png']

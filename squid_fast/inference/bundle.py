@@ -177,11 +177,7 @@ def _load_weights(module: nn.Module, path: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of a bundle.
-
-    Raises:
-        BundleError: the file is missing, or holds no JSON object.
-    """
+    """The JSON object in a file of a bundle; BundleError if it is missing or holds none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -88,11 +88,7 @@ def calibrate_scores(
     normal_validation: ImageSet | None,
     false_positive_rate: float,
 ) -> Calibration:
-    """The scorer's calibration with mean, deviation and threshold of its raw scores.
-
-    ``training`` are raw scores [n] of normal training images by name; the other arguments are those
-    of ``calibrate``.
-    """
+    """Calibrate from ``training``, raw scores [n] of normal images by name; see ``calibrate``."""
     held_out, source = training, "training"
     if normal_validation is not None and len(normal_validation) * false_positive_rate >= 1:
         held_out, source = scorer.raw_scores(normal_validation, list(training)), "validation"

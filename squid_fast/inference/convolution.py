@@ -39,10 +39,7 @@ class FoldedConv(nn.Module):
 
 
 class OneDnnConv(FoldedConv):
-    """The same in one call of oneDNN.
-
-    The bias stays in float32 whatever the dtype of the maps; with a residual it is cast to theirs.
-    """
+    """The same in one call of oneDNN; without a residual the bias stays in float32."""
 
     def __init__(self, weight: Tensor, bias: Tensor, stride: list[int], padding: list[int]) -> None:
         super().__init__(weight, bias, stride, padding)
@@ -125,12 +122,8 @@ class ResizedConv(nn.Module):
 
     Both are linear, so the taps can be multiplied with before the map is resized, when it has a
     quarter of the pixels; what is left is one fixed matrix from pixels and taps to the pixels of
-    the result, the same for all channels. It is small for small maps only.
-
-    Args:
-        conv: 3 x 3, of the concatenated maps.
-        skip: channels of the skip, 0 for none.
-        side: of ``x``.
+    the result, the same for all channels. It is small for small maps only. ``conv`` is 3 x 3,
+    ``skip`` the channels of the skip, 0 for none, and ``side`` that of ``x``.
     """
 
     spread: Tensor

@@ -1,6 +1,6 @@
 """A scorer as a file that runs where squid_fast is not installed: PyTorch's own, or ONNX.
 
-Both take and return what ``squid_fast.inference.program`` describes.
+Both take and return what ``Scorer.to_torch_export`` describes.
 """
 
 from __future__ import annotations

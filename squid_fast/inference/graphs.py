@@ -19,10 +19,8 @@ Result = TypeVar("Result")
 def capture(call: Callable[[], Result], device: torch.device) -> tuple[Callable[[], None], Result]:
     """Capture the kernels of a call as a CUDA graph, without running them.
 
-    The call must have run before, and read no tensor on the host.
-
-    Returns:
-        A function that replays the graph, and the call's result, whose tensors a replay overwrites.
+    The call must have run before, and read no tensor on the host. Returned are a function that
+    replays the graph, and the call's result, whose tensors a replay overwrites.
     """
     graph = torch.cuda.CUDAGraph()
     stream = torch.cuda.Stream(device)  # PyTorch's own belongs to the first device that captured

@@ -32,12 +32,7 @@ _CPU_BATCH = 8  # whose maps stay in the cache: a larger one goes through the ne
 
 
 class Measurements(NamedTuple):
-    """What scores are made of, float32 on the CPU.
-
-    Attributes:
-        logits: [B] of the discriminator, by names of ``LOGITS``.
-        patch_errors: [B, N], mean squared error of the reconstruction in each patch.
-    """
+    """Logits [B] by names of ``LOGITS``, and mean squared errors of patches [B, N]; float32."""
 
     logits: dict[str, Tensor]
     patch_errors: Tensor
@@ -47,10 +42,8 @@ class FrozenModel(nn.Module):
     """A trained generator and discriminator, copied into the form that evaluation runs fastest in.
 
     Args:
-        model, discriminator: trained; they are not changed.
         precision: of the convolutions, everything else being float32. In "int8" the stages that
             ``quantization`` names are quantized, the others in bf16 where the hardware has it.
-        quantization: needed for "int8" alone.
     """
 
     def __init__(
@@ -101,12 +94,8 @@ class FrozenModel(nn.Module):
     def measure(self, images: Tensor, names: Collection[str]) -> tuple[Measurements, Tensor]:
         """Measurements for the scores named, and reconstructions [B, 1, H, W] on the device.
 
-        Args:
-            images: [B, 1, H, W], float in [0, 1], or uint8, of which 255 is 1.
-            names: of scores; those that are logits have the discriminator run.
-
-        Raises:
-            ValueError: images that the model cannot take.
+        Images [B, 1, H, W] are float in [0, 1], or uint8, of which 255 is 1. Those that the model
+        cannot take raise ValueError. The discriminator runs for names of ``LOGITS`` alone.
         """
         names = tuple(name for name in LOGITS if name in names)
         images = self._received(images)

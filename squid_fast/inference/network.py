@@ -85,7 +85,6 @@ class QuantizedStage(nn.Module):
         ranges: of the block's convolutions: "first", "second", "third", and "first.input".
         source: parameters of the input, where it is quantized already.
         target: float dtype of the output; None to quantize it by ``output``.
-        resizes: whether the input is resized first, as in the decoder.
         skip: parameters of the skip, where it is quantized.
     """
 
@@ -129,9 +128,7 @@ class FrozenGenerator(nn.Module):
     depends on small differences.
 
     Args:
-        model: trained; it is not changed.
         dtype: of the convolutions.
-        onednn: whether to call oneDNN's fused convolutions.
         quantization: the stages to compute in int8, with the ranges of their convolutions.
         least: memories and in-painting are given at least so many images, padded with zeros where
             there are fewer: libraries multiply matrices of few rows in another order, and the

@@ -20,10 +20,7 @@ def can_use_int8(calibration: Calibration | None, device: torch.device) -> bool:
 
 
 def check_hardware(precision: ScoringPrecision, device: torch.device) -> None:
-    """Raise unless the hardware computes in a precision, before a model is loaded for it.
-
-    Raises:
-        ValueError: the name is unknown, or the hardware does not compute in the precision.
+    """Raise ValueError unless the precision is known and the hardware computes in it.
 
     >>> check_hardware("float32", torch.device("cpu"))
     >>> check_hardware("int4", torch.device("cpu"))
@@ -48,8 +45,7 @@ def choose_scoring_precision(
 ) -> Literal["int8", "bf16", "float32"]:
     """The precision to compute in, where ``"auto"`` is resolved as described in ``Scorer``.
 
-    Raises:
-        ValueError: the name is unknown, or the hardware or the calibration do not allow it.
+    ValueError if the name is unknown, or the hardware or the calibration do not allow it.
     """
     check_hardware(precision, device)
     able = can_use_int8(calibration, device)

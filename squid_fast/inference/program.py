@@ -1,14 +1,4 @@
-"""A frozen model with its score as a program of PyTorch, which runs without squid_fast.
-
-The program holds ATen operations alone and takes any number of images:
-
-- ``images``: float32 [B, 1, S, S] in [0, 1], B from 1 on;
-- ``raw``, ``z_score``, ``anomaly_score``: float32 [B], as in ``Scores``;
-- ``reconstruction``: float32 [B, 1, S, S].
-
-A program cannot raise errors: an image with NaN or infinite pixels gets NaN for scores, and those
-beside it are not affected.
-"""
+"""A frozen model with its score as a program of PyTorch, see ``Scorer.to_torch_export``."""
 
 from __future__ import annotations
 

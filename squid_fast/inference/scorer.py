@@ -54,7 +54,6 @@ class BaseScorer(ABC):
 
     Args:
         score: name of the score of ``score``, one of ``score_names``, which ``measure`` knows.
-        image_size: S.
         calibration: of the scores; without one only ``raw_scores`` can be used.
     """
 
@@ -139,11 +138,7 @@ class BaseScorer(ABC):
         return z_score(name, raw, own.mean, own.std)
 
     def calibration_of(self, name: str | None = None) -> ScoreCalibration:
-        """The calibration of a score, of its own unless named.
-
-        Raises:
-            ValueError: there is none.
-        """
+        """The calibration of a score, of its own unless named; ValueError if there is none."""
         if self.calibration is None:
             raise ValueError(
                 "this scorer has no calibration, so there are no z-scores and no threshold; "
@@ -166,7 +161,6 @@ class Scorer(BaseScorer):
     do not reach the scorer. The score of an image does not depend on the images beside it.
 
     Args:
-        model, discriminator: trained.
         calibration: as from ``calibrate``; without one only ``raw_scores`` can be used.
         score: one of ``SCORES``.
         precision: of the convolutions, everything else being float32. "float32"; "bf16"; "int8",
@@ -243,7 +237,7 @@ class Scorer(BaseScorer):
 
         It takes images float32 [B, 1, H, W] in [0, 1] for any B from 1 on, and returns raw score,
         z-score and anomaly score, each [B], and the reconstruction [B, 1, H, W]. Images are not
-        checked: NaN or infinite pixels give NaN.
+        checked: NaN or infinite pixels give NaN, for their own image alone.
 
         Raises:
             ValueError: no calibration, or a scorer that is not in float32 on the CPU.

@@ -60,10 +60,9 @@ class Quantization:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Calibration of every score by its name.
+    """Calibration of every score by its name, see ``SCORES``.
 
     Attributes:
-        scores: by name, see ``SCORES``.
         patch_mean, patch_std: reconstruction error of each patch [N] on normal training images.
         threshold_images: which normal images gave the thresholds: "validation" or, where there
             were too few, "training", which makes them optimistic.
@@ -97,16 +96,9 @@ def raw_scores(
     patch_errors: Tensor,
     calibration: Calibration | None,
 ) -> dict[str, Tensor]:
-    """Raw scores [B] by name.
+    """Raw scores [B] by name, from logits [B] by name and patch errors [B, N].
 
-    Args:
-        names: of ``SCORES``.
-        logits: [B] of the discriminator, for the names that are logits.
-        patch_errors: [B, N], mean squared error of the reconstruction in each patch.
-        calibration: needed for "patch_error" alone.
-
-    Raises:
-        ValueError: "patch_error" without a calibration.
+    "patch_error" alone needs a calibration and raises ValueError without one.
     """
     values = dict(logits)
     if "reconstruction_error" in names:

@@ -27,7 +27,6 @@ class InpaintBlock(nn.Module):
     """In-paint the features of every patch from the memories of its neighbours.
 
     Args:
-        num_in_ch: channels of the features.
         num_slots: M, slots of each memory queue.
         num_memory: N, number of patches of an image, a square number.
         memory_channel: C = width / 4 * h * w for features of h x w per patch.

@@ -23,7 +23,6 @@ class SQUID(nn.Module):
     """Drop-in for the published auto-encoder: the same constructor, outputs and state dict.
 
     Args:
-        num_in_ch: channels of the images.
         features_root: F; the widths of the levels are F, 2F, 4F, 8F, 16F, 16F.
         shrink_thres: shrinkage of every memory: an int k > 0 is Gumbel shrinkage, a float > 0 hard
             shrinkage, 0 none. The type decides, as published: 5 and 5.0 are different methods.
@@ -115,11 +114,7 @@ class SQUID(nn.Module):
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> SQUID:
-        """A model of ``squid_fast.PRESETS``, with any arguments overridden.
-
-        Raises:
-            ValueError: there is no such preset.
-        """
+        """A model of ``PRESETS``, with any arguments overridden; ValueError for other names."""
         return cls(**{**preset(name).model, **overrides})
 
     def forward(self, images: Tensor, teacher: bool = True) -> dict[str, Tensor | None]:

@@ -1,7 +1,4 @@
-"""Encoder and decoder stages, and the cut of images into patches (paper section 3.1).
-
-A stage is a residual double convolution. Attribute names are those of published checkpoints.
-"""
+"""Encoder, decoder and patches (paper section 3.1), named as in published checkpoints."""
 
 from __future__ import annotations
 

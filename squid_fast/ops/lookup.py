@@ -210,10 +210,7 @@ def _memory_lookup_backward_cpu(
     grad: Tensor, query: Tensor, memory: Tensor, scores: Tensor,
     mode: str, top_k: int, threshold: float, memory_grad: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Gradients of query and memory; the latter is empty unless ``memory_grad``.
-
-    Scores that were not kept are computed again.
-    """
+    """Gradients of query and memory; the latter is empty unless ``memory_grad``."""
     logits = scores if scores.numel() else _scores(query, memory)
     probabilities = torch.softmax(logits, dim=-1) if mode == "gumbel" else logits
     grad_logits = _scores(grad, memory)
@@ -321,19 +318,13 @@ def memory_lookup(
 
     ``shrink(query . memory^T) . memory`` with Gumbel shrinkage (``top_k``), hard shrinkage
     (``threshold``) or, with neither, the raw dot products as weights. Gradients reach the query
-    and, where it requires them, the memory.
+    and, where it requires them, the memory. The answer is [B, N, C], with ``values`` [B, N, V].
 
     Args:
-        query: [B, N, C], or [B, C] for a single memory. Its dtype is the computing dtype.
+        query: [B, N, C], or [B, C] for a single memory. The answer is computed in its dtype.
         memory: [N, M, C], or [M, C].
-        top_k: k of ``gumbel_shrinkage``.
-        threshold: lambda of ``hard_shrinkage``.
         values: [N, M, V], what is summed in place of the slots, such as their projections; without
             gradients. [M, V] for a single memory.
-
-    Returns:
-        Looked-up features [B, N, C] (with ``values`` [B, N, V]; without N for a single memory) in
-        the dtype of ``query``.
 
     Raises:
         ValueError: shapes do not fit, both kinds of shrinkage are asked for, or one is out of

@@ -126,11 +126,7 @@ class DigitAnatomy:
         self._generator = torch.Generator().manual_seed(3 * seed + SPLITS.index(split))
 
     def normal(self, n: int, seed: int | torch.Generator | None = None) -> DigitGrids:
-        """Draw n grids in order.
-
-        The same seed gives the same grids, bit for bit; without one, the next of this object's own
-        sequence.
-        """
+        """Draw n grids in order: those of the seed, or the next of this object's own sequence."""
         return self._render(self._plan(n, self._random(seed)), ["normal"] * n)
 
     def anomalous(

@@ -28,7 +28,7 @@ def write_digit_anatomy(
     overwrite: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Write a dataset that ``squid_fast.data.find_records`` reads back.
+    """Write a dataset that ``find_records`` reads back, and return the path of its table.
 
     PNG images go to ``images/{split}/``, the masks of anomalous grids (255 where affected) to
     ``masks/{split}/``, and the table ``labels.csv`` with image_path, label, split, kind, mask_path
@@ -39,9 +39,6 @@ def write_digit_anatomy(
         source, cell, seed, kinds: as for ``DigitAnatomy``.
         overwrite: write into a folder that already has a ``labels.csv``.
         on_progress: called with (images written, images in all).
-
-    Returns:
-        the path of the table.
 
     Raises:
         FileExistsError: there is a ``labels.csv`` already.

@@ -30,10 +30,8 @@ class DigitSourceError(ValueError):
 def bundled_digits() -> tuple[Bytes, npt.NDArray[np.int64]]:
     """The 1,797 digits of scikit-learn in the form of ``load_mnist``, h = w = 12.
 
-    A margin of 2 pixels around the 8 x 8 makes them fill their frame as MNIST's do.
-
-    Raises:
-        ImportError: scikit-learn is not installed.
+    A margin of 2 pixels around the 8 x 8 makes them fill their frame as MNIST's do. ImportError
+    if scikit-learn is not installed.
     """
     digits = require("sklearn.datasets", "train").load_digits()
     images = np.pad(digits.images * (255 / 16), ((0, 0), (2, 2), (2, 2)))
@@ -41,14 +39,11 @@ def bundled_digits() -> tuple[Bytes, npt.NDArray[np.int64]]:
 
 
 def load_mnist(source: str | os.PathLike[str]) -> tuple[Bytes, npt.NDArray[np.int64]]:
-    """Read MNIST's images and labels.
+    """Read MNIST: uint8 ``[n, h, w]``, white ink on black, and labels, int64 ``[n]`` in 0..9.
 
     ``source`` is the images' file or the folder that holds it, where "train" comes before "t10k".
     The labels' file has the same name with "labels" for "images" and "idx1" for "idx3". Either may
     be gzipped.
-
-    Returns:
-        uint8 ``[n, h, w]``, white ink on black, and int64 ``[n]`` in 0..9.
 
     Raises:
         DigitSourceError: a file is missing or is not what its name says.
@@ -90,8 +85,7 @@ def _images_file(source: Path) -> Path:
 def read_idx(path: str | os.PathLike[str]) -> Bytes:
     """Read an IDX file of unsigned bytes, gzipped or not, in the shape that its header gives.
 
-    Raises:
-        DigitSourceError: it cannot be read, is no such file, or its size does not fit its header.
+    DigitSourceError if it cannot be read, is no such file, or its size does not fit its header.
     """
     path = Path(path)
     try:
@@ -126,9 +120,7 @@ def split_members(classes: torch.Tensor, split: str, seed: int) -> list[torch.Te
     """The drawings of each digit that belong to a split: 60 : 20 : 20, shuffled by seed.
 
     From the digit of each drawing, int64 ``[n]``; for each digit, 0 to 9, indices into them, int64.
-
-    Raises:
-        DigitSourceError: a digit has too few drawings for the split.
+    DigitSourceError if a digit has too few drawings for the split.
     """
     which = SPLITS.index(split)
     generator = torch.Generator().manual_seed(seed)
