@@ -66,8 +66,7 @@ def image_auroc(labels: ArrayLike, z: ArrayLike) -> float:
     It is the chance that an anomalous image ranks above a normal one; ties count half.
 
     Raises:
-        ValueError: there are no images, images of one class only, lengths that differ, or a ``z``
-            that is not finite.
+        ValueError: no images, images of one class, unequal lengths, or a ``z`` that is not finite.
 
     >>> image_auroc([0, 0, 1, 1], [0.1, 0.4, 0.4, 0.8])
     0.875
@@ -77,10 +76,7 @@ def image_auroc(labels: ArrayLike, z: ArrayLike) -> float:
 
 
 def image_auprc(labels: ArrayLike, z: ArrayLike) -> float:
-    """Area under the precision-recall curve over images, as average precision (no interpolation).
-
-    Raises:
-        ValueError: as for ``image_auroc``.
+    """Area under the precision-recall curve, as average precision; errors as in ``image_auroc``.
 
     >>> image_auprc([0, 0, 1, 1], [0.1, 0.5, 0.4, 0.8])
     0.8333...
@@ -94,9 +90,8 @@ def bootstrap_auroc_interval(
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of the AUROC, stratified by label.
 
-    The share ``confidence`` of such intervals should cover the true AUROC. Perfectly separated
-    classes give (1, 1), and a handful of images an interval that is too narrow: resampling cannot
-    know of images that were never seen.
+    Perfectly separated classes give (1, 1), and a handful of images an interval that is too narrow:
+    resampling cannot know of images that were never seen.
 
     Raises:
         ValueError: as for ``image_auroc``, or ``confidence`` or ``resamples`` out of range.
@@ -144,10 +139,8 @@ def threshold_at_false_positive_rate(normal_z: ArrayLike, rate: float = 0.05) ->
 
     No score is interpolated, so the rate on ``normal_z`` itself never lies above ``rate``. A new
     normal image exceeds the threshold with a chance of at most ``rate + 1 / (n + 1)`` for n
-    calibration images, if it comes from where they come from.
-
-    Args:
-        normal_z: z-scores of normal images that were used neither for training nor for testing.
+    calibration images, if it comes from where they come from. ``normal_z`` must be of images that
+    were used neither for training nor for testing.
 
     Raises:
         ValueError: fewer than ``1 / rate`` scores, which say nothing about so small a rate; a score
@@ -201,11 +194,8 @@ def best_test_accuracy(labels: ArrayLike, z: ArrayLike) -> OperatingPoint:
     """The paper's protocol: the threshold with the highest accuracy ON THESE VERY TEST LABELS.
 
     It is for comparison with published figures, and optimistic: no threshold that is fixed before
-    the labels are known does better. ``threshold_at_false_positive_rate`` gives one that is fixed
-    beforehand. Of several equally accurate thresholds the highest is chosen.
-
-    Raises:
-        ValueError: as for ``image_auroc``.
+    the labels are known does better. Of several equally accurate thresholds the highest is chosen.
+    Errors are those of ``image_auroc``.
 
     >>> best_test_accuracy([0, 0, 1, 1], [0.1, 0.6, 0.4, 0.8]).accuracy
     0.75
@@ -231,13 +221,10 @@ def evaluate(
     false_positive_rate: float | None = None,
     seed: int = 0,
 ) -> Evaluation:
-    """All figures of one score.
+    """All figures of one score; ``seed`` is that of the bootstrap.
 
-    Args:
-        score_name: what ``z`` is, for tables and files.
-        threshold: one chosen beforehand on other images, by ``threshold_at_false_positive_rate``.
-        false_positive_rate: the rate that the threshold was calibrated for.
-        seed: of the bootstrap.
+    A ``threshold`` is one that ``threshold_at_false_positive_rate`` chose on other images, for
+    ``false_positive_rate``.
 
     Raises:
         ValueError: as for ``image_auroc``, or a ``false_positive_rate`` without its ``threshold``.
@@ -266,11 +253,7 @@ def evaluate(
 
 
 def plot_roc(path: str | PathLike[str], curves: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> None:
-    """Draw ROC curves into a picture.
-
-    Args:
-        path: its ending chooses the format (``.png``, ``.svg``, ``.pdf``).
-        curves: name of each score to its (labels, z).
+    """Draw ROC curves of (labels, z) by name; the ending .png, .svg or .pdf chooses the format.
 
     Raises:
         ValueError: there are no curves, or ``image_auroc`` would refuse one, which is named.

@@ -62,13 +62,9 @@ def current_names(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Preset:
-    """A configuration by name: the model, and how it is trained.
+    """A configuration by name: the arguments of ``SQUID``, and how it is trained.
 
-    Attributes:
-        name: what ``preset`` finds it by.
-        image_size: side of the images in pixels, which follows from ``model``.
-        model: arguments of ``SQUID``.
-        recipe: how the model is trained.
+    ``image_size``, the side of the images in pixels, follows from ``model``.
 
     >>> PRESETS["small"].image_size, PRESETS["small"].recipe.epochs
     (48, 100)
@@ -85,43 +81,25 @@ def _memories(kind: str, num_memory: int, *multipliers: int) -> list[dict[str, A
 
 
 _CHEST_XRAY: dict[str, Any] = {
-    "num_in_ch": 1,
-    "features_root": 32,
-    "shrink_thres": 5,
-    "num_slots": 200,
-    "num_patch": 2,
-    "level": 4,
-    "ratio": 0.95,
-    "drop": 0.0,
-    "memory_channel": 2048,
-    "dist": True,
-    "initial_combine": 2,
-    "mem_num_slots": 200,
-    "ops": ["concat", "concat", "none", "none"],
+    "num_in_ch": 1, "features_root": 32, "shrink_thres": 5, "num_slots": 200, "num_patch": 2,
+    "level": 4, "ratio": 0.95, "drop": 0.0, "memory_channel": 2048, "dist": True,
+    "initial_combine": 2, "mem_num_slots": 200, "ops": ["concat", "concat", "none", "none"],
     "decoder_memory": [None, None, *_memories("MemoryMatrixBlock", 4, 64, 16)],
-}
+}  # fmt: skip
 
 _DIGIT_ANATOMY: dict[str, Any] = _CHEST_XRAY | {
-    "num_patch": 3,
-    "level": 3,
-    "memory_channel": 1024,
-    "initial_combine": 1,
+    "num_patch": 3, "level": 3, "memory_channel": 1024, "initial_combine": 1,
     "ops": ["concat", "concat", "none"],
     "decoder_memory": [None, *_memories("MemoryMatrixBlockV3", 9, 256, 64)],
-}
+}  # fmt: skip
 
 # For laptops. Without skips in the decoder everything in the reconstruction has passed through the
 # memories, so that what is not in them cannot be copied; the presets above need far longer to get
 # there.
 _SMALL: dict[str, Any] = _CHEST_XRAY | {
-    "features_root": 16,
-    "num_patch": 3,
-    "level": 3,
-    "memory_channel": 128,
-    "initial_combine": 1,
-    "ops": ["none", "none", "none"],
-    "decoder_memory": [None, None, None],
-}
+    "features_root": 16, "num_patch": 3, "level": 3, "memory_channel": 128, "initial_combine": 1,
+    "ops": ["none", "none", "none"], "decoder_memory": [None, None, None],
+}  # fmt: skip
 
 # The recipe of ``zhanglab`` in the epochs that a CPU has time for. What other settings do is in
 # bench/results/README.md.

@@ -65,10 +65,7 @@ class _Lines:
         self._first = self._last = 0.0
 
     def say(self, text: str, share: float, more: Callable[[], str] = str) -> None:
-        """Print the text with the time gone and the time left, unless the last line is too recent.
-
-        ``share`` is done, from 0 to 1; ``more`` gives the end of a line that is printed.
-        """
+        """Print text, time gone and left, and ``more()``, unless the last line is too recent."""
         now = time.monotonic()
         if share < self._last or not self._last:  # other work, or its first report
             self._started, self._first = now, share
@@ -100,11 +97,7 @@ class _TrainingBar(Progress):
 
 @contextmanager
 def training_report() -> Iterator[Callable[[TrainingProgress], None]]:
-    """Show the progress of training, which is moved by a call with every ``Progress``.
-
-    A bar shows epoch, time left and losses, with validation AUROCs in lines above it. Where there
-    is no terminal, all is in lines.
-    """
+    """Show training in a bar, or in lines without a terminal; call it with every ``Progress``."""
     if not console.is_terminal:
         lines = _Lines()
 

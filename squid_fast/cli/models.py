@@ -127,8 +127,7 @@ def synth(
         Option("--val", min=0, help="Normal grids, and as many anomalous ones, for validation."),
     ] = 200,
     test_count: Annotated[
-        int,
-        Option("--test", min=0, help="Normal grids, and as many anomalous ones, for the test."),
+        int, Option("--test", min=0, help="Normal grids, and as many anomalous ones, for the test.")
     ] = 400,
     seed: options.Seed = 0,
     overwrite: Annotated[

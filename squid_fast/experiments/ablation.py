@@ -52,10 +52,8 @@ class AblationData:
     """The images that all variants are trained and evaluated on.
 
     Attributes:
-        train: normal images.
         validation: labelled images for thresholds and for the AUROCs in the logs of the runs.
         groups: by name, the indices of the test images that an AUROC is computed over.
-        about: description of the data for the results.
     """
 
     train: ImageSet
@@ -211,13 +209,10 @@ def summarised(results: dict[str, Any], scores: Collection[str]) -> list[dict[st
     for name, runs in by_variant.items():
         values = {s: [mean(run["auroc"][s].values()) for run in runs] for s in scores}
         rows[name] = {
-            "variant": name,
-            "about": VARIANTS[name][0],
-            "parameters": runs[0]["parameters"],
-            "seeds": len(runs),
-            "auroc": {s: mean(values[s]) for s in scores},
+            "variant": name, "about": VARIANTS[name][0], "parameters": runs[0]["parameters"],
+            "seeds": len(runs), "auroc": {s: mean(values[s]) for s in scores},
             "spread": {s: stdev(values[s]) if len(runs) > 1 else None for s in scores},
-        }
+        }  # fmt: skip
     full = rows[FULL]["auroc"] if FULL in rows else None
     for row in rows.values():
         row["difference"] = {s: None if full is None else row["auroc"][s] - full[s] for s in scores}

@@ -63,7 +63,6 @@ class Benchmark:
 
     Attributes:
         bundle: the model. It is scored by the paper's score, whatever it is configured for.
-        device: where both ways compute.
         precision: of the scorer, int8 with a calibrated bundle alone; the published way computes
             in float32.
         batch: number of images scored at once.

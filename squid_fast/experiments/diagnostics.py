@@ -69,12 +69,7 @@ class MemoryUse:
 
 @torch.no_grad()
 def memory_use(model: SQUID, images: ImageSet) -> dict[str, MemoryUse]:
-    """Measure on some 64 of the images how the model uses its memories.
-
-    Returns:
-        the use of each memory by the name of its module; empty for a model without memories. The
-        model itself is left as it is.
-    """
+    """The use of each memory, by module name, on about 64 images; the model is not changed."""
     device = next(model.parameters()).device
     own = copy.deepcopy(model).float().eval()
     memories = {name: m for name, m in own.named_modules() if isinstance(m, Memory)}
@@ -138,11 +133,8 @@ class TrainingSnapshots:
     """Pictures of a training run under ``out/pictures``, drawn at every validation.
 
     ``reconstructions.png`` shows reconstructions of the same images over time; ``memory.png`` and
-    ``memory.json`` show how the memories are used now. A resumed run adds to what is there.
-
-    Args:
-        out: folder of the run.
-        images: validation images, of which a few of each label are shown.
+    ``memory.json`` show how the memories are used now. A resumed run adds to what is there. Of the
+    validation ``images``, a few of each label are shown.
     """
 
     def __init__(self, out: Path, images: ImageSet) -> None:

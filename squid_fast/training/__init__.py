@@ -8,17 +8,9 @@ from .state import NonFiniteLossError
 from .step import Trainer, make_optimizers
 
 __all__ = [
-    "CheckpointError",
-    "NonFiniteLossError",
-    "Progress",
-    "Trainer",
-    "TrainingResult",
-    "learning_rate",
-    "load_splits",
-    "make_optimizers",
-    "train",
-    "train_bundle",
-]
+    "CheckpointError", "NonFiniteLossError", "Progress", "Trainer", "TrainingResult",
+    "learning_rate", "load_splits", "make_optimizers", "train", "train_bundle",
+]  # fmt: skip
 
 __getattr__ = moved_names(
     __name__,

@@ -11,10 +11,7 @@ def augment(images: Tensor, shift: float, scale: float) -> Tensor:
     """Shift each image by up to ``shift`` of its side and scale it by 1 - scale to 1 + scale.
 
     This is the published augmentation of the chest X-rays. Pixels from outside the image are black.
-
-    Args:
-        images: [B, C, H, W].
-        shift, scale: fractions in [0, 1); with both 0 the images are returned unchanged.
+    Images are [B, C, H, W]. ``shift`` and ``scale`` lie in [0, 1); with both 0 nothing changes.
     """
     if shift == 0 and scale == 0:
         return images

@@ -56,8 +56,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 def upgrade(state: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     """Bring a checkpoint that an earlier version wrote into the present format.
 
-    Args:
-        settings: settings of the run that is resumed, for what a baseline's did not record.
+    ``settings`` of the resumed run fill in what a baseline's checkpoint did not record.
     """
     saved = dict(state["settings"])
     if "method" in saved:  # baselines had a format of their own

@@ -30,8 +30,7 @@ class Processes:
 
     Attributes:
         rank: number of this process, from 0.
-        count: number of processes on all machines.
-        local_count: number of processes on this machine.
+        count, local_count: number of processes on all machines, and on this one.
     """
 
     rank: int = 0
@@ -105,10 +104,7 @@ class Processes:
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm over the batches of all processes, for CPUs, which PyTorch's does not support.
-
-    All processes must have batches of the same size.
-    """
+    """Batch norm over all processes' equally large batches, on CPUs, where PyTorch has none."""
 
     momentum: float
     running_mean: Tensor

@@ -1,11 +1,9 @@
 """A moving average of the discriminator, which is validated and kept in place of the last step's.
 
-Adversarial training moves in circles around the point it converges to, so the published score's
-AUROC swings by a tenth and more from one epoch to the next. A moving average of the discriminator's
-weights lies in the middle of that circle (Yazici et al., ICLR 2019, use one for generators) and
-scores as all the discriminators of the last epochs would together. The generator is not averaged:
-reconstructions of averaged weights are smoother than its own, and the discriminator never saw such.
-Training itself does not change.
+Adversarial training circles around the point it converges to, so the published score's AUROC swings
+by a tenth and more between epochs. An average of the weights lies in the middle of that circle
+(Yazici et al., ICLR 2019, use one for generators). The generator is not averaged: its
+reconstructions would be smoother than any that the discriminator saw.
 """
 
 from __future__ import annotations

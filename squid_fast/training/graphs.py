@@ -34,7 +34,6 @@ class StepGraphs:
         step: takes indices of images [B], int64 on the device, and the number of the step, and
             returns losses.
         kind: returns the kind of the step with a number.
-        capture: captures a graph of a call without arguments.
     """
 
     def __init__(

@@ -20,7 +20,6 @@ class Learner(ABC):
     """Modules in training, their optimisers, and the step that trains them.
 
     Attributes:
-        device: the device that the modules are on.
         modules: what a checkpoint holds, by name.
         trained: what the run results in, by name.
         optimizers: their optimisers; the schedule of the recipe sets the rate of the first.
@@ -40,12 +39,8 @@ class Learner(ABC):
         """Train on images [B, 1, H, W], the batch with that number; returns losses [] by name."""
 
     def validate(self, images: ImageSet) -> dict[str, dict[str, float]]:
-        """AUROCs by name: under "validation" those of what is ``trained``.
-
-        Those of anything else, to be logged beside them, stand under another key. It is called
-        only in runs with a validation set.
-        """
-        raise NotImplementedError
+        """AUROCs by name, of what is ``trained`` under "validation"; others are only logged."""
+        raise NotImplementedError  # called only in runs with a validation set
 
     def epoch_seed(self, seed: int, epoch: int) -> int:
         """Seed of the order in which an epoch goes through the images."""

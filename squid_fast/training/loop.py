@@ -33,8 +33,7 @@ class Progress:
     """How far a run is, as ``report`` is told after every step.
 
     Attributes:
-        epoch: counted from 0.
-        epochs: number of epochs of the run; None where the clock ends it.
+        epoch, epochs: this one, counted from 0, and their number; None where the clock ends a run.
         step: number of steps that are done.
         share: share of the run that is over, 1 at its end.
         losses: returns the mean losses of this epoch so far, weighted as in the recipe.
@@ -77,10 +76,7 @@ def fit(
     should_stop: Callable[[], bool],
     observe: Callable[[int], dict[str, float]] = lambda epoch: {},
 ) -> bool:
-    """Train until the run is over or stopped, save it, and return whether it is over.
-
-    The arguments are those of ``squid_fast.training.train``.
-    """
+    """Train and save the run, with the arguments of ``train``; return whether it is over."""
     recipe, seed, learner = run.settings.recipe, run.settings.seed, run.learner
     device = learner.device
     images = train_set.to(device)

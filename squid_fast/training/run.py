@@ -41,7 +41,6 @@ class TrainingResult:
     keeps the best pair gives that one, on rank 0; other ranks and stopped runs give the last.
 
     Attributes:
-        model, discriminator: the trained pair.
         step: number of steps that are done.
         finished: whether the run came to its end; False where it was stopped before.
         epoch: epoch of the pair, counted from 1.
@@ -71,22 +70,17 @@ def load_splits(
 ) -> tuple[ImageSet, ImageSet | None]:
     """The normal training images, and the validation images of both kinds if there are any.
 
-    Images of unknown label are taken as normal for training: the method needs no labels.
-
-    Args:
-        size: side in pixels that the images are read at.
-        on_progress: called with the numbers of images read so far and in all.
+    Images of unknown label are taken as normal for training: the method needs no labels. ``size``
+    is the side in pixels that images are read at; ``on_progress`` is called with (done, total).
 
     Raises:
         ValueError: no training images.
 
     >>> from PIL import Image
     >>> Image.new("L", (64, 64)).save("a.png")
-    >>> Image.new("L", (64, 64)).save("b.png")
-    >>> records = [Record(Path("a.png"), 0, "train"), Record(Path("b.png"), 1, "val")]
-    >>> train_set, validation_set = load_splits(records, size=48)
-    >>> train_set.paths, validation_set.paths
-    (['a.png'], ['b.png'])
+    >>> train_set, validation_set = load_splits([Record(Path("a.png"), NORMAL, "train")], size=48)
+    >>> train_set.paths, validation_set
+    (['a.png'], None)
     """
     training = [r for r in records if r.split in ("train", None) and r.label in (NORMAL, None)]
     if not training:
@@ -130,7 +124,6 @@ def train(
         model: a new model; training starts from its weights unless it resumes.
         train_set: normal images of the model's size.
         out: run folder; gets ``checkpoint.pt`` and the log.
-        recipe: weights, rates, epochs.
         validation_set: labelled images; with both classes their AUROC is computed every
             ``recipe.validate_every`` epochs.
         seconds: end the run after this time instead of after ``recipe.epochs``. The learning rate
@@ -145,7 +138,6 @@ def train(
         resume: go on from ``out/checkpoint.pt``, on any number of processes.
         sync_batch_norm: normalise over the batches of all processes.
         graphs: replay the step as a CUDA graph, on one GPU; elsewhere of no effect.
-        log: "csv" or "tensorboard".
         report: called after every step; calling ``losses()`` waits for the device.
         should_stop: called after every step; when it returns true, the run saves and returns.
         observe: called with the model and the epoch, counted from 0, after every validation; the
@@ -161,11 +153,8 @@ def train(
     >>> pixels = torch.randint(256, (4, 1, 48, 48), dtype=torch.uint8)
     >>> images = ImageSet(pixels, labels=torch.zeros(4).long(), paths=["a", "b", "c", "d"])
     >>> model, recipe = SQUID(**PRESETS["small"].model), Recipe(epochs=1, batch_size=2)
-    >>> result = train(model, images, Path("run"), recipe, device="cpu", precision="float32")
-    >>> result.step, result.finished
-    (2, True)
-    >>> sorted(path.name for path in Path("run").iterdir())
-    ['checkpoint.pt', 'metrics.csv']
+    >>> train(model, images, Path("run"), recipe, device="cpu", precision="float32").step
+    2
     """
     processes = Processes.from_environment()
     processes.check_batch(recipe.batch_size)
@@ -227,7 +216,7 @@ def train_bundle(
     Under torchrun the process of rank 0 calibrates and writes.
 
     Args:
-        preset: the model, and the recipe unless one is given.
+        recipe: by default that of the preset.
         score: the score that the bundle screens by.
         false_positive_rate: share of normal images above the threshold of that score.
         about: further facts that the bundle states about its training.
@@ -258,15 +247,10 @@ def train_bundle(
         calibration = calibrate(*pair, train_set, normal, false_positive_rate, precision, device)
     used = {"threads": result.threads, "processes": processes.count}
     facts = {
-        "preset": preset.name,
-        "recipe": asdict(recipe),
-        "seed": seed,
-        "epoch": result.epoch,
-        "training_images": len(train_set),
-        "training_minutes": round(result.minutes, 2),
-        "validation": result.validation,
-        "machine": describe(choose_device(device)) | used,
+        "preset": preset.name, "recipe": asdict(recipe), "seed": seed, "epoch": result.epoch,
+        "training_images": len(train_set), "training_minutes": round(result.minutes, 2),
+        "validation": result.validation, "machine": describe(choose_device(device)) | used,
         **(about or {}),
-    }
+    }  # fmt: skip
     save_bundle(Bundle(*pair, calibration, score, facts), out)
     return result

@@ -27,12 +27,9 @@ from .step import Trainer, make_optimizers
 class SquidLearner(Learner):
     """A SQUID and a new discriminator in training; Lightning Fabric carries device and precision.
 
-    ``sync_batch_norm`` and ``graphs`` are those of ``squid_fast.training.train``.
-
-    Args:
-        model: its weights are what training starts from.
-        device: device to train on; with several processes Fabric chooses one for each.
-        fabric: Lightning's ``Fabric``, of another learner; a new one unless given.
+    Training starts from the weights of ``model``. With several processes Fabric chooses a device
+    for each; a copy shares the ``fabric`` of its original. ``sync_batch_norm`` and ``graphs`` are
+    those of ``squid_fast.training.train``.
     """
 
     ema: EMA[Discriminator] | None = None

@@ -48,11 +48,7 @@ class Settings:
 
 
 class Run:
-    """A training run in its folder.
-
-    Args:
-        out: folder of ``checkpoint.pt`` and the log.
-        resume: go on from the checkpoint.
+    """A training run in the folder ``out``, of the checkpoint and the log.
 
     Raises:
         CheckpointError: nothing to resume, or from a run with other settings.
@@ -131,16 +127,11 @@ class Run:
                 "checkpoint is kept; a lower learning rate may help."
             )
         state = {
-            "format": 1,
-            "settings": asdict(self.settings),
-            "step": self.step,
-            "sums": self.sums,
-            "validation": self.validation,
-            "best": self.best,
-            "minutes": self.minutes,
+            "format": 1, "settings": asdict(self.settings), "step": self.step, "sums": self.sums,
+            "validation": self.validation, "best": self.best, "minutes": self.minutes,
             "to_validate": self.to_validate,
             "threads": torch.get_num_threads() if self.learner.processes.count == 1 else None,
-        }
+        }  # fmt: skip
         save_checkpoint(state | self.learner.state(), self.checkpoint)
 
     def _load(self, state: dict[str, Any]) -> None:
@@ -171,8 +162,7 @@ class Run:
     def means(self, everywhere: bool = False) -> dict[str, float]:
         """Mean losses of this epoch so far; waits for the device.
 
-        Args:
-            everywhere: average over all processes, which must all call this, not over this one.
+        ``everywhere`` averages over all processes, which must all call this.
 
         Raises:
             NonFiniteLossError: one of them is not finite.

@@ -24,12 +24,10 @@ class Trainer:
 
     Args:
         generator, discriminator: modules on their device, perhaps wrapped for precision.
-        optimizers: optimisers of the generator and of the discriminator.
         backward: called with a loss in place of ``loss.backward()``.
         ema: moving average of the discriminator, updated at every step.
-        frozen_discriminator: gives the logits of the reconstructions that the generator learns
-            from; the ``discriminator`` unless given, which cannot be called without training it
-            where several processes train.
+        frozen_discriminator: gives the logits that the generator learns from; by default the
+            ``discriminator``, which several processes cannot call without training it.
 
     >>> from squid_fast import PRESETS, SQUID, Discriminator
     >>> pair, recipe = (SQUID(**PRESETS["small"].model), Discriminator(size=2)), Recipe()
@@ -98,9 +96,7 @@ def make_optimizers(
 ) -> tuple[torch.optim.Adam, torch.optim.Adam]:
     """The published Adams, fused: one pass over all parameters.
 
-    Args:
-        capturable: for steps in a CUDA graph; then learning rates are tensors, see
-            ``set_learning_rate``.
+    ``capturable`` ones fit in a CUDA graph; their rates are tensors, see ``set_learning_rate``.
 
     >>> from squid_fast import PRESETS, SQUID, Discriminator
     >>> pair = SQUID(**PRESETS["small"].model), Discriminator(size=2)

@@ -14,12 +14,9 @@ from typing import Any, BinaryIO
 def replacing(path: Path, partial: Path | None = None) -> Iterator[BinaryIO]:
     """Open a file for writing that replaces ``path`` when the block ends.
 
-    Until then, and after an exception, ``path`` stays as it was. The content reaches the disk
-    before the name does, so that a power cut leaves either the old file or the new one.
-
-    Args:
-        path: the file to replace or create.
-        partial: the file written until then, on the same file system; by default beside ``path``.
+    Until then, and after an exception, ``path`` stays as it was: the content goes to ``partial``,
+    on the same file system, by default beside ``path``. It reaches the disk before the name does,
+    so that a power cut leaves either the old file or the new one.
 
     >>> path = Path("notes.txt")
     >>> with replacing(path) as file:

@@ -15,16 +15,11 @@ ScoringPrecision = Literal["auto", "int8", "bf16", "float32"]
 BF16_UNITS = ("avx512_bf16", "amx_bf16", "bf16")
 INT8_UNITS = ("avx512_vnni", "avx_vnni", "amx_int8")
 _UNITS_LEFT = {
-    "SSE41": (),
-    "AVX": (),
-    "AVX2": (),
-    "AVX2_VNNI": ("avx_vnni",),
-    "AVX2_VNNI_2": ("avx_vnni",),
-    "AVX512_CORE": (),
-    "AVX512_CORE_VNNI": ("avx512_vnni",),
+    "SSE41": (), "AVX": (), "AVX2": (), "AVX2_VNNI": ("avx_vnni",), "AVX2_VNNI_2": ("avx_vnni",),
+    "AVX512_CORE": (), "AVX512_CORE_VNNI": ("avx512_vnni",),
     "AVX512_CORE_BF16": ("avx512_vnni", "avx512_bf16"),
     "AVX512_CORE_FP16": ("avx512_vnni", "avx512_bf16"),
-}
+}  # fmt: skip
 """The units that oneDNN may use by the value of ``ONEDNN_MAX_CPU_ISA``; all for other values."""
 
 

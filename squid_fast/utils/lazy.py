@@ -16,10 +16,8 @@ def lazy_names(
 ) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
     """The functions ``__getattr__`` and ``__dir__`` for a package.
 
-    Args:
-        package: ``__name__`` of the package.
-        homes: names by the module of the package that defines them. The modules themselves become
-            attributes as well, as if they had been imported.
+    ``homes`` gives names by the module of the package that defines them. The modules themselves
+    become attributes as well, as if they had been imported.
     """
     home = {name: f"{package}.{module}" for module, names in homes.items() for name in names}
 

@@ -27,16 +27,11 @@ def describe(device: torch.device) -> dict[str, str | int | None]:
     except importlib.metadata.PackageNotFoundError:
         triton = None
     return {
-        "device": device_name(device),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "waiting": waiting(),
-        "squid_fast": __version__,
-        "torch": torch.__version__,
-        "triton": triton,
-        "python": platform.python_version(),
+        "device": device_name(device), "instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(), "waiting": waiting(), "squid_fast": __version__,
+        "torch": torch.__version__, "triton": triton, "python": platform.python_version(),
         "date": datetime.date.today().isoformat(),
-    }
+    }  # fmt: skip
 
 
 def device_name(device: torch.device) -> str:

@@ -79,13 +79,7 @@ def accept_old_paths() -> None:
 
 
 def moved_names(package: str, homes: Mapping[str, str]) -> Callable[[str], object]:
-    """The function ``__getattr__`` for a package whose names have moved.
-
-    Args:
-        package: ``__name__`` of the package.
-        homes: full present names, such as ``"squid_fast.data.contamination.check_apart"``, by
-            former name.
-    """
+    """The ``__getattr__`` of a package; ``homes`` gives the full present names by former name."""
 
     def get(name: str) -> object:
         if name not in homes:

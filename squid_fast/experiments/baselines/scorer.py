@@ -35,12 +35,8 @@ METHODS: dict[str, tuple[type[PixelMethod] | type[AutoEncoder], str]] = {
 class BaselineScorer(BaseScorer):
     """Scores images with a trained method of ``METHODS``, in float32 or float64.
 
-    Args:
-        name: name of the method.
-        method: the trained module, which maps images to scores and reconstructions.
-        image_size: side S of the images in pixels.
-        calibration: calibration of its score; without one only ``raw_scores`` can be used.
-        device: "cpu", "cuda", ...; a GPU if there is one unless given.
+    ``method`` is the trained module, which maps images of ``image_size`` pixels a side to scores
+    and reconstructions. Without a calibration only ``raw_scores`` can be used.
 
     >>> method = PcaResidual(mean=torch.zeros(1024), components=torch.eye(2, 1024))
     >>> known = Calibration({"distance": ScoreCalibration(1.0, 0.5, 2.0, 0.05, [])}, [], [], "")
@@ -86,12 +82,9 @@ def save_baseline(scorer: BaselineScorer, folder: Path, about: Mapping[str, Any]
     """Write the folder that ``load_scorer`` reads."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {
-        "format": FORMAT,
-        "method": scorer.name,
-        "network": getattr(scorer.method, "config", {}),
-        "image_size": scorer.image_size,
-        "about": dict(about),
-    }
+        "format": FORMAT, "method": scorer.name, "network": getattr(scorer.method, "config", {}),
+        "image_size": scorer.image_size, "about": dict(about),
+    }  # fmt: skip
     save_weights(scorer.method.state_dict(), folder / "model.safetensors")
     write_json(config, folder / "config.json")
     write_json(vars(scorer.calibration_of()), folder / "calibration.json")

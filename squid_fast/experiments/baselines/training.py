@@ -93,8 +93,6 @@ def train_baseline(
     The arguments that are not described here are those of ``squid_fast.training.train``.
 
     Args:
-        name: name of the method.
-        out: run folder, which becomes the bundle.
         recipe: epochs, batch size, rate, schedule and augmentation; shallow methods need none.
         validation_set: its normal images give the threshold, both kinds the AUROC that is kept.
         false_positive_rate: share of normal images above the threshold.
@@ -110,8 +108,6 @@ def train_baseline(
     >>> images = ImageSet(pixels, labels=torch.zeros(4).long(), paths=["a", "b", "c", "d"])
     >>> train_baseline("smoothness", images, Path("run"), false_positive_rate=0.25).finished
     True
-    >>> sorted(path.name for path in Path("run").iterdir())
-    ['calibration.json', 'config.json', 'model.safetensors']
     """
     if name not in METHODS:
         raise ValueError(f"method is {name!r}; known are squid, {', '.join(METHODS)}.")
@@ -148,12 +144,9 @@ def train_baseline(
     facts = {
         "method": name,
         "recipe": None if isinstance(method, PixelMethod) else asdict(recipe),
-        "seed": seed,
-        "training_images": len(train_set),
+        "seed": seed, "training_images": len(train_set),
         "training_minutes": round((time.perf_counter() - started) / 60, 2),
-        "validation": validation,
-        "machine": describe(where) | {"threads": count},
-        **(about or {}),
-    }
+        "validation": validation, "machine": describe(where) | {"threads": count}, **(about or {}),
+    }  # fmt: skip
     save_baseline(scorer, out, facts)
     return BaselineResult(True, step, validation)
