@@ -93,7 +93,7 @@ _neighbourhood_attention_backward.register_fake(
 )
 
 
-def _save_attention(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _save_attention(ctx: Any, inputs: Any, output: Any) -> None:
     *tensors, ctx.num_heads = inputs
     ctx.save_for_backward(*tensors)
 

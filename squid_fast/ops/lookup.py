@@ -107,7 +107,7 @@ _hard_shrinkage.register_fake(fake_like)
 _hard_shrinkage_backward.register_fake(lambda grad, logits, threshold: fake_like(logits))
 
 
-def _save_logits(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _save_logits(ctx: Any, inputs: Any, output: Any) -> None:
     logits, ctx.parameter = inputs
     ctx.save_for_backward(logits)
 
@@ -264,14 +264,14 @@ _memory_lookup_backward.register_fake(
 )
 
 
-def _save_lookup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _save_lookup(ctx: Any, inputs: Any, output: Any) -> None:
     query, memory, _, *ctx.parameters, _ = inputs
     ctx.save_for_backward(query, memory, output[1])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
-def _lookup_gradients(ctx, grad, _):  # type: ignore[no-untyped-def]
+def _lookup_gradients(ctx: Any, grad: Tensor | None, _: Any) -> Any:
     if grad is None:
         return (None,) * 7
     wanted = ctx.needs_input_grad[1]

@@ -81,13 +81,13 @@ def _(grad, inpainted, keep_probability, seed, scale, shift):  # type: ignore[no
     return kept, passed, torch.empty_like(scale), torch.empty_like(shift)
 
 
-def _save_draw(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _save_draw(ctx: Any, inputs: Any, output: Any) -> None:
     inpainted, _, ctx.keep_probability, seed, scale, shift = inputs
     # Without an affine the gradient needs nothing of the maps.
     ctx.save_for_backward(None if scale is None else inpainted, seed, scale, shift)
 
 
-def _shortcut_gradients(ctx, grad):  # type: ignore[no-untyped-def]
+def _shortcut_gradients(ctx: Any, grad: Tensor) -> Any:
     inpainted, seed, scale, shift = ctx.saved_tensors
     kept, passed, grad_scale, grad_shift = _masked_shortcut_backward(
         grad, inpainted, ctx.keep_probability, seed, scale, shift

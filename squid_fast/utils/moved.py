@@ -53,6 +53,8 @@ class _FormerPaths(MetaPathFinder, Loader):
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
+        if not name.startswith("squid_fast."):  # asked for every import of every library
+            return None
         for old, new in MOVED.items():
             if f"{name}.".startswith(f"{old}."):
                 return ModuleSpec(name, self, loader_state=new + name[len(old) :])

@@ -233,6 +233,9 @@ def test_former_names_are_accepted() -> None:
 def test_what_does_not_fit_is_said(trained: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="method is 'svm'; known are squid, pca"):
         train_baseline("svm", waves(8, 0), tmp_path)
+    with pytest.raises(ValueError, match="3 training images, fewer than a batch of 16"):
+        train_baseline("autoencoder", waves(3, 0), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
     with pytest.raises(ValueError, match="image_size is 30; 16 must divide it"):
         AutoEncoder(image_size=30)
     with pytest.raises(BundleError, match="holds a 'pca', not SQUID"):

@@ -115,8 +115,8 @@ def train_baseline(
     chosen = choose_precision(precision, where)
     count = thread_count or torch.get_num_threads()
     started, side, step = time.perf_counter(), train_set.images.shape[-1], 0
-    prepare_folder(out, resume)
     if issubclass(kind, PixelMethod):
+        prepare_folder(out, resume)
         method: PixelMethod | AutoEncoder = kind.fit(train_set)
     else:
         with torch.random.fork_rng():
@@ -124,6 +124,7 @@ def train_baseline(
             method = kind(image_size=side)
         config = {"method": name, **method.config}
         settings = Settings(config, recipe, seed, chosen, len(train_set), train_set.fingerprint)
+        prepare_folder(out, resume)
         learner = NetworkLearner(method, settings, where)
         with closing(Run(learner, settings, out, resume=resume)) as run:
             finished = fit(
