@@ -72,8 +72,7 @@ def grids(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def seeded() -> int:
-    """PyTorch's generator at a known place; the seed."""
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """The same random numbers in a test, whichever tests its process ran before."""
     torch.manual_seed(20230617)
-    return 20230617

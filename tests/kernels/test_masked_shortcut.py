@@ -32,8 +32,6 @@ SHAPES = [(1, 1, 1, 1), (2, 1, 17, 13), (3, 37, 1, 5), (2, 37, 17, 13)]
 SHAPES += [(2, 70, 4, 4), (5, 3, 31, 29)]  # more channels, and more positions, than a tile
 SEED = 2**61 + 12345  # both of its words count
 
-pytestmark = pytest.mark.usefixtures("seeded")
-
 
 def contiguous(x: Tensor) -> Tensor:
     return x.contiguous()

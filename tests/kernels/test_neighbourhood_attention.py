@@ -19,8 +19,6 @@ from tests.tolerances import assert_close
 
 NAMES = ("query", "key", "value", "pad_key", "pad_value")
 
-pytestmark = pytest.mark.usefixtures("seeded")
-
 
 def fast(inputs: list[Tensor], heads: int) -> Tensor:
     return ops.neighbourhood_attention(*inputs, heads)

@@ -12,8 +12,6 @@ from squid_fast import Discriminator, reference
 from squid_fast.modules import discriminator_size
 from tests.tolerances import TOLERANCES, assert_close
 
-pytestmark = pytest.mark.usefixtures("seeded")
-
 modes = pytest.mark.parametrize("mode", ["instance", "running"])
 trainings = pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 

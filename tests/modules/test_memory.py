@@ -15,8 +15,6 @@ from squid_fast.reference.memory import BLOCKS as REFERENCE_BLOCKS
 from tests.factories import image_batch, tiny_squid
 from tests.tolerances import assert_close
 
-pytestmark = pytest.mark.usefixtures("seeded")
-
 
 def feed(queue: nn.Module, features: Tensor) -> None:
     queue.train()

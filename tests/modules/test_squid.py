@@ -18,8 +18,6 @@ from tests.factories import TINY, open_masks
 from tests.modules.published import assert_same_gradients, gradients, published, update_queues
 from tests.tolerances import assert_close, error
 
-pytestmark = pytest.mark.usefixtures("seeded")
-
 # The sum of float64 roundings over a whole network, magnified by batch norm in training.
 EXACT = 1e-9
 

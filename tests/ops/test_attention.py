@@ -13,8 +13,6 @@ from squid_fast import ops
 from tests.ops.samples import DTYPES, attention_inputs, compare_attention, normal, up_to
 from tests.tolerances import assert_close
 
-pytestmark = pytest.mark.usefixtures("seeded")
-
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(

@@ -29,8 +29,6 @@ from tests.ops.samples import (
 )
 from tests.tolerances import assert_close
 
-pytestmark = pytest.mark.usefixtures("seeded")
-
 SIZES = [1, 2, 3, 5, 7, 17, 33]
 GUMBEL = ops.gumbel_shrinkage, reference.gumbel_shrinkage
 HARD = ops.hard_shrinkage, reference.hard_shrinkage

@@ -13,8 +13,6 @@ from torch import Tensor
 from squid_fast import ops
 from tests.ops.samples import assert_compiled_equals_eager, compile_cases, operator_samples
 
-pytestmark = pytest.mark.usefixtures("seeded")
-
 
 @pytest.mark.parametrize("name", operator_samples())
 def test_opcheck(name: str) -> None:

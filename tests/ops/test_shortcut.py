@@ -23,8 +23,6 @@ from tests.ops.samples import (
 )
 from tests.tolerances import TOLERANCES
 
-pytestmark = pytest.mark.usefixtures("seeded")
-
 
 def mask_of(shape: tuple[int, ...], keep: float, seed: Tensor | None = None) -> Tensor:
     """What ``masked_shortcut`` drew, read off its result: True where it took ``inpainted``."""

@@ -16,8 +16,6 @@ from squid_fast.reference.blocks import DoubleConv, to_image, to_patches
 from squid_fast.reference.memory import MemoryMatrixBlock, MemoryMatrixBlockV3, MemoryMatrixBlockV4
 from tests.tolerances import assert_close
 
-pytestmark = pytest.mark.usefixtures("seeded")
-
 
 def doubles(*values: float) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)

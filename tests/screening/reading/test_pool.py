@@ -365,9 +365,10 @@ def test_a_script_without_a_main_guard(tmp_path: Path) -> None:
 
 
 WAITING = """
-import sys, time
+import signal, sys, time
 from squid_fast.screening.reading.pool import read_ahead
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 readings = read_ahead(sys.argv[1:], 16, workers=2, timeout=1)
 next(readings)
 try:
