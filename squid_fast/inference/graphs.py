@@ -16,11 +16,21 @@ Function = Callable[[Tensor], tuple[Tensor, ...]]
 Result = TypeVar("Result")
 
 
+def aside(call: Callable[[], Result], device: torch.device) -> Result:
+    """The call's result, computed on a stream of its own, as calls before a capture have to be."""
+    current, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        result = call()
+    current.wait_stream(stream)
+    return result
+
+
 def capture(call: Callable[[], Result], device: torch.device) -> tuple[Callable[[], None], Result]:
     """Capture the kernels of a call as a CUDA graph, without running them.
 
-    The call must have run before, and read no tensor on the host. Returned are a function that
-    replays the graph, and the call's result, whose tensors a replay overwrites.
+    The call must have run ``aside`` before, and read no tensor on the host. Returned are a function
+    that replays the graph, and the call's result, whose tensors a replay overwrites.
     """
     graph = torch.cuda.CUDAGraph()
     stream = torch.cuda.Stream(device)  # PyTorch's own belongs to the first device that captured
@@ -57,11 +67,11 @@ class Graphs:
 
 def _warm_and_capture(function: Function, x: Tensor) -> _Captured:
     given = x.clone()
-    stream = torch.cuda.Stream(x.device)
-    stream.wait_stream(torch.cuda.current_stream(x.device))
-    with torch.cuda.stream(stream):
+
+    def warm_up() -> None:
         for _ in range(_WARM_UP):
             function(given)
-    torch.cuda.current_stream(x.device).wait_stream(stream)
+
+    aside(warm_up, x.device)
     replay, results = capture(lambda: function(given), x.device)
     return _Captured(replay, given, results)

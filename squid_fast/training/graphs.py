@@ -14,7 +14,7 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor
 
-from ..inference.graphs import capture
+from ..inference.graphs import aside, capture
 
 Losses = dict[str, Tensor]
 Step = Callable[[Tensor, int], Losses]
@@ -51,22 +51,13 @@ class StepGraphs:
         kind = self._kind(number)
         self._counts[kind] += 1
         if self._counts[kind] <= WARM_UP:
-            return self._aside(chosen, number)
+            if not chosen.is_cuda:
+                return self._step(chosen, number)
+            return aside(lambda: self._step(chosen, number), chosen.device)
         if kind not in self._graphs:
             own = chosen.clone()
             self._graphs[kind] = own, self._capture(lambda: self._step(own, number), own.device)
         given, (replay, losses) = self._graphs[kind]
         given.copy_(chosen)
         replay()
-        return losses
-
-    def _aside(self, chosen: Tensor, number: int) -> Losses:
-        if not chosen.is_cuda:
-            return self._step(chosen, number)
-        current = torch.cuda.current_stream(chosen.device)
-        aside = torch.cuda.Stream(chosen.device)
-        aside.wait_stream(current)
-        with torch.cuda.stream(aside):
-            losses = self._step(chosen, number)
-        current.wait_stream(aside)
         return losses
