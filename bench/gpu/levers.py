@@ -19,8 +19,9 @@ from squid_fast.experiments.benchmark import Benchmark, compare, figures, random
 from squid_fast.inference import Scorer, convolution, network
 from squid_fast.inference.calibration import rank_correlation
 from squid_fast.inference.scores import PAPER_SCORE
+from squid_fast.utils.tf32 import tf32
 
-from ..operations.timing import graph_seconds, tf32
+from ..operations.timing import graph_seconds
 from . import trials, up2
 
 Network = Callable[[Tensor], Tensor]  # images to logits

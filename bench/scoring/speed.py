@@ -25,6 +25,7 @@ from squid_fast.training import Trainer, make_optimizers
 from squid_fast.training.ema import EMA
 from squid_fast.training.graphs import Losses, StepGraphs
 from squid_fast.utils.devices import choose_device, choose_layout, choose_precision, to_layout
+from squid_fast.utils.tf32 import tf32
 
 from ..arguments import add_device, add_folder, add_option, add_output, add_threads
 from ..measurements import Results
@@ -42,8 +43,9 @@ def training(preset: Preset, device: torch.device, count: int) -> Contenders:
     }
 
     def both(step: Step) -> None:
-        for index in range(2):
-            step(index)
+        with tf32(False):
+            for index in range(2):
+                step(index)
         if device.type == "cuda":
             torch.cuda.synchronize()
 

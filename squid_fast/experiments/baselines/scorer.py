@@ -17,6 +17,7 @@ from ...inference.scorer import BaseScorer, Scorer, fingerprint
 from ...inference.scores import Calibration, ScoreCalibration
 from ...utils.atomic import write_json
 from ...utils.devices import ScoringPrecision, choose_device
+from ...utils.tf32 import tf32
 from .networks import AutoEncoder, MemAE, PixelInpainting
 from .shallow import Mahalanobis, NearestNeighbours, PcaResidual, PixelMethod, Smoothness
 
@@ -74,7 +75,8 @@ class BaselineScorer(BaseScorer):
             )
         images = images.to(self.device)
         images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
-        raw, recon = self.method(images) if len(images) else (images.new_zeros(0), images)
+        with tf32(False):
+            raw, recon = self.method(images) if len(images) else (images.new_zeros(0), images)
         return {self.score_name: raw.cpu()}, recon
 
 
