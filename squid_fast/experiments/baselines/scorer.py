@@ -67,7 +67,9 @@ class BaselineScorer(BaseScorer):
         return fingerprint(weights, vars(self.calibration_of()), self.name)
 
     @torch.inference_mode()
-    def measure(self, images: Tensor, names: Collection[str]) -> tuple[dict[str, Tensor], Tensor]:
+    def measure(
+        self, images: Tensor, names: Collection[str], reconstruction: bool = True
+    ) -> tuple[dict[str, Tensor], Tensor]:
         side = self.image_size
         if images.dim() != 4 or tuple(images.shape[1:]) != (1, side, side):
             raise ValueError(
