@@ -54,9 +54,7 @@ class Graph(TorchDispatchMode):
             for x in other._fresh() if other.pool == self.pool else ():
                 x.fill_(torch.nan if x.is_floating_point() else 77)
         for func, args, kwargs, result in self._calls:
-            for old, new in zip(
-                _tensors(result), _tensors(func(*args, **kwargs)), strict=True
-            ):
+            for old, new in zip(_tensors(result), _tensors(func(*args, **kwargs)), strict=True):
                 if _address(old) != _address(new):
                     old.copy_(new)
 

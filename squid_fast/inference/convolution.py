@@ -75,9 +75,7 @@ class CudnnConv(FoldedConv):
     """
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return _cudnn_convolution(
-            x, self.weight, self.bias, residual, self.stride, self.padding
-        )
+        return _cudnn_convolution(x, self.weight, self.bias, residual, self.stride, self.padding)
 
 
 def has_cudnn(device: torch.device) -> bool:

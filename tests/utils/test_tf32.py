@@ -11,7 +11,9 @@ import torch
 from squid_fast.utils.tf32 import tf32
 
 
-def stand_ins(monkeypatch: pytest.MonkeyPatch, by_operation: bool, products: Any) -> tuple[Any, ...]:
+def stand_ins(
+    monkeypatch: pytest.MonkeyPatch, by_operation: bool, products: Any
+) -> tuple[Any, ...]:
     """Settings of convolutions and products, on as PyTorch has them by default."""
     if by_operation:  # from PyTorch 2.9 on
         convolutions = SimpleNamespace(fp32_precision="tf32")
