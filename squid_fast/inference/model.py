@@ -84,10 +84,8 @@ class FrozenModel(nn.Module):
         if self.device.type == "cuda":
             fits = _MOST // (2 * model.config["features_root"] * model.image_size**2)
             largest = min(_GPU_BATCH, 1 << max(fits, 1).bit_length() - 1)
-            self._graphs, self._copies = (
-                Graphs(self.device, largest),
-                torch.cuda.Stream(self.device),
-            )
+            self._graphs = Graphs(self.device, largest)
+            self._copies = torch.cuda.Stream(self.device)
         if has_cudnn(self.device):
             use_cudnn(self.generator)
 

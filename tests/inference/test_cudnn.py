@@ -1,4 +1,4 @@
-"""Convolutions with bias, residual and ReLU in one call of cuDNN, which PyTorch plays without one."""
+"""Convolutions with bias, residual and ReLU in one call of cuDNN, for which PyTorch stands in."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_one_call_is_the_convolution(
 
 
 def test_a_compiler_knows_the_shape_without_calling_it(calls: list[tuple[Any, ...]]) -> None:
-    fused, plain, x, residual = fused_and_plain(SHAPES[0], torch.bfloat16)
+    fused, _, x, residual = fused_and_plain(SHAPES[0], torch.bfloat16)
     for z in (None, residual):
         arguments = (x, fused.weight, fused.bias, z, fused.stride, fused.padding)
         torch.library.opcheck(

@@ -216,7 +216,7 @@ def test_images_that_are_not_finite_are_refused_as_on_a_cpu(cuda: Cuda) -> None:
     plain, ours = scorer_of(bundle()), captured()
     expected = ours.score(images).raw
     for scorer in (plain, ours):
-        with pytest.raises(ValueError, match="^2 of 11 images hold NaN or infinite values"):
+        with pytest.raises(ValueError, match=r"^2 of 11 images hold NaN or infinite values"):
             scorer.score(spoilt)
         with pytest.raises(ValueError, match=r"images are torch\.int64; floating-point values"):
             scorer.score(images.long())
