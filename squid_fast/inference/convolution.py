@@ -98,11 +98,10 @@ def use_cudnn(network: nn.Module) -> None:
     halves, layout = (torch.bfloat16, torch.float16), torch.channels_last
     for module in list(network.modules()):
         for name, conv in list(module.named_children()):
-            weight = conv.weight if type(conv) is FoldedConv else None
-            if weight is None or weight.dtype not in halves:
+            if type(conv) is not FoldedConv or conv.weight.dtype not in halves:
                 continue
-            if weight.is_contiguous(memory_format=layout):
-                fused = CudnnConv(weight, conv.bias, conv.stride, conv.padding)
+            if conv.weight.is_contiguous(memory_format=layout):
+                fused = CudnnConv(conv.weight, conv.bias, conv.stride, conv.padding)
                 setattr(module, name, fused)
 
 

@@ -26,10 +26,10 @@ def tf32(convolutions: bool, products: bool = False) -> Iterator[None]:
     ...     product = torch.eye(2) @ torch.eye(2)
     """
     # PyTorch 2.9 brought settings by operation, and raises where they contradict the former ones.
-    by_operation = hasattr(torch.backends.cudnn, "conv")
+    of_convolutions = getattr(torch.backends.cudnn, "conv", torch.backends.cudnn)
+    by_operation = of_convolutions is not torch.backends.cudnn
     name = "fp32_precision" if by_operation else "allow_tf32"
     off, on = ("ieee", "tf32") if by_operation else (False, True)
-    of_convolutions = torch.backends.cudnn.conv if by_operation else torch.backends.cudnn
     places = of_convolutions, torch.backends.cuda.matmul
     before = [getattr(place, name) for place in places]
     try:
