@@ -199,7 +199,7 @@ class FrozenModel(nn.Module):
         return to_layout(own, torch.contiguous_format)
 
     def _received(self, images: Tensor) -> Tensor:
-        """The images in float32 or uint8, checked; for a GPU they may be in pinned memory."""
+        """The images in float32 or uint8, checked; for a GPU they may still be on the host."""
         check_shape(images, self.config, self.image_size)
         if self._copies is not None and images.is_cuda:
             current = torch.cuda.current_stream(self.device)
@@ -210,9 +210,7 @@ class FrozenModel(nn.Module):
             if self._graphs is None:
                 check_images(images, self.config, self.image_size)
             images = images.to(torch.float32)
-        if self._graphs is None:
-            return images.to(self.device)
-        return images if images.is_cuda else images.pin_memory()
+        return images.to(self.device) if self._graphs is None else images
 
 
 def _in_float32(images: Tensor) -> Tensor:

@@ -130,7 +130,8 @@ def train(
             then falls with the time as it would with the epochs, and ``should_stop`` ends the run
             as if its time were up.
         seed: seed of the discriminator's weights and of everything drawn in training.
-        device, precision: see ``squid_fast.utils.devices``.
+        device, precision: see ``squid_fast.utils.devices``. float32 is computed in float32 on a GPU
+            too, never in TF32.
         thread_count: number of PyTorch's threads, on a CPU. Unless given, a resumed run goes on
             with its own number, and another tries PyTorch's number, its half and so on and takes
             the one with which steps are fastest; with ``seconds``, it tries again every minute.

@@ -93,7 +93,7 @@ def test_portions_cover_a_batch_with_graphs_of_few_sizes(largest: int) -> None:
         for images, size in found:
             assert images <= size <= largest
             assert size & (size - 1) == 0
-            assert size <= 16 or 4 * images >= 3 * size
+            assert size <= 8 or 4 * images >= 3 * size
         assert all(images == size for images, size in found[:-1])
 
 

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
+from bench.scoring import speed
+from squid_fast import PRESETS, SQUID
+from squid_fast.experiments.baselines import BaselineScorer
+from squid_fast.experiments.baselines.networks import AutoEncoder
+from squid_fast.experiments.published import published_way
+from squid_fast.experiments.research_scores import other_scores
+from squid_fast.presets import Recipe
+from squid_fast.training import train
 from squid_fast.utils.tf32 import tf32
+from tests.factories import image_batch, image_set, tiny_bundle
 
 
 def stand_ins(
@@ -55,18 +66,86 @@ def test_float32_inside_and_as_before_behind(
     assert settings(places) == before
 
 
-def test_pytorchs_own_settings() -> None:
-    def reads() -> bool:
-        """Whether a float32 convolution may be in TF32, as this version says it."""
-        if hasattr(torch.backends.cudnn, "conv"):
-            return torch.backends.cudnn.conv.fp32_precision == "tf32"
-        return torch.backends.cudnn.allow_tf32
+def in_tf32() -> bool:
+    """Whether a float32 convolution may be in TF32, as this version of PyTorch says it."""
+    if hasattr(torch.backends.cudnn, "conv"):
+        return torch.backends.cudnn.conv.fp32_precision == "tf32"
+    return torch.backends.cudnn.allow_tf32
 
-    before = reads(), torch.backends.cuda.matmul.allow_tf32
+
+def test_pytorchs_own_settings() -> None:
+    before = in_tf32(), torch.backends.cuda.matmul.allow_tf32
     with tf32(False):
-        assert (reads(), torch.backends.cuda.matmul.allow_tf32) == (False, False)
+        assert (in_tf32(), torch.backends.cuda.matmul.allow_tf32) == (False, False)
         with tf32(True):
-            assert reads()
-        assert not reads()
+            assert in_tf32()
+        assert not in_tf32()
     # The former flags can still be read: they were not left in contradiction.
     assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == before
+
+
+# --- where it holds -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether convolutions, forward and backward, might be in TF32 when they were called."""
+    found: list[bool] = []
+
+    class Noting(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            found.append(in_tf32())
+            return grad
+
+    convolve = nn.Conv2d.forward
+
+    def forward(self: nn.Conv2d, x: Tensor) -> Tensor:
+        found.append(in_tf32())
+        return Noting.apply(convolve(self, x))
+
+    monkeypatch.setattr(nn.Conv2d, "forward", forward)
+    return found
+
+
+def test_the_published_way(seen: list[bool]) -> None:
+    bundle, images = tiny_bundle(), image_batch(2)
+    seen.clear()
+    for wanted in (False, True):
+        published_way(bundle, torch.device("cpu"), in_tf32=wanted)(images)
+        assert len(seen) > 20
+        assert set(seen) == {wanted}
+        seen.clear()
+
+
+def test_training(seen: list[bool], tmp_path: Path) -> None:
+    pytest.importorskip("lightning_fabric")
+    recipe = Recipe(batch_size=4, epochs=1, t_max=1, validate_every=1)
+    images, model = image_set(4), SQUID.from_preset("small")
+    train(model, images, tmp_path, recipe, device="cpu", precision="float32")
+    assert len(seen) > 20
+    assert not any(seen)
+
+
+def test_both_ways_of_training_that_are_timed(seen: list[bool]) -> None:
+    for _, step in speed.training(PRESETS["small"], torch.device("cpu"), 2).values():
+        step()
+    assert len(seen) > 20
+    assert not any(seen)
+
+
+def test_a_baseline(seen: list[bool]) -> None:
+    method = AutoEncoder(width=8)
+    BaselineScorer("autoencoder", method, 32, device="cpu").measure(image_batch(2, 32), ())
+    assert seen
+    assert not any(seen)
+
+
+def test_scores_for_research(seen: list[bool]) -> None:
+    other_scores(SQUID.from_preset("small"), image_set(2), "float32", "cpu")
+    assert len(seen) > 20
+    assert not any(seen)
