@@ -347,18 +347,17 @@ def backward(
     grad_residual = grad.new_empty(0) if y is None else _empty(x, layout)
     g, flat = _flat(grad, layout), _flat(x, layout)
     B, C, S = flat.shape
-    # Two sums and three maps share the registers.
-    sums_config, config = Config.choose(flat, largest=2048), Config.choose(flat)
-    partial = mean.new_empty(2, sums_config.parts, C)
+    # Three maps, or two and two sums, share the registers: with 4096 elements they spill.
+    config = Config.choose(flat, largest=2048)
+    partial = mean.new_empty(2, config.parts, C)
     sizes = B * S, S, C, *flat.stride()
     vectors = mean, rstd, weight.contiguous(), bias.contiguous()
     with on_device(x):
-        grid = sums_config.parts, triton.cdiv(C, sums_config.block_c)
+        grid = config.parts, triton.cdiv(C, config.block_c)
         _batch_norm_backward_sums_kernel[grid](
             g, flat, None if y is None else _flat(y, layout), None if y is None else grad_residual,
-            partial, *vectors, *sizes, sums_config.steps, SLOPE=negative_slope,
-            BLOCK_S=sums_config.block_s, BLOCK_C=sums_config.block_c,
-            num_warps=sums_config.num_warps,
+            partial, *vectors, *sizes, config.steps, SLOPE=negative_slope,
+            BLOCK_S=config.block_s, BLOCK_C=config.block_c, num_warps=config.num_warps,
         )  # fmt: skip
         sum_g, sum_g_normed = partial[0].sum(0), partial[1].sum(0)
         if y is not None:  # the activation is behind us

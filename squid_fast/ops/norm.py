@@ -156,9 +156,13 @@ def _batch_norm_of_pytorch(
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
         share = 1 / float(num_batches_tracked) if momentum is None else momentum
-    y = F.batch_norm(x, running_mean, running_var, weight, bias, True, share, eps)
+    # PyTorch keeps the running mean for its backward, and refuses one that was changed afterwards.
+    unshifted = running_mean
     if shift is not None and running_mean is not None:
-        running_mean.add_(shift, alpha=share)
+        unshifted = running_mean - shift
+    y = F.batch_norm(x, unshifted, running_var, weight, bias, True, share, eps)
+    if shift is not None and running_mean is not None and unshifted is not None:
+        running_mean.copy_(unshifted + shift)
     if residual is not None:
         y += residual
     if negative_slope == 0:
