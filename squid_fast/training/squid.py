@@ -13,8 +13,7 @@ from ..data import ImageSet
 from ..inference import Scorer
 from ..inference.scores import SCORES
 from ..metrics import image_auroc
-from ..modules import SQUID, Discriminator, discriminator_size
-from ..modules.norm import freeze_cancelled_biases
+from ..modules import SQUID, Discriminator, discriminator_size, freeze_cancelled_biases
 from ..utils.devices import Precision, choose_layout, to_layout
 from ..utils.extras import require
 from .distributed import Processes, synchronise_batch_norm

@@ -16,6 +16,7 @@ from tests.ops.samples import (
     norm_inputs,
     norm_of,
     norm_of_pytorch,
+    norm_operators,
     normal,
     running_statistics,
     with_gradients,
@@ -31,15 +32,8 @@ slopes = pytest.mark.parametrize("slope", [0.0, 0.2, 1.0])
 momenta = pytest.mark.parametrize("momentum", [0.1, 1.0, None])
 
 
-def operators(*arguments: Tensor, residual: Tensor | None, negative_slope: float) -> Tensor:
-    """What tensors of a GPU are given, here with the PyTorch implementations."""
-    x = arguments[0]
-    mean, rstd = norm._batch_norm_statistics(x.detach(), None, None, None, None, 0.1, 1e-5)
-    return norm._batch_norm(x, mean, rstd, *arguments[1:], residual, negative_slope)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("function", [ops.batch_norm, operators])
+@pytest.mark.parametrize("function", [ops.batch_norm, norm_operators])
 @residuals
 @slopes
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -48,16 +42,20 @@ def test_norm_equals_reference(
     layout: torch.memory_format, shape: tuple, slope: float, residual: bool, function, dtype
 ) -> None:
     x, weight, bias, *rest = norm_inputs(shape, residual)
+    if residual:  # half precision rounds on both ways to the kink
+        z = reference.batch_norm(x, weight, bias, rest[0])
+        rest = [rest[0] + z.sign() * (z.abs() < 0.1) / 4]
     maps = [z.to(dtype).to(memory_format=layout) for z in (x, *rest)]
     wide = torch.promote_types(dtype, torch.float32)
     inputs = [maps[0], weight.to(wide), bias.to(wide), *maps[1:]]
-    # Of two values a channel, the gradient of x cancels; near zero half precision rounds a sign.
     fast, plain = norm_of(function, slope), norm_of(reference.batch_norm, slope)
-    found = compare(fast, plain, inputs, tolerance=TOLERANCES[dtype], floor=x.abs().max().item())
+    # PyTorch's own sums are good to that much; of two values a channel, the gradient of x cancels.
+    bound = 5e-5 if (function, dtype) == (ops.batch_norm, torch.float32) else TOLERANCES[dtype]
+    found = compare(fast, plain, inputs, tolerance=bound, floor=1.0)
     assert found[0].is_contiguous(memory_format=layout)
 
 
-@pytest.mark.parametrize("function", [ops.batch_norm, operators])
+@pytest.mark.parametrize("function", [ops.batch_norm, norm_operators])
 @residuals
 @slopes
 def test_norm_gradcheck(slope: float, residual: bool, function) -> None:
@@ -110,7 +108,7 @@ def test_norm_has_no_gradient_for_the_shift() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_norm_with_parameters_of_half_precision(dtype: torch.dtype) -> None:
     inputs = [z.to(dtype) for z in norm_inputs((4, 3, 5, 5), residual=True)]
-    for function in (ops.batch_norm, operators):
+    for function in (ops.batch_norm, norm_operators):
         fast, plain = norm_of(function, 0.0), norm_of(reference.batch_norm, 0.0)
         compare(fast, plain, inputs, tolerance=TOLERANCES[dtype], floor=4.0)
 
@@ -121,7 +119,7 @@ def test_norm_of_strided_maps(layout: torch.memory_format) -> None:
     x = x.to(memory_format=layout)[::2, ::3, 1::2]
     residual = residual[:1, :1, :1].expand(4, 6, 10, 8)[::2, ::3, 1::2]
     inputs = [x, weight[:2], bias[:1].expand(2), residual]
-    for function in (ops.batch_norm, operators):
+    for function in (ops.batch_norm, norm_operators):
         compare(norm_of(function, 0.0), norm_of(reference.batch_norm, 0.0), inputs)
 
 
@@ -130,7 +128,7 @@ def test_norm_keeps_nan_and_infinity_as_relu_does(slope: float) -> None:
     x, weight, bias, residual = norm_inputs((2, 3, 4, 4), residual=True)
     residual[0, 0, 0] = torch.tensor([torch.inf, -torch.inf, torch.nan, 0])
     x[1, 1, 2, 2] = torch.nan
-    for function in (ops.batch_norm, operators):
+    for function in (ops.batch_norm, norm_operators):
         y = function(x, weight, bias, residual=residual, negative_slope=slope)
         low = 0.0 if slope == 0 else -torch.inf
         assert y[0, 0, 0, :2].tolist() == [torch.inf, low]
