@@ -27,16 +27,16 @@ class NormSequential(nn.Sequential):
         """The layers' result; with a residual of its shape, ``relu(result + residual)``."""
         x, layers = input, list(self)
         while layers:
-            conv, norm, activation = (*layers, None, None)[:3]
-            if not _joins(conv, norm):
+            front = _conv_and_norm(layers)
+            if front is None:
                 x = layers.pop(0)(x)
                 continue
-            slope = _negative_slope(activation)
+            slope = _negative_slope(layers[2]) if len(layers) > 2 else None
             del layers[: 2 if slope is None else 3]
             added = None
             if not layers and slope is None and residual is not None:
                 added, residual, slope = residual, None, 0.0
-            x = _conv_norm(conv, norm, x, added, 1.0 if slope is None else slope)
+            x = _conv_norm(*front, x, added, 1.0 if slope is None else slope)
         return x if residual is None else (x + residual).relu_()
 
 
@@ -54,18 +54,22 @@ def freeze_cancelled_biases(module: nn.Module) -> None:
                     layer.bias.requires_grad_(False)
 
 
-def _joins(conv: nn.Module | None, norm: nn.Module | None) -> bool:
-    """Whether these are a convolution and a batch norm of the batch's statistics, and no more."""
-    return (
-        type(conv) is nn.Conv2d
-        and type(norm) is nn.BatchNorm2d
-        and norm.training
+def _conv_and_norm(layers: list[nn.Module]) -> tuple[nn.Conv2d, nn.BatchNorm2d] | None:
+    """The first two layers, if they are PyTorch's own and normalise by the batch's statistics."""
+    if len(layers) < 2:
+        return None
+    conv, norm = layers[:2]
+    if type(conv) is not nn.Conv2d or type(norm) is not nn.BatchNorm2d:
+        return None
+    joins = (
+        norm.training
         and norm.affine
         and norm.track_running_stats
         and conv.padding_mode == "zeros"
         and not _has_hooks(conv)
         and not _has_hooks(norm)
     )
+    return (conv, norm) if joins else None
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -77,9 +81,9 @@ def _has_hooks(module: nn.Module) -> bool:
     )
 
 
-def _negative_slope(activation: nn.Module | None) -> float | None:
+def _negative_slope(activation: nn.Module) -> float | None:
     """Of the activation, if it can be part of the operation."""
-    if activation is None or _has_hooks(activation):
+    if _has_hooks(activation):
         return None
     if type(activation) is nn.LeakyReLU:
         return activation.negative_slope

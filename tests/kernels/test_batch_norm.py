@@ -199,3 +199,19 @@ def test_same_bits_every_time(residual: bool, layout: Layout) -> None:
     assert all(map(torch.equal, *(with_gradients(call, inputs, grad) for _ in range(2))))
     first, second = (moved(inputs[0], 0.1, None) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_compiled_equals_eager_and_moves_the_statistics(momentum: float | None) -> None:
+    torch.compiler.reset()
+    (x, weight, bias, residual), grad = samples((2, 3, 4, 4), residual=True)
+    results = []
+    for compiled in (False, True):
+        running = {name: value.to(DEVICE) for name, value in running_statistics(3).items()}
+        how = {"momentum": momentum, "shift": bias} | running
+        call = norm_of(ops.batch_norm, 0.0, **how)
+        function = torch.compile(call, fullgraph=True, backend="aot_eager") if compiled else call
+        found = with_gradients(function, [x, weight, bias, residual], grad)
+        results.append([*found, *running.values()])
+    assert all(map(torch.equal, *results))
+    assert int(results[1][-1]) == 5
