@@ -117,3 +117,18 @@ def serves_masked_shortcut(inpainted: Tensor) -> bool:
 def serves_neighbourhood_attention(query: Tensor) -> bool:
     """Whether a kernel attends from this query [B, N, C]."""
     return _serves(query)
+
+
+def interprets() -> bool:
+    """Whether kernels serve tensors of the CPU."""
+    return _setting == "interpret"
+
+
+def serves_batch_norm(x: Tensor, parameter: Tensor | None) -> bool:
+    """Whether kernels normalise these maps [B, C, H, W]; statistics and parameters are float32.
+
+    Positions are counted in 31 bits, with room for the last part and tile, which may pass the end.
+    """
+    if parameter is not None and parameter.dtype != torch.float32:
+        return False
+    return _serves(x) and x.numel() // x.shape[1] < 2**30

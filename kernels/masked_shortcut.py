@@ -19,15 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .card import on_device, power_of_2
+from .tiles import map_at
 
 # --- device helpers -------------------------------------------------------------------------------
-
-
-@triton.jit
-def _at(position, channel, S, stride_b, stride_c, stride_s):
-    """Offsets in a map [BLOCK_S, BLOCK_C], of 64 bits; divided in 32, where that is cheap."""
-    image, place = (position // S).to(tl.int64), (position % S).to(tl.int64)
-    return (image * stride_b + place * stride_s)[:, None] + channel.to(tl.int64) * stride_c
 
 
 @triton.jit
@@ -71,14 +65,14 @@ def _masked_shortcut_forward_kernel(
     chosen = inside & keep if SELECTIVE else inside
     passed_over = inside ^ chosen if SELECTIVE else inside
 
-    x_at = _at(position, channel, S, stride_inpainted_b, stride_inpainted_c, stride_inpainted_s)
-    y_at = _at(position, channel, S, stride_shortcut_b, stride_shortcut_c, stride_shortcut_s)
+    x_at = map_at(position, channel, S, stride_inpainted_b, stride_inpainted_c, stride_inpainted_s)
+    y_at = map_at(position, channel, S, stride_shortcut_b, stride_shortcut_c, stride_shortcut_s)
     x = tl.load(inpainted_ptr + x_at, mask=chosen, other=0.0)
     y = tl.load(shortcut_ptr + y_at, mask=passed_over, other=0.0)
     if scale_ptr is not None:
         a, _ = _affine(x, scale_ptr, shift_ptr, channel, C)
         x = tl.where(a <= 0, 0.0, a).to(y.dtype)  # asked this way round, NaN stays NaN
-    out_at = _at(position, channel, S, stride_out_b, stride_out_c, stride_out_s)
+    out_at = map_at(position, channel, S, stride_out_b, stride_out_c, stride_out_s)
     tl.store(out_ptr + out_at, tl.where(keep, x, y), mask=inside)
 
 
@@ -103,14 +97,16 @@ def _masked_shortcut_backward_kernel(
     inside = (position < positions)[:, None] & (channel < C)  # [BLOCK_S, BLOCK_C]
     keep = _draw(seed_ptr, position, keep_probability)
 
-    grad_at = _at(position, channel, S, stride_grad_b, stride_grad_c, stride_grad_s)
-    out_at = _at(position, channel, S, stride_out_b, stride_out_c, stride_out_s)
+    grad_at = map_at(position, channel, S, stride_grad_b, stride_grad_c, stride_grad_s)
+    out_at = map_at(position, channel, S, stride_out_b, stride_out_c, stride_out_s)
     grad = tl.load(grad_ptr + grad_at, mask=inside, other=0.0)
     tl.store(grad_shortcut_ptr + out_at, tl.where(keep, 0.0, grad), mask=inside)
     if scale_ptr is None:
         grad_x = tl.where(keep, grad, 0.0)
     else:
-        x_at = _at(position, channel, S, stride_inpainted_b, stride_inpainted_c, stride_inpainted_s)
+        x_at = map_at(
+            position, channel, S, stride_inpainted_b, stride_inpainted_c, stride_inpainted_s
+        )
         chosen = inside & keep if SELECTIVE else inside
         x = tl.load(inpainted_ptr + x_at, mask=chosen, other=0.0).to(tl.float32)
         a, scale = _affine(x, scale_ptr, shift_ptr, channel, C)

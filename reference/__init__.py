@@ -6,7 +6,7 @@ arXiv 2111.13495). Nothing here is fast: loops run over patches, intermediate te
 and everything works in float64. The fast implementation is tested against it.
 
 Reading order: ``lookup`` -> ``memory`` -> ``attention`` -> ``shortcut`` -> ``inpaint`` ->
-``blocks`` -> ``squid`` -> ``discriminator`` -> ``losses`` -> ``score``.
+``norm`` -> ``blocks`` -> ``squid`` -> ``discriminator`` -> ``losses`` -> ``score``.
 """
 
 from .attention import neighbourhood_attention
@@ -15,6 +15,7 @@ from .inpaint import InpaintBlock
 from .lookup import gumbel_shrinkage, hard_shrinkage, memory_lookup
 from .losses import discriminator_loss, generator_loss
 from .memory import MemoryMatrix, MemoryQueue
+from .norm import batch_norm
 from .score import anomaly_score, discriminator_logits, z_score
 from .shortcut import masked_shortcut
 from .squid import SQUID
@@ -26,6 +27,7 @@ __all__ = [
     "MemoryMatrix",
     "MemoryQueue",
     "anomaly_score",
+    "batch_norm",
     "discriminator_logits",
     "discriminator_loss",
     "generator_loss",

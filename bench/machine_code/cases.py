@@ -41,6 +41,18 @@ MAPS = (  # N maps of C channels, H x W places, to an image
     (9, 64, 16, 16),
     (9, 128, 2, 2),  # small
 )
+# What batch norm is given: maps of N patches, or of whole images, of C channels.
+NORMED = (
+    (4, 32, 64, 64),  # zhanglab, chexpert: the first stage
+    (1, 32, 128, 128),  # and the decoder's last
+    (4, 64, 32, 32),
+    (4, 512, 4, 4),
+    (4, 128, 4, 4),  # the bottleneck
+    (1, 32, 32, 32),  # the discriminator
+    (1, 128, 4, 4),
+    (9, 32, 32, 32),  # digit_anatomy
+    (9, 16, 16, 16),  # small
+)
 ATTENTIONS = ((4, 2048), (9, 1024), (9, 128))  # N, C; of 8 heads
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -118,7 +130,31 @@ def _neighbourhood_attention(kernels: Any) -> Iterator[Case]:
         yield Case(f"neighbourhood_attention.backward {label}", backward)
 
 
+def _batch_norm(kernels: Any) -> Iterator[Case]:
+    layouts = (torch.channels_last, torch.contiguous_format)
+    for (N, C, H, W), B, dtype, layout in itertools.product(NORMED, BATCHES, DTYPES, layouts):
+        if layout != layouts[0] and C != 64:
+            continue  # only narrow networks train in contiguous layout
+        if dtype == torch.float16 and B != 16:
+            continue  # laid out as bfloat16 is, and nobody trains in it
+        x = _meta(B * N, C, H, W, dtype=dtype).to(memory_format=layout)
+        c, tracked = _meta(C), _meta(dtype=torch.int64)
+        label = f"[{B * N}, {C}, {H}, {W}] {_name(dtype)} {_name(layout)}"
+        moved = partial(kernels.statistics, x, c, c, c, tracked)
+        yield Case(f"batch_norm.statistics {label}", partial(moved, 0.1, 1e-5))
+        if C == 64:
+            yield Case(f"batch_norm.statistics {label} plain mean", partial(moved, None, 1e-5))
+        # As in the model: ReLU everywhere, the residual too; LeakyReLU in the discriminator.
+        for residual, slope in ((None, 0.0), (x, 0.0), (None, 0.2)):
+            what = f"{label}{' residual' * (residual is not None)} slope {slope}"
+            forward = partial(kernels.forward, x, c, c, c, c, residual, slope)
+            yield Case(f"batch_norm.forward {what}", forward)
+            backward = partial(kernels.backward, x, x, residual, c, c, c, c, slope)
+            yield Case(f"batch_norm.backward {what}", backward)
+
+
 OPERATIONS = {
+    "batch_norm": _batch_norm,
     "gumbel_shrinkage": _gumbel_shrinkage,
     "masked_shortcut": _masked_shortcut,
     "memory_lookup": _memory_lookup,

@@ -14,6 +14,7 @@ OPERATIONS = (
     "gumbel_shrinkage",
     "masked_shortcut",
     "neighbourhood_attention",
+    "batch_norm",
     "inpaint_block",
 )
 CONTENDERS = ("eager", "squid_fast", "compiled")  # reference eager, ours, reference compiled
@@ -63,6 +64,13 @@ def _sizes(operation: str, tiny: bool) -> Iterator[dict[str, Any]]:
         if operation == "neighbourhood_attention":
             yield {"B": B, "N": 4, "C": C}
             yield {"B": B, "N": 9, "C": C // 2}
+        elif operation == "batch_norm":
+            if B > 512:
+                continue  # nobody trains with so many
+            # zhanglab's first and deepest stage, as behind a convolution and at a stage's end.
+            for C, side, residual in ((32, 64, False), (32, 64, True), (512, 4, False)):
+                sizes = {"B": B, "N": 4, "C": C, "side": min(side, 8) if tiny else side}
+                yield sizes | {"residual": residual}
         elif operation == "masked_shortcut":
             for layout, affine in (
                 ("contiguous", False), ("channels_last", False), ("channels_last", True),

@@ -52,7 +52,7 @@ class Problem:
     def wanted(self, function: Function, inputs: list[Tensor]) -> list[Tensor]:
         """What a gradient is taken of: the learned inputs, and the parameters of a module."""
         parameters = list(function.parameters()) if isinstance(function, nn.Module) else []
-        return [inputs[i] for i in self.learned] + parameters
+        return [inputs[i] for i in self.learned] + [p for p in parameters if p.requires_grad]
 
 
 def _heights(k: int, last: float, device: torch.device | None = None) -> Tensor:
@@ -157,6 +157,27 @@ def _neighbourhood_attention(case: Case, device: torch.device) -> Problem:
     return Problem(inputs, list(range(5)), *functions)
 
 
+def _batch_norm(case: Case, device: torch.device) -> Problem:
+    """Channels-last, with ReLU, parameters in float32, and running statistics that ours moves."""
+    s = dict(case.sizes)
+    C, shape = s["C"], (s["B"] * s["N"], s["C"], s["side"], s["side"])
+    maps = [torch.randn(shape, device=device) for _ in range(1 + s["residual"])]
+    if s["residual"]:  # no sum so near zero that half precision has another sign
+        maps[1] += (maps[0] + maps[1]).sign()
+    maps = [x.contiguous(memory_format=torch.channels_last) for x in maps]
+    weight, bias = torch.ones(C, device=device), torch.zeros(C, device=device)
+    running = weight.clone(), weight.clone(), torch.tensor(0, device=device)
+
+    def plain(x: Tensor, *residual: Tensor) -> Tensor:
+        parameters = weight.to(x.dtype), bias.to(x.dtype)
+        return reference.batch_norm(x, *parameters, *residual, negative_slope=0.0)
+
+    def ours(x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return ops.batch_norm(x, weight, bias, *running, residual=residual, negative_slope=0.0)
+
+    return Problem(maps, list(range(len(maps))), plain, ours)
+
+
 def _inpaint_block(case: Case, device: torch.device) -> Problem:
     """Both blocks with the same weights; every position is in-painted, so that results compare.
 
@@ -172,6 +193,9 @@ def _inpaint_block(case: Case, device: torch.device) -> Problem:
     for queue in plain.memory:
         queue.memMatrix[:k] += _heights(k, 2.0)[:, None] / mean_sum
     ours.load_state_dict(plain.state_dict())
+    modules.freeze_cancelled_biases(ours)
+    for own, other in zip(ours.parameters(), plain.parameters(), strict=True):
+        other.requires_grad_(own.requires_grad)
     training = case.direction != "forward"
     for block in (plain, ours):
         block.to(device, getattr(torch, case.dtype)).train(training)
@@ -188,6 +212,7 @@ BUILDERS = {
     "hard_shrinkage": _shrinkage,
     "masked_shortcut": _masked_shortcut,
     "neighbourhood_attention": _neighbourhood_attention,
+    "batch_norm": _batch_norm,
     "inpaint_block": _inpaint_block,
 }
 

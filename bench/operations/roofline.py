@@ -93,6 +93,23 @@ def masked_shortcut(
     return work
 
 
+def batch_norm(
+    B: int, C: int, H: int, W: int, e: int, residual: bool = False, backward: bool = False
+) -> Work:
+    """Batch norm with ReLU of a map [B, C, H, W], as in training.
+
+    Forward: reads the map, and what is added, writes the result; statistics and parameters are
+    4 C in float32, the running ones are read and written. Mean, variance and the affine are 7
+    operations an element. Backward adds: reads gradient and map, and with a residual the result,
+    whose sign it needs; writes the gradients of map and residual, and 2 C sums: 10 operations.
+    """
+    elements = B * C * H * W
+    work = Work((2 + residual) * elements * e + 8 * C * 4, 7 * elements)
+    if backward:
+        work += Work((3 + 2 * residual) * elements * e + 6 * C * 4, 10 * elements)
+    return work
+
+
 def attended(N: int) -> int:
     """Different keys that the N patches of a grid attend to, all zeros outside it being one."""
     P = math.isqrt(N)
@@ -147,6 +164,7 @@ COUNTS: dict[str, Callable[..., Work]] = {
     "gumbel_shrinkage": gumbel_shrinkage,
     "masked_shortcut": masked_shortcut,
     "neighbourhood_attention": neighbourhood_attention,
+    "batch_norm": batch_norm,
     "inpaint_block": inpaint_block,
 }
 
@@ -160,6 +178,7 @@ def work_of(case: Case) -> Work:
         del s["k"]
     if case.operation == "masked_shortcut":
         del s["layout"]
+    if case.operation in ("masked_shortcut", "batch_norm"):
         s["B"] *= s.pop("N")
         s["H"] = s["W"] = s.pop("side")
     return COUNTS[case.operation](**s)

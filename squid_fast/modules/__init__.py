@@ -3,6 +3,7 @@
 from .discriminator import Discriminator, ScoreMode, discriminator_size
 from .inpaint import InpaintBlock
 from .memory import MemoryMatrix, MemoryQueue
+from .norm import freeze_cancelled_biases
 from .squid import SQUID
 
 __all__ = [
@@ -13,4 +14,5 @@ __all__ = [
     "MemoryQueue",
     "ScoreMode",
     "discriminator_size",
+    "freeze_cancelled_biases",
 ]

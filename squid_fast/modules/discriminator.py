@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # SyncBatchNorm is no subclass of BatchNorm2d
 
+from .norm import NormSequential
+
 WIDTHS = (16, 32, 64, 128, 128)
 
 ScoreMode = Literal["instance", "running"]
@@ -39,7 +41,7 @@ class Discriminator(nn.Module):
                 layers.append(nn.BatchNorm2d(width))
             layers.append(nn.LeakyReLU(0.2))
             in_ch = width
-        self.conv_model = nn.Sequential(*layers)
+        self.conv_model = NormSequential(*layers)
         self.regressor = nn.Linear(in_ch * size * size, 1)
 
     def forward(self, images: Tensor) -> Tensor:

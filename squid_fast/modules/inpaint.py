@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from .memory import MemoryMatrix, MemoryQueue, SharedMemoryQueue
+from .norm import NormSequential
 
 HEADS = 8  # published
 
@@ -71,7 +72,7 @@ class InpaintBlock(nn.Module):
         self.num_memory = num_memory
         self.mask_ratio = ratio
         narrow = num_in_ch // 4
-        self.bottleneck_conv1 = nn.Sequential(
+        self.bottleneck_conv1 = NormSequential(
             nn.Conv2d(num_in_ch, narrow, 1, bias=False), nn.BatchNorm2d(narrow), nn.ReLU()
         )
         self.memory = MEMORIES[memory](num_slots, memory_channel, shrink_thres, num_memory)
@@ -96,7 +97,7 @@ class InpaintBlock(nn.Module):
         places = torch.arange(num_memory)[:, None] >> torch.arange(bits - 1, -1, -1)
         self.register_buffer("code", (places & 1).float(), persistent=False)  # [N, bits]
         self.register_buffer("projected", None, persistent=False)
-        self.bottleneck_conv2 = nn.Sequential(
+        self.bottleneck_conv2 = NormSequential(
             nn.Conv2d(narrow + bits, num_in_ch, 1), nn.BatchNorm2d(num_in_ch), nn.ReLU()
         )
 

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .norm import NormSequential
+
 
 def to_patches(x: Tensor, num_patch: int) -> Tensor:
     """[B, C, H, W] -> [B*N, C, H/P, W/P], row-major, patch index fastest; keeps the layout."""
@@ -39,10 +41,10 @@ class DoubleConv(nn.Module):
 
     def __init__(self, in_ch: int, out_ch: int, stride: int = 1) -> None:
         super().__init__()
-        self.conv1 = nn.Sequential(
+        self.conv1 = NormSequential(
             nn.Conv2d(in_ch, out_ch, 3, stride, 1), nn.BatchNorm2d(out_ch), nn.ReLU(inplace=True)
         )
-        self.conv2 = nn.Sequential(
+        self.conv2 = NormSequential(
             nn.Conv2d(out_ch, out_ch, 3, 1, 1),
             nn.BatchNorm2d(out_ch),
             nn.ReLU(inplace=True),
@@ -52,7 +54,7 @@ class DoubleConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         a = self.conv1(x)
-        return (self.conv2(a) + a).relu_()
+        return self.conv2(a, residual=a)
 
 
 class InConv(nn.Module):

@@ -16,15 +16,17 @@ from torch._ops import OpOverload
 DECOMPOSITIONS: dict[OpOverload, Callable[..., Any]] = {}
 
 
-def operator(implementation: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+def operator(
+    implementation: Callable[..., Any], changes: tuple[str, ...] = ()
+) -> Callable[[Callable[..., Any]], Any]:
     """Decorator: register a function as ``squid_fast::<name>``, given ``_<name>_cpu``.
 
     The schema is the signature of that PyTorch implementation. The function itself only chooses
-    between it and a kernel.
+    between it and a kernel. ``changes`` names the arguments that are written to.
     """
     name = implementation.__name__.removeprefix("_").removesuffix("_cpu")
-    schema = torch.library.infer_schema(implementation, mutates_args=())
-    return torch.library.custom_op(f"squid_fast::{name}", mutates_args=(), schema=schema)
+    schema = torch.library.infer_schema(implementation, mutates_args=changes)
+    return torch.library.custom_op(f"squid_fast::{name}", mutates_args=changes, schema=schema)
 
 
 def kernels(operation: str) -> ModuleType:

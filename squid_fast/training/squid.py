@@ -13,7 +13,7 @@ from ..data import ImageSet
 from ..inference import Scorer
 from ..inference.scores import SCORES
 from ..metrics import image_auroc
-from ..modules import SQUID, Discriminator, discriminator_size
+from ..modules import SQUID, Discriminator, discriminator_size, freeze_cancelled_biases
 from ..utils.devices import Precision, choose_layout, to_layout
 from ..utils.extras import require
 from .distributed import Processes, synchronise_batch_norm
@@ -64,6 +64,8 @@ class SquidLearner(Learner):
         if processes.count > 1 and sync_batch_norm:
             synchronise_batch_norm(model, device)
             synchronise_batch_norm(discriminator, device)
+        for module in (model, discriminator):
+            freeze_cancelled_biases(module)
         self.graphs = graphs and device.type == "cuda" and processes.count == 1
         adams = make_optimizers(model, discriminator, settings.recipe, self.graphs)
         wrapped_generator, generator_optimizer = self.fabric.setup(model, adams[0])

@@ -50,6 +50,7 @@ class Trainer:
         self.generator_optimizer, self.discriminator_optimizer = optimizers
         self.recipe, self._backward, self._ema = recipe, backward, ema
         self._frozen_discriminator = frozen_discriminator or discriminator
+        self._learning = [p for p in discriminator.parameters() if p.requires_grad]
         self._queues = [m for m in generator.modules() if isinstance(m, MemoryQueue)]
 
     def step(self, images: Tensor, index: int) -> dict[str, Tensor]:
@@ -78,14 +79,16 @@ class Trainer:
     def _train_generator(
         self, images: Tensor, outputs: dict[str, Tensor | None]
     ) -> dict[str, Tensor]:
-        self.discriminator.requires_grad_(False)
+        for parameter in self._learning:
+            parameter.requires_grad_(False)
         assert outputs["recon"] is not None
         recon_logits = self._frozen_discriminator(outputs["recon"])
         terms = generator_losses(images, outputs, recon_logits, self.recipe)
         self.generator_optimizer.zero_grad()
         self._backward(torch.stack(list(terms.values())).sum())
         self.generator_optimizer.step()
-        self.discriminator.requires_grad_(True)
+        for parameter in self._learning:
+            parameter.requires_grad_(True)
         for queue in self._queues:
             queue.update()
         return {name: term.detach() for name, term in terms.items()}

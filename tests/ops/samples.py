@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from squid_fast import ops, reference
+from squid_fast.ops import norm
 from tests.tolerances import assert_close
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -172,11 +173,58 @@ def compare_attention(inputs: list[Tensor], heads: int, **how: Any) -> list[Tens
     return compare(fast, plain, inputs, heads, floor=1.0, **how)
 
 
+# --- batch norm -----------------------------------------------------------------------------------
+
+
+def norm_inputs(shape: tuple[int, ...], residual: bool = False, seed: int = 0) -> list[Tensor]:
+    """A map whose channels have means and spreads of their own, weight, bias, a residual."""
+    C = shape[1]
+    spread, middle = normal(C, seed=seed + 1).exp(), 3 * normal(C, seed=seed + 2)
+    x = normal(*shape, seed=seed) * spread[:, None, None] + middle[:, None, None]
+    inputs = [x, *(normal(C, seed=seed + s) for s in (3, 4))]
+    return inputs + [normal(*shape, seed=seed + 5)] * residual
+
+
+def norm_of(batch_norm: Callable[..., Tensor], slope: float, **how: Any) -> Callable[..., Tensor]:
+    """The operation, ours or the reference's, as a function of the tensors with a gradient."""
+
+    def call(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
+        return batch_norm(x, weight, bias, residual=residual, negative_slope=slope, **how)
+
+    return call
+
+
+def norm_operators(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, negative_slope: float
+) -> Tensor:
+    """The operators that ``ops.batch_norm`` calls for tensors of a GPU, on any device."""
+    mean, rstd = norm._batch_norm_statistics(x.detach(), None, None, None, None, 0.1, 1e-5)
+    return norm._batch_norm(x, mean, rstd, weight, bias, residual, negative_slope)
+
+
+def running_statistics(C: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """As of some batches ago."""
+    return {
+        "running_mean": normal(C, seed=6).to(dtype),
+        "running_var": normal(C, seed=7).exp().to(dtype),
+        "num_batches_tracked": torch.tensor(4),
+    }
+
+
+def norm_of_pytorch(momentum: float | None, x: Tensor, shift: Tensor | None) -> dict[str, Tensor]:
+    """The running statistics in float64 that PyTorch's module has after ``x``."""
+    plain = torch.nn.BatchNorm2d(x.shape[1], momentum=momentum).double()
+    running = running_statistics(x.shape[1], torch.float64)
+    plain.load_state_dict(running, strict=False)
+    plain(x.double() if shift is None else x.double() + shift.double()[:, None, None])
+    return {name: plain.state_dict()[name] for name in running}
+
+
 # --- all operators --------------------------------------------------------------------------------
 
 
 def operator_samples() -> dict[str, list[tuple]]:
-    """Arguments for each of the ten operators, some with gradients, some strided."""
+    """Arguments for each of the operators, some with gradients, some strided."""
     logits, grad = normal(3, 7).float(), normal(3, 7, seed=1).float()
     query, memory = normal(3, 2, 4).float(), normal(2, 5, 4, seed=1).float()
     a, b = normal(2, 3, 4, 4).float(), normal(2, 3, 4, 4, seed=1).float()
@@ -234,6 +282,23 @@ def operator_samples() -> dict[str, list[tuple]]:
             (*last, 0.5, seed, scale, shift),
             (strided.detach(), strided.detach(), 0.5, seed, scale, shift),
         ],
+        "batch_norm_statistics": [
+            (x, shift, *running_statistics(3).values(), momentum, 1e-5)
+            for x in (a, last[0], strided.detach())
+            for momentum in (0.1, None)
+        ]
+        + [(last[0], None, None, None, None, 0.1, 1e-3)],
+        "batch_norm": [
+            (leaf(a), shift, scale.exp(), leaf(scale), leaf(shift), None, 0.0),
+            (leaf(last[0]), shift, scale.exp(), leaf(scale), leaf(shift), leaf(last[1]), 0.0),
+            (leaf(last[0]), shift, scale.exp(), leaf(scale), leaf(shift), leaf(b), 1.0),
+            (strided.detach().requires_grad_(), shift, scale.exp(), scale, shift, b, 0.2),
+        ],
+        "batch_norm_backward": [
+            (grad, x, y, shift, scale.exp(), scale, shift, 0.2)
+            for grad, x in ((a, b), (last[0], last[1]), (last[0], strided.detach()))
+            for y in (None, b)
+        ],
         "neighbourhood_attention": [
             (*map(leaf, attention), 2),
             (attention[0].mT.contiguous().mT, *attention[1:], 2),
@@ -256,6 +321,7 @@ def compile_cases(
             [normal(2, 3, 4, 4), normal(2, 3, 4, 4, seed=1)],
         ),
         "attention": (lambda *x: ops.neighbourhood_attention(*x, 2), attention_inputs(2, 2, 4)),
+        "norm": (norm_of(norm_operators, 0.0), norm_inputs((2, 3, 4, 4), residual=True)),
     }
     return {name: (call, [x.to(device) for x in inputs]) for name, (call, inputs) in cases.items()}
 

@@ -103,6 +103,25 @@ ERRORS: dict[str, Callable[[], Tensor]] = {
     "scale is [1] and shift [2]; both must be [1].": (
         lambda: ops.masked_shortcut(MAP, MAP, 0.5, scale=torch.ones(1), shift=torch.ones(2))
     ),
+    "x is [2, 4] of torch.float32; floating-point [B, C, H, W] is needed.": (
+        lambda: ops.batch_norm(X, X[0], X[0])
+    ),
+    "x is [1, 3, 1, 1]: Expected more than 1 value per channel": (
+        lambda: ops.batch_norm(Z(1, 3, 1, 1), Z(3), Z(3))
+    ),
+    "weight is [2]; for x [1, 1, 2, 4] it must be [1].": lambda: ops.batch_norm(MAP, Z(2), Z(1)),
+    "running_mean is [3]; for x [1, 1, 2, 4] it must be [1].": (
+        lambda: ops.batch_norm(MAP, Z(1), Z(1), Z(3), Z(1), Z(()))
+    ),
+    "running_mean and running_var alone cannot be moved; give running_mean, running_var, num_": (
+        lambda: ops.batch_norm(MAP, Z(1), Z(1), Z(1), Z(1))
+    ),
+    "residual is [1, 1, 2, 4] of torch.bfloat16; it must be [1, 1, 2, 4] of torch.float32": (
+        lambda: ops.batch_norm(MAP, Z(1), Z(1), residual=MAP.bfloat16())
+    ),
+    "negative_slope is -0.5; it must lie in [0, 1].": (
+        lambda: ops.batch_norm(MAP, Z(1), Z(1), negative_slope=-0.5)
+    ),
     "query is [1, 4, 2], key [1, 4, 3] and value [1, 4, 2]": (
         lambda: attend(Z(1, 4, 2), Z(1, 4, 3), Z(1, 4, 2), X[0], X[0], 1)
     ),

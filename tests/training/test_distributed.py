@@ -20,12 +20,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from squid_fast import SQUID, MemoryQueue
-from squid_fast.modules import Discriminator
+from squid_fast.modules import Discriminator, freeze_cancelled_biases
 from squid_fast.presets import Recipe
 from squid_fast.training import Trainer, squid, train
 from squid_fast.training.distributed import Processes, SyncBatchNorm2d
 from squid_fast.training.learner import step_seed
 from tests.factories import image_set, open_masks, tiny_squid
+from tests.modules.published import cancelled_biases
 from tests.training.test_training import assert_same_state
 
 pytest.importorskip("lightning_fabric")
@@ -170,6 +171,24 @@ def test_one_log_with_the_losses_of_all(runs: Path) -> None:
 
 def test_the_processes_do_the_same_sums(runs: Path) -> None:
     assert (runs / "output.txt").read_text().count("all the same") == 2
+
+
+def test_no_process_waits_for_the_gradient_of_a_cancelled_bias(tmp_path: Path) -> None:
+    """Without synchronised batch norm DistributedDataParallel would, and refuse the second step."""
+    store = f"file://{tmp_path / 'store'}"
+    dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        model = tiny_squid()
+        freeze_cancelled_biases(model)
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        for _ in range(2):
+            outputs = wrapped(image_set(4).batch(slice(None)))
+            loss = outputs["recon"] + outputs["teacher_recon"] + outputs["dist_loss"]
+            loss.square().mean().backward()
+        missing = {name for name, p in model.named_parameters() if p.grad is None}
+        assert missing == cancelled_biases(dict(model.named_parameters()))
+    finally:
+        dist.destroy_process_group()
 
 
 def do_sums() -> None:
