@@ -71,8 +71,7 @@ def steps_of(stage: str, options: Namespace) -> list[Step]:
         command += ["-q", "-rf", "--tb=short", "-p", "no:cacheprovider", "-p", "no:benchmark"]
         if cuda and find_spec("xdist"):
             command += ["-n", f"{_WORKERS}", "--dist", "worksteal"]
-        # Without it cuBLAS warns of results that are not deterministic, and warnings are errors.
-        steps = [Step("tests", 300, [command], {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"})]
+        steps = [Step("tests", 300, [command])]
         if cuda and (sanitizer := shutil.which("compute-sanitizer")):
             checked = [sanitizer, "--tool", "memcheck", "--error-exitcode", "9"]
             checked += ["--print-limit", "5", *python, "bench.gpu.contact", "cuda", _CHECKED]
