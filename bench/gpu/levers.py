@@ -1,9 +1,9 @@
 """Where a GPU's time goes when it scores, and what changes of the network would give.
 
-The levers add up in the order of the trials: biases, ReLU and residuals in the epilogue of cuDNN's
-convolutions; the resize straight into the concatenation, in Triton; TF32 products outside the
-kernels; ``torch.compile``. None of them is part of ``squid_fast``. *Noise* is the deviation of the
-difference of scores, in deviations of the score.
+The levers add up in the order of the trials: the resize straight into the concatenation, in
+Triton; TF32 products outside the kernels; ``torch.compile``. None of them is part of
+``squid_fast``. What it has, ``CudnnConv`` and the backend "compile", is timed beside what they
+replace. *Noise* is the deviation of the difference of scores, in deviations of the score.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from squid_fast.experiments.benchmark import Benchmark, compare, figures, random
 from squid_fast.inference import Scorer, convolution, network
 from squid_fast.inference.calibration import rank_correlation
 from squid_fast.inference.scores import PAPER_SCORE
+from squid_fast.utils.devices import Backend
+from squid_fast.utils.tf32 import tf32
 
-from ..operations.timing import graph_seconds, tf32
+from ..operations.timing import graph_seconds
 from . import trials, up2
 
 Network = Callable[[Tensor], Tensor]  # images to logits
@@ -29,16 +31,6 @@ Network = Callable[[Tensor], Tensor]  # images to logits
 def logits_of(scorer: Scorer) -> Network:
     """The network of a scorer as it is captured, errors of reconstruction included."""
     return lambda images: scorer.model(images, (PAPER_SCORE,))[2]
-
-
-def convolution_with_epilogue(
-    self: convolution.FoldedConv, x: Tensor, residual: Tensor | None = None
-) -> Tensor:
-    """``FoldedConv.forward`` in one call of cuDNN."""
-    where = self.stride, self.padding, [1, 1], 1
-    if residual is None:
-        return torch.cudnn_convolution_relu(x, self.weight, self.bias, *where)
-    return torch.cudnn_convolution_add_relu(x, self.weight, residual, 1.0, self.bias, *where)
 
 
 def stage_with_resize(resize: Callable[[Tensor, Tensor | None], Tensor]) -> Callable[..., Tensor]:
@@ -62,7 +54,9 @@ class Levers:
 
     def __init__(self, run: trials.Trials) -> None:
         self.run, self.device = run, run.device
-        benchmark = Benchmark(random_bundle(trials.preset(run.rehearsal)), run.device)
+        self.benchmark = benchmark = Benchmark(
+            random_bundle(trials.preset(run.rehearsal)), run.device
+        )
         self.images = trials.images(4 if run.rehearsal else 1024, benchmark.bundle.model.image_size)
         self.batches = (2,) if run.rehearsal else (16, 64, 256, 1024)
         self.exact = benchmark.scorer("float32")
@@ -72,7 +66,10 @@ class Levers:
 
     @torch.inference_mode()
     def rates(self, net: Network, batches: Sequence[int] = ()) -> dict[int, list[float]]:
-        """Milliseconds of a batch and images/s, by batch size, without the way to the device."""
+        """Milliseconds of a batch and images/s, by batch size, without the way to the device.
+
+        In float32 where the scorer is, see ``squid_fast.utils.tf32``, but for trials with TF32.
+        """
         found = {}
         for B in batches or self.batches:
             seconds = graph_seconds(partial(net, self.images[:B].to(self.device)), self.device)
@@ -91,12 +88,13 @@ class Levers:
         noise = float((found - self.expected).std() / self.expected.std())
         return [rank_correlation(self.expected, found), round(noise, 4)]
 
-    def end_to_end(self) -> dict[str, float]:
+    def end_to_end(self, backend: Backend = "eager") -> dict[str, float]:
         """Images/s by batch size and dtype of images in the host's memory."""
+        scorer = self.benchmark.scorer(self.scorer.precision, backend)
         contenders = {}
         for B in self.batches:
             for images in (self.images[:B], (self.images[:B] * 255).byte()):
-                contenders[f"{B}, {images.dtype}"] = (B, partial(self.scorer.score, images))
+                contenders[f"{B}, {images.dtype}"] = (B, partial(scorer.score, images))
         rows = figures(contenders, compare(contenders, 1 if self.run.rehearsal else 15))
         return {name: row["images_per_second"] for name, row in rows.items()}
 
@@ -127,31 +125,35 @@ def make(run: trials.Trials) -> None:
     """Make the trials."""
     levers = Levers(run)
     net, plain = logits_of(levers.scorer), logits_of(levers.exact)
-    run.attempt("float32 with TF32: rank correlation, noise", levers.noise, plain)
+    with tf32(True):
+        run.attempt("float32 with TF32: rank correlation, noise", levers.noise, plain)
+    with tf32(False):
+        _make_in_float32(levers, net)
+
+
+def _make_in_float32(levers: Levers, net: Network) -> None:
+    run = levers.run
     run.attempt("as built: ms and images/s by batch", levers.rates, net)
     run.attempt("as built: rank correlation, noise", levers.noise, net)
     run.attempt("as built, from the host: images/s", levers.end_to_end)
     run.attempt("as built: kernels of a batch of 256", levers.kernels, net)
+    with patch.object(convolution.CudnnConv, "forward", convolution.FoldedConv.forward):
+        run.attempt("plain convolutions: ms and images/s by batch", levers.rates, net)
+        run.attempt("plain convolutions: rank correlation, noise", levers.noise, net)
 
     def change(before: Tensor) -> float:
         return float((levers.scores(net) - before).abs().max() / before.std())
 
-    epilogue: Callable[..., Tensor] = convolution_with_epilogue
-    resize = up2.up2
-    if run.rehearsal:  # what both do, by PyTorch
-        epilogue, resize = convolution.FoldedConv.forward, up2.resized
-    with patch.object(convolution.FoldedConv, "forward", epilogue):
-        run.attempt("epilogues: ms and images/s by batch", levers.rates, net)
-        run.attempt("epilogues: rank correlation, noise", levers.noise, net)
-        before = levers.scores(net)
-        with patch.object(network.Stage, "forward", stage_with_resize(resize)):
-            run.attempt("and resize: ms and images/s by batch", levers.rates, net)
-            run.attempt("and resize: largest change of a score", change, before)
-            run.attempt("and resize: kernels of a batch of 256", levers.kernels, net)
-            with tf32(True, products=True):
-                run.attempt("and TF32 products: ms and images/s", levers.rates, net)
-                run.attempt("and TF32 products: rank, noise", levers.noise, net)
-            levers.compiled("and torch.compile")
-    if not run.rehearsal:
+    resize = up2.resized if run.rehearsal else up2.up2  # the same by PyTorch
+    before = levers.scores(net)
+    with patch.object(network.Stage, "forward", stage_with_resize(resize)):
+        run.attempt("and resize: ms and images/s by batch", levers.rates, net)
+        run.attempt("and resize: largest change of a score", change, before)
+        run.attempt("and resize: kernels of a batch of 256", levers.kernels, net)
+        with tf32(True, products=True):
+            run.attempt("and TF32 products: ms and images/s", levers.rates, net)
+            run.attempt("and TF32 products: rank, noise", levers.noise, net)
+        levers.compiled("and torch.compile")
+    if not run.rehearsal:  # where compiling would take minutes
         torch._dynamo.reset()
-        levers.compiled("torch.compile alone")
+        run.attempt("backend compile, from the host: images/s", levers.end_to_end, "compile")

@@ -19,9 +19,11 @@ from functools import partial
 
 import torch
 
+from squid_fast.utils.tf32 import tf32
+
 from ..markdown import table
 from .cases import Case, cases
-from .timing import clock_seconds, event_seconds, tf32
+from .timing import clock_seconds, event_seconds
 
 ELEMENT = {"bfloat16": 2, "float16": 2, "float32": 4}  # bytes
 

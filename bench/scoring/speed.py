@@ -11,6 +11,7 @@ import json
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from functools import partial
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -24,7 +25,14 @@ from squid_fast.presets import Preset
 from squid_fast.training import Trainer, make_optimizers
 from squid_fast.training.ema import EMA
 from squid_fast.training.graphs import Losses, StepGraphs
-from squid_fast.utils.devices import choose_device, choose_layout, choose_precision, to_layout
+from squid_fast.utils.devices import (
+    Backend,
+    choose_device,
+    choose_layout,
+    choose_precision,
+    to_layout,
+)
+from squid_fast.utils.tf32 import tf32
 
 from ..arguments import add_device, add_folder, add_option, add_output, add_threads
 from ..measurements import Results
@@ -42,8 +50,9 @@ def training(preset: Preset, device: torch.device, count: int) -> Contenders:
     }
 
     def both(step: Step) -> None:
-        for index in range(2):
-            step(index)
+        with tf32(False):
+            for index in range(2):
+                step(index)
         if device.type == "cuda":
             torch.cuda.synchronize()
 
@@ -104,6 +113,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_option(parser, "--rounds", 9, "Number of rounds")
     add_option(parser, "--batch", 16, "Number of images in a batch")
     add_option(parser, "--seconds", 10.0, "Seconds that a screening run should last")
+    help = "Backend of the scorer; compile is timed beside eager"
+    add_option(parser, "--backend", "eager", help, choices=get_args(Backend))
     add_folder(parser, "--bundle", "Trained model. Default: random weights.")
     add_folder(parser, "--data", "Images to screen. Default: made up.")
     add_device(parser)
@@ -116,7 +127,8 @@ def main(options: Namespace) -> None:
     torch.set_num_threads(options.threads)
     device, preset = choose_device(options.device), PRESETS[options.preset]
     bundle = load_bundle(options.bundle) if options.bundle else random_bundle(preset)
-    how = {name: getattr(options, name) for name in ("batch", "rounds", "seconds", "data")}
+    asked = ("batch", "rounds", "seconds", "data", "backend")
+    how = {name: getattr(options, name) for name in asked}
     parts = [options.part] if options.part else PARTS
     rows = Benchmark(bundle, device, **how).run([part for part in parts if part != "training"])
     if "training" in parts:

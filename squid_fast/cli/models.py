@@ -42,6 +42,7 @@ def evaluate(
     ] = False,
     device: options.Device = None,
     precision: options.Precision = "auto",
+    backend: options.Backend = "eager",
     as_json: options.Json = False,
 ) -> None:
     """Measure how well a model tells anomalous images from normal.
@@ -51,7 +52,7 @@ def evaluate(
 
     Example: squid-fast evaluate runs/zhang --data chest_xray
     """
-    scorer = load_scorer(bundle, precision=precision, device=device)
+    scorer = load_scorer(bundle, precision=precision, device=device, backend=backend)
     records = labelled(find_records(data, layout), split, data)
     with progress_bar("reading images") as advance:
         images = load_images(records, scorer.image_size, on_progress=advance)

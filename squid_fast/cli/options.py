@@ -59,6 +59,10 @@ Precision = Annotated[
     devices.ScoringPrecision,
     Option(help="Number format; auto is the fastest that ranks as float32 does."),
 ]
+Backend = Annotated[
+    devices.Backend,
+    Option(help="What runs the network; compile takes a minute at every new batch size."),
+]
 Threads = Annotated[
     int | None, Option(min=1, help="Number of CPU threads.", show_default="the fastest, by timing")
 ]

@@ -44,6 +44,7 @@ def screen(
     resume: options.Resume = False,
     device: options.Device = None,
     precision: options.Precision = "auto",
+    backend: options.Backend = "eager",
     as_json: options.Json = False,
 ) -> None:
     """Score image files by how unusual they are.
@@ -59,7 +60,7 @@ def screen(
     for path in (report, summary):
         if path is not None:
             check_folder(path)
-    scorer = load_scorer(bundle, score, precision, device)
+    scorer = load_scorer(bundle, score, precision, device, backend)
     started = time.perf_counter()
     with progress_bar("screening") as advance, stop_on_signals() as should_stop:
         screened = screen_to_table(
@@ -164,6 +165,7 @@ def bench(
     out: Annotated[Path | None, Option(help="JSON file for the results.")] = None,
     device: options.Device = None,
     precision: options.Precision = "auto",
+    backend: options.Backend = "eager",
     as_json: options.Json = False,
 ) -> None:
     """Measure how fast this machine scores images.
@@ -178,9 +180,9 @@ def bench(
     if threads is not None:
         torch.set_num_threads(threads)
     where = choose_device(device)
-    check_hardware(precision, where)
+    check_hardware(precision, where, backend)
     measured = load_bundle(bundle) if bundle else random_bundle(find_preset(preset))
-    benchmark = Benchmark(measured, where, precision, batch_size, rounds, seconds, data)
+    benchmark = Benchmark(measured, where, precision, batch_size, rounds, seconds, data, backend)
     about = {"model": str(bundle or preset), "data": str(data) if data else None}
     figures = about | benchmark.run(progress=progress_bar)
     if out is not None:

@@ -36,7 +36,7 @@ from ..modules import SQUID, Discriminator, discriminator_size
 from ..presets import Preset
 from ..screening import find_files, screen
 from ..screening.reading.files import PACKED_SUFFIX
-from ..utils.devices import ScoringPrecision, has_fast_bf16
+from ..utils.devices import Backend, ScoringPrecision, has_fast_bf16
 from ..utils.extras import require
 from ..utils.machine import describe
 from .published import check_agreement, published_way
@@ -70,6 +70,7 @@ class Benchmark:
         seconds: approximate time of a run over files. At least four batches are taken, and at most
             8,192 synthetic files.
         data: file or folder of images; by default, synthetic JPEG files are written.
+        backend: of the scorer; "compile" is timed beside "eager", and scores the files.
 
     Raises:
         ValueError: ``data`` holds no image files.
@@ -82,6 +83,7 @@ class Benchmark:
     rounds: int = 5
     seconds: float = 10.0
     data: Path | None = None
+    backend: Backend = "eager"
 
     def __post_init__(self) -> None:
         if self.data:
@@ -94,10 +96,10 @@ class Benchmark:
     ) -> dict[str, Any]:
         """Measure some of ``PARTS``, and return figures for JSON.
 
-        Keys: those of ``describe``, precision, image_size, batch, rounds, and each part with its
-        rows by name (see ``figures``). The part "evaluation" scores images from memory, including
-        their way to the device and back; "screening" scores files, including the start of the
-        processes that read them. Rows of "evaluation" have ``ratio_at_equal_batch`` if the
+        Keys: those of ``describe``, precision, backend, image_size, batch, rounds, and each part
+        with its rows by name (see ``figures``). The part "evaluation" scores images from memory,
+        including their way to the device and back; "screening" scores files, including the start
+        of the processes that read them. Rows of "evaluation" have ``ratio_at_equal_batch`` if the
         published way is timed at the same batch size. The row of ``screen`` has
         ``share_of_scorer``: its rate over that of the same scorer on images from memory.
 
@@ -107,8 +109,10 @@ class Benchmark:
         """
         measure = {"evaluation": self._evaluation, "screening": self._screening}
         results: dict[str, Any] = {
-            **describe(self.device), "precision": self.scorer(self.precision).precision,
-            "image_size": self.bundle.model.image_size, "batch": self.batch, "rounds": self.rounds,
+            **describe(self.device),
+            "precision": self.scorer(self.precision, self.backend).precision,
+            "backend": self.backend, "image_size": self.bundle.model.image_size,
+            "batch": self.batch, "rounds": self.rounds,
         }  # fmt: skip
         for part in parts:
             with progress(part) as advance:
@@ -131,8 +135,13 @@ class Benchmark:
         for count in dict.fromkeys((1, self.batch, large if on_gpu else 1)):
             call = partial(published, images[:count])
             contenders[f"published way, batch of {count}"] = (count, call)
-        for scorer, count in (*((s, self.batch) for s in scorers.values()), (best, large)):
-            name = f"squid_fast.Scorer, {scorer.precision}, batch of {count}"
+        timed = [*((scorer, self.batch) for scorer in scorers.values()), (best, large)]
+        if self.backend == "compile":
+            compiled = self.scorer(self.precision, "compile")
+            timed += [(compiled, self.batch), (compiled, large)]
+        for scorer, count in timed:
+            how = scorer.precision + (", compiled" if scorer.backend == "compile" else "")
+            name = f"squid_fast.Scorer, {how}, batch of {count}"
             contenders[name] = (count, partial(scorer.score, images[:count]))
         seconds = compare(contenders, self.rounds, on_progress)
         rows = figures(contenders, seconds)
@@ -144,7 +153,8 @@ class Benchmark:
 
     def _screening(self, on_progress: OnProgress) -> Rows:
         published = published_way(self.bundle, self.device)
-        scorer, size = self.scorer(self.precision), self.bundle.model.image_size
+        scorer = self.scorer(self.precision, self.backend)
+        size = self.bundle.model.image_size
         with tempfile.TemporaryDirectory() as folder:
             trial = partial(scorer.score, _images(self.batch, size))
             wanted = int(self.seconds / compare({"": (self.batch, trial)}, 1)[""][0])
@@ -180,11 +190,11 @@ class Benchmark:
         rows[ours]["share_of_scorer"] = times_as_fast(seconds[alone], seconds[ours])
         return rows
 
-    def scorer(self, precision: ScoringPrecision) -> Scorer:
+    def scorer(self, precision: ScoringPrecision, backend: Backend = "eager") -> Scorer:
         """A scorer of the bundle by the paper's score."""
         pair = self.bundle.model, self.bundle.discriminator
         calibration = self.bundle.calibration or _NO_CALIBRATION
-        return Scorer(*pair, calibration, PAPER_SCORE, precision, self.device)
+        return Scorer(*pair, calibration, PAPER_SCORE, precision, self.device, backend)
 
 
 def compare(

@@ -10,12 +10,17 @@ from torch import Tensor
 from .. import reference
 from ..inference import Scorer
 from ..inference.bundle import Bundle
+from ..utils.tf32 import tf32
 
 _TOLERANCE = 0.01  # standard deviations
 
 
-def published_way(bundle: Bundle, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """The published scores [B] of images [B, 1, H, W]: the logits of ``reference``.
+def published_way(
+    bundle: Bundle, device: torch.device, in_tf32: bool = False
+) -> Callable[[Tensor], Tensor]:
+    """The published scores [B] of images [B, 1, H, W]: the logits of ``reference``, in float32.
+
+    On a GPU PyTorch would compute convolutions in TF32 unless told otherwise; see ``utils.tf32``.
 
     Raises:
         ValueError: the model is a variant that was never published.
@@ -33,8 +38,9 @@ def published_way(bundle: Bundle, device: torch.device) -> Callable[[Tensor], Te
 
     @torch.no_grad()
     def score(images: Tensor) -> Tensor:
-        recon = model(images.to(device))["recon"]
-        return reference.discriminator_logits(discriminator, recon).cpu()
+        with tf32(in_tf32):
+            recon = model(images.to(device))["recon"]
+            return reference.discriminator_logits(discriminator, recon).cpu()
 
     return score
 

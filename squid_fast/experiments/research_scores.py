@@ -19,6 +19,7 @@ from ..inference.scores import PAPER_SCORE
 from ..metrics import Evaluation, evaluate
 from ..modules import SQUID, MemoryQueue
 from ..utils.devices import Precision, choose_device, choose_layout, choose_precision, to_layout
+from ..utils.tf32 import tf32
 
 OTHER_SCORES = {
     "memory_distance": "how far a patch's features lie from the nearest slot of their queue: "
@@ -59,7 +60,7 @@ def other_scores(
     parts: dict[str, list[Tensor]] = {name: [] for name in OTHER_SCORES}
     for start in range(0, len(images), _BATCH):
         batch = images.batch(slice(start, start + _BATCH), where).to(memory_format=layout)
-        with torch.autocast(where.type, torch.bfloat16, enabled=bf16):
+        with tf32(False), torch.autocast(where.type, torch.bfloat16, enabled=bf16):
             outputs = model(batch)
         recon, teacher = outputs["recon"], outputs["teacher_recon"]
         if teacher is not None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Hashable
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Hashable, Iterator
+from threading import RLock
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from ..utils.tf32 import tf32
+
 _WARM_UP = 3  # calls before a capture, as PyTorch recommends
-_MOST = 8  # graphs kept; each holds the memory of its activations
+_FEW = 16  # images, which take a GPU hardly longer than one
 
 Function = Callable[[Tensor], tuple[Tensor, ...]]
 Result = TypeVar("Result")
@@ -26,17 +28,39 @@ def aside(call: Callable[[], Result], device: torch.device) -> Result:
     return result
 
 
-def capture(call: Callable[[], Result], device: torch.device) -> tuple[Callable[[], None], Result]:
+def capture(
+    call: Callable[[], Result], device: torch.device, pool: Any = None
+) -> tuple[Callable[[], None], Result]:
     """Capture the kernels of a call as a CUDA graph, without running them.
 
     The call must have run ``aside`` before, and read no tensor on the host. Returned are a function
-    that replays the graph, and the call's result, whose tensors a replay overwrites.
+    that replays the graph, and the call's result, whose tensors a replay overwrites. Graphs that
+    share a ``pool`` of memory overwrite each other's tensors too.
     """
     graph = torch.cuda.CUDAGraph()
     stream = torch.cuda.Stream(device)  # PyTorch's own belongs to the first device that captured
-    with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream):
+    with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool, stream=stream):
         result = call()
     return graph.replay, result
+
+
+def portions(count: int, largest: int) -> Iterator[tuple[int, int]]:
+    """How a batch is split into graphs: images of each portion, and images that its graph takes.
+
+    Graphs take powers of two. Places that stay empty cost as much as images, so at most a quarter
+    of a graph does, unless it is small.
+
+    >>> list(portions(2500, 1024))
+    [(1024, 1024), (1024, 1024), (452, 512)]
+    >>> list(portions(300, 1024))
+    [(256, 256), (32, 32), (12, 16)]
+    """
+    while count:
+        size = min(1 << (count - 1).bit_length(), largest)
+        if count < size and size > _FEW and 4 * count < 3 * size:
+            size //= 2
+        yield min(count, size), size
+        count -= min(count, size)
 
 
 class _Captured(NamedTuple):
@@ -46,32 +70,59 @@ class _Captured(NamedTuple):
 
 
 class Graphs:
-    """Captures a function of one CUDA tensor once for every shape, and replays it from then on."""
+    """Replays a function of a CUDA tensor, captured for a few batch sizes, for batches of any size.
 
-    def __init__(self) -> None:
-        self._captured: OrderedDict[Hashable, _Captured] = OrderedDict()
+    All graphs share one pool of memory, so that together they take as much as the largest. What one
+    has computed the next overwrites; hence they run one after the other, on one stream at a time,
+    and results have to be copied. None is ever thrown away, which would free nothing.
 
-    def __call__(self, function: Function, name: Hashable, x: Tensor) -> tuple[Tensor, ...]:
-        """``function(x)``; a graph is shared by all functions of the same ``name``."""
-        key = (name, x.shape, x.dtype)
+    Args:
+        largest: images that a graph takes at most, a power of two.
+    """
+
+    def __init__(self, device: torch.device, largest: int) -> None:
+        self.device, self.largest = device, largest
+        self._captured: dict[Hashable, _Captured] = {}
+        self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None  # of the last replay
+        self._turn = RLock()
+
+    def replay(
+        self, function: Function, name: Hashable, x: Tensor
+    ) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
+        """``function(x)`` in portions: rows of ``x``, and their results, in order.
+
+        The next portion overwrites the results. ``x`` lies on the device or, best in pinned memory,
+        on the host. A graph is shared by all functions of the same ``name``.
+        """
+        with self._turn:  # of threads that share a scorer
+            current = torch.cuda.current_stream(self.device)
+            if self._stream is not None and self._stream != current:
+                current.wait_stream(self._stream)
+            self._stream, start = current, 0
+            for count, size in portions(len(x), self.largest):
+                rows = slice(start, start + count)
+                replay, given, results = self._of(function, name, x, size)
+                given[:count].copy_(x[rows], non_blocking=True)
+                given[count:].zero_()
+                replay()
+                yield rows, tuple(result[:count] for result in results)
+                start += count
+
+    def _of(self, function: Function, name: Hashable, x: Tensor, size: int) -> _Captured:
+        key = (name, size, x.shape[1:], x.dtype)
         if key not in self._captured:
-            while len(self._captured) >= _MOST:
-                self._captured.popitem(last=False)
-            self._captured[key] = _warm_and_capture(function, x)
-        self._captured.move_to_end(key)
-        captured = self._captured[key]
-        captured.given.copy_(x)
-        captured.replay()
-        return tuple(result.clone() for result in captured.results)
+            shape = (size, *x.shape[1:])
+            given = torch.zeros(shape, dtype=x.dtype, device=self.device)
 
+            def warm_up() -> None:
+                for _ in range(_WARM_UP):
+                    function(given)
 
-def _warm_and_capture(function: Function, x: Tensor) -> _Captured:
-    given = x.clone()
-
-    def warm_up() -> None:
-        for _ in range(_WARM_UP):
-            function(given)
-
-    aside(warm_up, x.device)
-    replay, results = capture(lambda: function(given), x.device)
-    return _Captured(replay, given, results)
+            with tf32(False):
+                aside(warm_up, self.device)
+                pool = self._pool or torch.cuda.graph_pool_handle()
+                replay, results = capture(lambda: function(given), self.device, pool)
+            self._pool = pool  # which lives as long as one graph does
+            self._captured[key] = _Captured(replay, given, results)
+        return self._captured[key]

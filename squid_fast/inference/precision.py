@@ -6,7 +6,8 @@ from typing import Literal, get_args
 
 import torch
 
-from ..utils.devices import ScoringPrecision, choose_precision
+from ..utils.devices import Backend, ScoringPrecision, choose_precision
+from .compiler import lacking
 from .quantization import has_int8
 from .scores import Calibration
 
@@ -19,8 +20,10 @@ def can_use_int8(calibration: Calibration | None, device: torch.device) -> bool:
     return bool(calibration and calibration.quantization) and device.type == "cpu" and has_int8()
 
 
-def check_hardware(precision: ScoringPrecision, device: torch.device) -> None:
-    """Raise ValueError unless the precision is known and the hardware computes in it.
+def check_hardware(
+    precision: ScoringPrecision, device: torch.device, backend: Backend = "eager"
+) -> None:
+    """Raise ValueError unless precision and backend are known and work on this machine.
 
     >>> check_hardware("float32", torch.device("cpu"))
     >>> check_hardware("int4", torch.device("cpu"))
@@ -38,17 +41,34 @@ def check_hardware(precision: ScoringPrecision, device: torch.device) -> None:
             "precision is 'int8', which needs a processor with int8 products (VNNI); "
             f"on this {device.type} 'auto' or 'float32' would fit."
         )
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend is {backend!r}; it must be 'eager' or 'compile'.")
+    if backend == "compile" and precision == "int8":
+        raise ValueError(
+            "backend is 'compile', which knows no int8; with it precision 'auto', 'bf16' or "
+            "'float32' would fit, and with precision 'int8' backend 'eager'."
+        )
+    missing = lacking(device) if backend == "compile" else None
+    if missing is not None:
+        raise ValueError(
+            f"backend is 'compile', which needs {missing}, and this machine has none; 'eager' "
+            "would fit."
+        )
 
 
 def choose_scoring_precision(
-    precision: ScoringPrecision, device: torch.device, calibration: Calibration | None, score: str
+    precision: ScoringPrecision,
+    device: torch.device,
+    calibration: Calibration | None,
+    score: str,
+    backend: Backend = "eager",
 ) -> Literal["int8", "bf16", "float32"]:
     """The precision to compute in, where ``"auto"`` is resolved as described in ``Scorer``.
 
-    ValueError if the name is unknown, or the hardware or the calibration do not allow it.
+    ValueError if a name is unknown, or the machine or the calibration do not allow it.
     """
-    check_hardware(precision, device)
-    able = can_use_int8(calibration, device)
+    check_hardware(precision, device, backend)
+    able = can_use_int8(calibration, device) and backend == "eager"
     if precision == "int8" and not able:
         raise ValueError(
             "precision is 'int8', but the calibration holds no ranges for it: it is missing, or "

@@ -18,7 +18,7 @@ from torch.export import ExportedProgram
 from ..data import ImageSet
 from ..metrics import Evaluation, evaluate
 from ..modules import SQUID, Discriminator
-from ..utils.devices import ScoringPrecision, choose_device
+from ..utils.devices import Backend, ScoringPrecision, choose_device
 from .bundle import load_bundle
 from .model import BATCH, FrozenModel
 from .precision import check_hardware, choose_scoring_precision
@@ -72,8 +72,13 @@ class BaseScorer(ABC):
         self.precision, self.device, self.calibration = precision, device, calibration
 
     @abstractmethod
-    def measure(self, images: Tensor, names: Collection[str]) -> tuple[dict[str, Tensor], Tensor]:
-        """Raw scores [B] by name, on the CPU, and reconstructions of images, see ``score``."""
+    def measure(
+        self, images: Tensor, names: Collection[str], reconstruction: bool = True
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Raw scores [B] by name, on the CPU, and reconstructions of images, see ``score``.
+
+        Without ``reconstruction`` they may be left out.
+        """
 
     @property
     def threshold(self) -> float:
@@ -101,17 +106,18 @@ class BaseScorer(ABC):
             ValueError: images that the model cannot take, or no calibration.
         """
         self.calibration_of()
-        values, recon = self.measure(images, (self.score_name,))
+        values, recon = self.measure(images, (self.score_name,), reconstruction)
         raw = values[self.score_name]
         z = self.z_score(self.score_name, raw)
-        return Scores(raw, z, torch.sigmoid(z), recon.cpu() if reconstruction else None)
+        shown = recon.cpu() if reconstruction and recon is not None else None
+        return Scores(raw, z, torch.sigmoid(z), shown)
 
     def raw_scores(
         self, images: ImageSet, names: Collection[str] | None = None
     ) -> dict[str, Tensor]:
         """Raw values [n] of several scores at once, of all unless named."""
         names = self.score_names if names is None else names
-        parts = [self.measure(batch, names)[0] for batch in images.batches(self.batch_size)]
+        parts = [self.measure(batch, names, False)[0] for batch in images.batches(self.batch_size)]
         return {name: torch.cat([part[name] for part in parts]) for name in names}
 
     def evaluate(self, images: ImageSet) -> tuple[dict[str, Evaluation], dict[str, np.ndarray]]:
@@ -167,11 +173,17 @@ class Scorer(BaseScorer):
             in which those stages are quantized that the calibration found to keep the ranking (on
             CPUs with VNNI, for a calibration made on one), the others in bf16 where the hardware
             has it; "auto": on a CPU int8 where it ranks as float32 does (``AGREEMENT``), else bf16
-            where the hardware has it. Scores differ a little between precisions.
+            where the hardware has it. Scores differ a little between precisions. float32 is
+            computed in float32 on a GPU too, never in TF32.
         device: "cpu", "cuda", ...; a GPU if there is one unless given.
+        backend: "eager", or "compile", which has ``torch.compile`` join what lies between our
+            kernels. It needs Triton or, on a CPU, a C++ compiler, compiles for a minute or so at
+            the first batch of each size, and knows no int8. ``squid-fast bench --backend compile``
+            measures both; scores differ a little between them.
 
     Raises:
-        ValueError: no such score, precision or device; or the hardware does not compute in it.
+        ValueError: no such score, precision, device or backend; or this machine does not compute
+            in it.
 
     >>> from squid_fast import calibrate
     >>> model = SQUID(1, 8, 3, level=2, memory_channel=200, ops=["none", "none"])
@@ -191,14 +203,16 @@ class Scorer(BaseScorer):
         score: str = PAPER_SCORE,
         precision: ScoringPrecision = "auto",
         device: str | torch.device | None = None,
+        backend: Backend = "eager",
     ) -> None:
         if score not in SCORES:
             raise ValueError(f"score is {score!r}; it must be one of {', '.join(SCORES)}.")
         where = choose_device(device)
-        chosen = choose_scoring_precision(precision, where, calibration, score)
+        chosen = choose_scoring_precision(precision, where, calibration, score, backend)
         super().__init__(score, SCORES, model.image_size, chosen, where, calibration)
         quantization = calibration.quantization if calibration else None
-        self.model = FrozenModel(model, discriminator, chosen, where, quantization)
+        self.backend = backend
+        self.model = FrozenModel(model, discriminator, chosen, where, quantization, backend)
 
     @classmethod
     def load(
@@ -207,29 +221,34 @@ class Scorer(BaseScorer):
         score: str | None = None,
         precision: ScoringPrecision = "auto",
         device: str | torch.device | None = None,
+        backend: Backend = "eager",
     ) -> Scorer:
         """The scorer of a bundle folder; its configured score unless another is named.
 
         Raises:
             BundleError: the folder is no bundle, or damaged; ValueError as of the constructor.
         """
-        check_hardware(precision, choose_device(device))
+        check_hardware(precision, choose_device(device), backend)
         loaded = load_bundle(bundle)
         pair, score = (loaded.model, loaded.discriminator), score or loaded.score
-        return cls(*pair, loaded.calibration, score, precision, device)
+        return cls(*pair, loaded.calibration, score, precision, device, backend)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of weights, calibration, score and precision: rows of two must not be mixed."""
+        """Hash of all that scores depend on, to the bit: rows of two must not be mixed."""
         calibration = self.calibration and self.calibration.to_json()
         about = [self.model.config, calibration, self.score_name, self.precision]
+        if self.backend != "eager":
+            about.append(self.backend)
         return fingerprint(self.model.weights(), about)
 
     def prefetch(self, images: Tensor) -> Tensor:
         return self.model.prefetch(images)
 
-    def measure(self, images: Tensor, names: Collection[str]) -> tuple[dict[str, Tensor], Tensor]:
-        measured, recon = self.model.measure(images, names)
+    def measure(
+        self, images: Tensor, names: Collection[str], reconstruction: bool = True
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        measured, recon = self.model.measure(images, names, reconstruction)
         return raw_scores(names, *measured, self.calibration), recon
 
     def to_torch_export(self) -> ExportedProgram:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -104,9 +105,10 @@ class InpaintBlock(nn.Module):
         """Project every slot to its key and value once, for evaluation with fixed weights.
 
         An answer is a weighted sum of slots, and its key the same sum of projected slots, so that
-        the answers, near half of the block's work, need not be projected at every call. ``train()``
-        ends this, and it has no effect once slots or weights have changed or moved. Convolutional
-        mixing has nothing to freeze.
+        the answers, near half of the block's work, need not be projected at every call. A copy of
+        the block is frozen too, and so is the block when it moves to another device or dtype.
+        ``train()`` ends this, and it has no effect once slots or weights have changed.
+        Convolutional mixing has nothing to freeze.
         """
         if self.attention is None:
             return
@@ -125,6 +127,21 @@ class InpaintBlock(nn.Module):
             return False
         # A compiled program cannot check; it is made for fixed weights.
         return torch.compiler.is_compiling() or self._projected_from == self._state_of_weights()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> InpaintBlock:
+        """What ``to()``, ``half()``, ``cuda()`` and the like do to the tensors."""
+        super()._apply(fn, recurse)
+        self._freeze_anew()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy, of a deep copy or a pickle."""
+        super().__setstate__(state)
+        self._freeze_anew()
+
+    def _freeze_anew(self) -> None:
+        if self.projected is not None:  # from what slots and weights are now, which is always right
+            self.freeze()
 
     def train(self, mode: bool = True) -> InpaintBlock:
         if mode:

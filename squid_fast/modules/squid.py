@@ -201,6 +201,18 @@ def _mean_squared(difference: Tensor) -> Tensor:
 
 def check_images(images: Tensor, config: dict[str, Any], side: int, training: bool = False) -> None:
     """Raise ValueError unless a model of that configuration and image side takes the images."""
+    check_shape(images, config, side)
+    check_dtype(images)
+    if torch.compiler.is_compiling() or (images.is_cuda and training):
+        return
+    if images.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    if not bool(torch.isfinite(images).all()):
+        refuse_images(int((~torch.isfinite(images)).flatten(1).any(dim=1).sum()), len(images))
+
+
+def check_shape(images: Tensor, config: dict[str, Any], side: int) -> None:
+    """Raise ValueError unless the model takes images of this shape."""
     fitting = f"[B, {config['num_in_ch']}, {side}, {side}]"
     if images.dim() != 4 or images.shape[1] != config["num_in_ch"]:
         raise ValueError(f"images are {list(images.shape)}; this model takes {fitting}.")
@@ -210,16 +222,19 @@ def check_images(images: Tensor, config: dict[str, Any], side: int, training: bo
             f"{config['num_patch']}, level={config['level']} and memory_channel="
             f"{config['memory_channel']} they must be {side} x {side}."
         )
+
+
+def check_dtype(images: Tensor) -> None:
+    """Raise ValueError unless images are floating-point."""
     if not images.is_floating_point():
         raise ValueError(f"images are {images.dtype}; floating-point values in [0, 1] fit.")
-    if torch.compiler.is_compiling() or (images.is_cuda and training):
-        return
-    if images.is_cuda and torch.cuda.is_current_stream_capturing():
-        return
-    if not bool(torch.isfinite(images).all()):
-        bad = int((~torch.isfinite(images)).flatten(1).any(dim=1).sum())
+
+
+def refuse_images(bad: int, count: int) -> None:
+    """Raise ValueError if any of so many images are not finite."""
+    if bad:
         raise ValueError(
-            f"{bad} of {images.shape[0]} images hold NaN or infinite values; values in [0, 1] fit."
+            f"{bad} of {count} images hold NaN or infinite values; values in [0, 1] fit."
         )
 
 

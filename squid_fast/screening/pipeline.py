@@ -48,7 +48,7 @@ class ScorerLike(Protocol):
     def false_positive_rate(self) -> float: ...
     @property
     def fingerprint(self) -> str:
-        """A text that differs if the model, calibration, score or precision differs."""
+        """A text that differs if the model, calibration, score, precision or backend differs."""
         ...
 
     def prefetch(self, images: torch.Tensor) -> torch.Tensor:

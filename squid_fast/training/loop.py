@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..data import ImageSet
 from ..presets import Recipe
+from ..utils.tf32 import tf32
 from ..utils.threads import WORTH_TIMING, fastest_threads, threads
 from .augment import augment
 from .graphs import Losses, Step, StepGraphs
@@ -171,7 +172,8 @@ def _step_of(learner: Learner, images: ImageSet, settings: Settings) -> Step:
         batch = augment(images.batch(chosen), recipe.shift, recipe.scale)
         if processes.count > 1:  # each draws masks of its own
             torch.manual_seed(step_seed(settings.seed - processes.rank - 1, number))
-        return learner.step(processes.share(batch), number)
+        with tf32(False):
+            return learner.step(processes.share(batch), number)
 
     if not learner.graphs:
         return step

@@ -11,6 +11,7 @@ from torch import nn
 Module = TypeVar("Module", bound=nn.Module)
 Precision = Literal["auto", "bf16", "float32"]
 ScoringPrecision = Literal["auto", "int8", "bf16", "float32"]
+Backend = Literal["eager", "compile"]
 
 BF16_UNITS = ("avx512_bf16", "amx_bf16", "bf16")
 INT8_UNITS = ("avx512_vnni", "avx_vnni", "amx_int8")

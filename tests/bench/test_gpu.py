@@ -16,7 +16,6 @@ from bench.gpu import contact, stages
 from bench.gpu.__main__ import PROGRAMS
 from bench.gpu.stages import Step
 from bench.gpu.trials import Trials
-from bench.operations.timing import tf32
 
 CPU = torch.device("cpu")
 
@@ -129,16 +128,6 @@ def test_trials_keep_what_they_found_when_one_fails(tmp_path: Path) -> None:
     assert trials.failures == ["b", "c"]
     skipped = json.loads((tmp_path / "late_cpu.json").read_text())["e"]
     assert skipped == "skipped: the time was up"
-
-
-def test_tf32_is_as_it_was_after_the_block() -> None:
-    def flags() -> tuple[bool, bool]:
-        return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-
-    before = flags()
-    with tf32(False, products=True):
-        assert flags() == (False, True)
-    assert flags() == before
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 1, 1), (2, 5, 3, 7)])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -290,6 +292,49 @@ def test_a_frozen_block_is_the_same_until_it_changes(shrink_thres: float) -> Non
     (grad,) = torch.autograd.grad(block(x.requires_grad_()).sum(), x)
     (expected,) = torch.autograd.grad(block.train().eval()(x).sum(), x)
     assert torch.equal(grad, expected)
+
+
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda block: block.to("cpu"),
+        lambda block: block.half().double(),
+        lambda block: block.to(torch.float32),
+        lambda block: block.to(memory_format=torch.channels_last),
+        lambda block: block._apply(torch.clone),  # to another address, as another device is
+        copy.deepcopy,
+        lambda block: pickle.loads(pickle.dumps(block)),
+        lambda block: copy.deepcopy(torch.nn.Sequential(block).float())[0].double(),
+    ],
+    ids=["nowhere", "there and back", "dtype", "layout", "device", "copy", "pickle", "in another"],
+)
+def test_a_frozen_block_stays_so_wherever_it_moves(move: Callable[..., InpaintBlock]) -> None:
+    block = InpaintBlock(16, 6, 4, 16, 3).double().eval()
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    block.freeze()
+    moved = move(block)
+    calls: list[Tensor | None] = []
+    look_up = moved.memory.look_up
+    moved.memory.look_up = lambda query, values=None: calls.append(values) or look_up(query, values)
+    x = torch.randn(8, 16, 2, 2).to(moved.memory.slots.dtype)
+    with torch.no_grad():
+        frozen = moved(x)
+        assert calls.pop() is moved.projected is not None
+        assert_close(frozen, moved.train().eval()(x))  # projected from the slots that it has now
+        moved.freeze()
+        moved.memory.slots.mul_(1.5)
+        calls.clear()
+        changed = moved(x)
+        assert calls.pop() is None
+        assert torch.equal(changed, moved.train().eval()(x))
+    assert moved is block or block.projected is not None
+
+
+def test_a_block_that_is_not_frozen_moves_as_before() -> None:
+    block = InpaintBlock(16, 6, 4, 16, 3).eval()
+    assert block.half().float().projected is None
+    assert copy.deepcopy(block).projected is None
 
 
 def test_block_reconstructs_a_patch_from_its_neighbours_memories() -> None:

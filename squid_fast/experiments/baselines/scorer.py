@@ -16,7 +16,8 @@ from ...inference.bundle import FORMAT, BundleError, read_json, save_weights
 from ...inference.scorer import BaseScorer, Scorer, fingerprint
 from ...inference.scores import Calibration, ScoreCalibration
 from ...utils.atomic import write_json
-from ...utils.devices import ScoringPrecision, choose_device
+from ...utils.devices import Backend, ScoringPrecision, choose_device
+from ...utils.tf32 import tf32
 from .networks import AutoEncoder, MemAE, PixelInpainting
 from .shallow import Mahalanobis, NearestNeighbours, PcaResidual, PixelMethod, Smoothness
 
@@ -66,7 +67,9 @@ class BaselineScorer(BaseScorer):
         return fingerprint(weights, vars(self.calibration_of()), self.name)
 
     @torch.inference_mode()
-    def measure(self, images: Tensor, names: Collection[str]) -> tuple[dict[str, Tensor], Tensor]:
+    def measure(
+        self, images: Tensor, names: Collection[str], reconstruction: bool = True
+    ) -> tuple[dict[str, Tensor], Tensor]:
         side = self.image_size
         if images.dim() != 4 or tuple(images.shape[1:]) != (1, side, side):
             raise ValueError(
@@ -74,7 +77,8 @@ class BaselineScorer(BaseScorer):
             )
         images = images.to(self.device)
         images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
-        raw, recon = self.method(images) if len(images) else (images.new_zeros(0), images)
+        with tf32(False):
+            raw, recon = self.method(images) if len(images) else (images.new_zeros(0), images)
         return {self.score_name: raw.cpu()}, recon
 
 
@@ -95,12 +99,13 @@ def load_scorer(
     score: str | None = None,
     precision: ScoringPrecision = "auto",
     device: str | torch.device | None = None,
+    backend: Backend = "eager",
 ) -> Scorer | BaselineScorer:
     """The scorer of a folder that training wrote, of SQUID or of a baseline.
 
     Raises:
         BundleError: the folder is no bundle, or damaged.
-        ValueError: a score or precision that a baseline does not have.
+        ValueError: a score, precision or backend that a baseline does not have.
 
     >>> from squid_fast import SQUID, Bundle, Discriminator, save_bundle
     >>> save_bundle(Bundle(SQUID.from_preset("small"), Discriminator(2)), "model")
@@ -112,7 +117,7 @@ def load_scorer(
     path = folder / "config.json"
     config = read_json(path) if path.is_file() else {}
     if "method" not in config:
-        return Scorer.load(folder, score, precision, device)
+        return Scorer.load(folder, score, precision, device, backend)
     try:
         name, side = config["method"], config["image_size"]
         kind = METHODS[name][0]
@@ -130,5 +135,7 @@ def load_scorer(
         raise ValueError(f"score is {score!r}; a {name} has {kind.score_name!r} alone.")
     if precision not in ("auto", "float32"):
         raise ValueError(f"precision is {precision!r}; a {name} is scored in 'float32'.")
+    if backend != "eager":
+        raise ValueError(f"backend is {backend!r}; a {name} is scored by 'eager' alone.")
     calibration = Calibration({kind.score_name: known}, [], [], "")
     return BaselineScorer(name, method, side, calibration, device)
