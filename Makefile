@@ -1,12 +1,15 @@
 # Everything here needs only make and a Python from 3.10 to 3.13; the rest goes into .venv.
 #   make test ARGS="-k memory"     hands arguments on (test, bench, speed, compile, demo, gpu)
 #   make setup PYTHON=python3.12   chooses the Python that .venv is made with
+#   make compile TRITON=3.6.0      compiles the kernels by another Triton than that of .venv
 
 PYTHON ?= python3
 ARGS ?=
+TRITON ?=
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+OTHER_TRITON := $(if $(TRITON),build/triton-$(TRITON))
 SOURCES := conftest.py squid_fast kernels reference bench tests
 
 .DEFAULT_GOAL := help
@@ -43,8 +46,12 @@ types: $(READY)  ## Check types
 	@cd build/types/squid_fast && ln -s ../../../squid_fast/* ../../../kernels ../../../reference .
 	@$(BIN)/mypy
 
-compile: $(READY)  ## Compile every kernel for A100, H100 and MI300X, and look for spills
-	@$(BIN)/python -m bench machine-code --brief $(ARGS)
+compile: $(READY) $(OTHER_TRITON)  ## Compile every kernel for A100, H100 and MI300X, and look for spills
+	@$(if $(TRITON),PYTHONPATH=$(OTHER_TRITON)) $(BIN)/python -m bench machine-code --brief $(ARGS)
+
+# Beside the one in .venv and without what it asks for. Compiling needs no PyTorch that fits it.
+build/triton-%: | $(READY)
+	@$(BIN)/pip install --quiet --no-deps --target $@ triton==$*
 
 bench: $(READY)  ## Time every operation beside the reference, eager and compiled
 	@$(BIN)/python -m pytest --benchmark --bench-results=bench/results $(ARGS)

@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str | Mapping[str, Any], str]] = {
             "runs": ("accuracy.runs", "every score of trained runs, one by one and together"),
             "baselines": ("accuracy.baselines", "the methods that SQUID is compared with"),
             "contamination": ("accuracy.contamination", "SQUID, trained on abnormal images too"),
+            "rounding": ("accuracy.rounding", "what each rounding on a GPU does to the ranking"),
             "demo": ("accuracy.demo", "squid-fast demo, over seeds, alone and beside other work"),
         },
         "what SQUID and other methods reach on labelled images",

@@ -9,6 +9,10 @@ from pathlib import Path
 # this when they are loaded, and so do the processes that tests start.
 os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
+# Without it PyTorch warns of matrix products on a GPU where a test wants deterministic algorithms,
+# and a warning is an error. cuBLAS reads it when it is first called.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 import pytest
 import torch
 from safetensors import safe_open

@@ -16,6 +16,7 @@ from squid_fast.training import learning_rate
 from .. import measurements
 from ..markdown import of_file, table
 from .data import SPLITS
+from .rounding import PLAIN, ROUNDINGS
 
 
 def _runs(pattern: str) -> dict[str, dict[str, Any]]:
@@ -141,6 +142,34 @@ def contamination(found: dict[str, Any]) -> str:
     return table(["abnormal", *head], rows, text=0, note=note)
 
 
+def ways(found: dict[str, Any]) -> str:
+    """What ways of scoring on a GPU do to the ranking, by emulation."""
+    rows = [
+        [name, f"{row['rank_correlation']:.4f}", f"{row['noise']:.3f}", f"{row['auroc']:.4f}"]
+        for name, row in (found["scorers"] | found["ways"]).items()
+    ]
+    about = found["about"]
+    note = (
+        f"`{PAPER_SCORE}` of {found['images']} images of ZhangLab's `val` and `test`; preset "
+        f"`{about['preset']}` after epoch {about['epoch']}, on {about['training_images']} normal "
+        "images."
+    )
+    return table(["way", "rank correlation", "noise", "AUROC"], rows, note=note)
+
+
+def roundings(found: dict[str, Any]) -> str:
+    """What each rounding costs, by itself and beside all others."""
+    rows = []
+    for name, meaning in ROUNDINGS.items():
+        kinds = (found["alone"][name], found["without"][name])
+        cells = [(f"{row['noise']:.3f}", f"{row['rank_correlation']:.4f}") for row in kinds]
+        rows.append([f"`{name}`: {meaning}", *cells[0], *cells[1]])
+    every = found["ways"][PLAIN]
+    rows.append(["all", f"{every['noise']:.3f}", f"{every['rank_correlation']:.4f}", "", ""])
+    head = ["rounding", "alone: noise", "rank correlation", "all others: noise", "rank correlation"]
+    return table(head, rows)
+
+
 def demo(figures: dict[str, Any]) -> str:
     """AUROC of every score for every kind of anomaly: mean and range over the demo's runs."""
     runs = figures["runs"]
@@ -196,6 +225,8 @@ TABLES = {
     "comparison": of_file("accuracy/comparison.json", comparison),
     "ablation": of_file("accuracy/ablation.json", ablation),
     "contamination": of_file("accuracy/contamination.json", contamination),
+    "ways": of_file("accuracy/rounding.json", ways),
+    "roundings": of_file("accuracy/rounding.json", roundings),
     "demo": of_file("demo.json", demo),
     "trials": of_file("demo_trials.json", trials),
 }

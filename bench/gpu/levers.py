@@ -1,75 +1,97 @@
-"""Where a GPU's time goes when it scores, and what changes of the network would give.
+"""Where a GPU's time goes when it scores, and what each piece of ours gives.
 
-The levers add up in the order of the trials: the resize straight into the concatenation, in
-Triton; TF32 products outside the kernels; ``torch.compile``. None of them is part of
-``squid_fast``. What it has, ``CudnnConv`` and the backend "compile", is timed beside what they
-replace. *Noise* is the deviation of the difference of scores, in deviations of the score.
+The scorer is measured as it is, then with each of our pieces replaced by what PyTorch has: every
+kernel that ``kernels.dispatch`` lets serve it, and the convolutions with an epilogue; then with all
+of them replaced, and each of these two compiled by ``torch.compile``. *Noise* is the deviation of
+the difference to float32, in deviations of the score. The weights are random.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from squid_fast.experiments.benchmark import Benchmark, compare, figures, random_bundle
-from squid_fast.inference import Scorer, convolution, network
+from squid_fast.inference import compiler, model
 from squid_fast.inference.calibration import rank_correlation
 from squid_fast.inference.scores import PAPER_SCORE
+from squid_fast.kernels import dispatch
 from squid_fast.utils.devices import Backend
 from squid_fast.utils.tf32 import tf32
 
 from ..operations.timing import graph_seconds
-from . import trials, up2
+from . import trials
 
 Network = Callable[[Tensor], Tensor]  # images to logits
 
-
-def logits_of(scorer: Scorer) -> Network:
-    """The network of a scorer as it is captured, errors of reconstruction included."""
-    return lambda images: scorer.model(images, (PAPER_SCORE,))[2]
+_RULE = "serves_"  # the functions of dispatch that say whether a kernel serves a call
+EPILOGUES = "convolutions with an epilogue"
 
 
-def stage_with_resize(resize: Callable[[Tensor, Tensor | None], Tensor]) -> Callable[..., Tensor]:
-    """``Stage.forward`` with another resize."""
+def kernel_names() -> list[str]:
+    """Our kernels, by the names of their rules."""
+    return [name.removeprefix(_RULE) for name in vars(dispatch) if name.startswith(_RULE)]
 
-    def forward(self: network.Stage, x: Tensor, skip: Tensor | None = None) -> Tensor:
-        x = x.to(self.source)
-        skip = None if skip is None else skip.to(self.source)
-        if self.resizes:
-            x = resize(x, skip)
-        elif skip is not None:
-            x = torch.cat([skip, x], dim=1)
-        a = self.first(x).to(self.dtype)
-        return self.third(self.second(a), residual=a)
 
-    return forward
+@contextmanager
+def replaced(pieces: Collection[str]) -> Iterator[None]:
+    """PyTorch has to do what these pieces do, for scorers that are made inside."""
+    with ExitStack() as stack:
+        for name in pieces:
+            if name == EPILOGUES:
+                place = model, "use_cudnn", lambda network: None
+            else:
+                place = dispatch, _RULE + name, lambda *arguments, **options: False
+            stack.enter_context(patch.object(*place))
+        yield
 
 
 class Levers:
-    """Timings and scores of a network on the same images."""
+    """Timings and scores of the network on the same images."""
 
     def __init__(self, run: trials.Trials) -> None:
         self.run, self.device = run, run.device
-        self.benchmark = benchmark = Benchmark(
-            random_bundle(trials.preset(run.rehearsal)), run.device
-        )
-        self.images = trials.images(4 if run.rehearsal else 1024, benchmark.bundle.model.image_size)
-        self.batches = (2,) if run.rehearsal else (16, 64, 256, 1024)
-        self.exact = benchmark.scorer("float32")
-        self.scorer = self.exact if run.rehearsal else benchmark.scorer("bf16")
-        with tf32(False):
-            self.expected = self.scores(logits_of(self.exact))
+        self.benchmark = Benchmark(random_bundle(trials.preset(run.rehearsal)), run.device)
+        side = self.benchmark.bundle.model.image_size
+        self.images = trials.images(4 if run.rehearsal else 1024, side)
+        self.batches = (2,) if run.rehearsal else (1, 16, 64, 256, 1024)
+        self.large = self.batches[-2:-1] or self.batches  # 256
+        self.precision = "float32" if run.rehearsal else "bf16"
+        self.expected = self.scores(self.network("float32"))
+
+    def network(self, precision: str | None = None) -> Network:
+        """A scorer's network as it is captured, errors of reconstruction included."""
+        scorer = self.benchmark.scorer(precision or self.precision)
+        return lambda images: scorer.model(images, (PAPER_SCORE,))[2]
+
+    @torch.inference_mode()
+    def pieces(self) -> list[str]:
+        """Our pieces that the network makes use of; in a rehearsal, that it asks for."""
+        found: dict[str, None] = {}
+
+        def noting(name: str, rule: Callable[..., bool], *arguments: Any, **options: Any) -> bool:
+            serves = rule(*arguments, **options)
+            if serves or self.run.rehearsal:
+                found[name] = None
+            return serves
+
+        with ExitStack() as stack:
+            for name in kernel_names():
+                rule = getattr(dispatch, _RULE + name)
+                noted = partial(noting, name, rule)
+                stack.enter_context(patch.object(dispatch, _RULE + name, noted))
+            self.network()(self.images[: self.large[0]].to(self.device))
+        return [EPILOGUES, *found]
 
     @torch.inference_mode()
     def rates(self, net: Network, batches: Sequence[int] = ()) -> dict[int, list[float]]:
-        """Milliseconds of a batch and images/s, by batch size, without the way to the device.
-
-        In float32 where the scorer is, see ``squid_fast.utils.tf32``, but for trials with TF32.
-        """
+        """Milliseconds of a batch and images/s, by batch size, without the way to the device."""
         found = {}
         for B in batches or self.batches:
             seconds = graph_seconds(partial(net, self.images[:B].to(self.device)), self.device)
@@ -88,9 +110,23 @@ class Levers:
         noise = float((found - self.expected).std() / self.expected.std())
         return [rank_correlation(self.expected, found), round(noise, 4)]
 
+    def without(self, pieces: Collection[str]) -> dict[str, Any]:
+        """Rates, rank correlation and noise with these pieces replaced."""
+        with replaced(pieces):
+            net = self.network()
+            return {"rates": self.rates(net, self.batches[1::2]), "noise": self.noise(net)}
+
+    def compiled(self, batch: int, pieces: Collection[str] = ()) -> dict[int, list[float]]:
+        """Rates at a batch size, compiled, with these pieces replaced."""
+        with replaced(pieces), ExitStack() as stack:
+            if self.run.rehearsal:  # compiling would take minutes, and knows nothing of oneDNN
+                stack.enter_context(patch.object(compiler, "_COMPILER", "eager"))
+                stack.enter_context(patch.object(model, "has_onednn", lambda: False))
+            return self.rates(compiler.compiled(self.network()), (batch,))
+
     def end_to_end(self, backend: Backend = "eager") -> dict[str, float]:
         """Images/s by batch size and dtype of images in the host's memory."""
-        scorer = self.benchmark.scorer(self.scorer.precision, backend)
+        scorer = self.benchmark.scorer(self.precision, backend)
         contenders = {}
         for B in self.batches:
             for images in (self.images[:B], (self.images[:B] * 255).byte()):
@@ -101,59 +137,27 @@ class Levers:
     @torch.inference_mode()
     def kernels(self, net: Network) -> list[list[object]]:
         """The kernels of a batch of 256 that take longest."""
-        images = self.images[:256].to(self.device)
+        images = self.images[: self.large[0]].to(self.device)
         return trials.kernels(partial(net, images), self.device)
-
-    def compiled(self, name: str) -> None:
-        """Trials with the discriminator and then the generator compiled, at a batch of 256."""
-        backend = "eager" if self.run.rehearsal else "inductor"
-        compile = partial(torch.compile, dynamic=False, backend=backend)
-        generator = self.scorer.model.generator
-        discriminator = self.scorer.model.discriminators["instance"]
-        logits = compile(lambda recon: discriminator.score(recon, "instance"))
-        batches = self.batches[-2:-1] or self.batches
-        nets = {"discriminator": generator, "generator too": compile(generator)}
-        for parts, first in nets.items():
-
-            def net(images: Tensor, first: Network = first) -> Tensor:
-                return logits(first(images))
-
-            self.run.attempt(f"{name}, {parts}: ms and images/s", self.rates, net, batches)
 
 
 def make(run: trials.Trials) -> None:
     """Make the trials."""
-    levers = Levers(run)
-    net, plain = logits_of(levers.scorer), logits_of(levers.exact)
-    with tf32(True):
-        run.attempt("float32 with TF32: rank correlation, noise", levers.noise, plain)
     with tf32(False):
-        _make_in_float32(levers, net)
-
-
-def _make_in_float32(levers: Levers, net: Network) -> None:
-    run = levers.run
-    run.attempt("as built: ms and images/s by batch", levers.rates, net)
-    run.attempt("as built: rank correlation, noise", levers.noise, net)
-    run.attempt("as built, from the host: images/s", levers.end_to_end)
-    run.attempt("as built: kernels of a batch of 256", levers.kernels, net)
-    with patch.object(convolution.CudnnConv, "forward", convolution.FoldedConv.forward):
-        run.attempt("plain convolutions: ms and images/s by batch", levers.rates, net)
-        run.attempt("plain convolutions: rank correlation, noise", levers.noise, net)
-
-    def change(before: Tensor) -> float:
-        return float((levers.scores(net) - before).abs().max() / before.std())
-
-    resize = up2.resized if run.rehearsal else up2.up2  # the same by PyTorch
-    before = levers.scores(net)
-    with patch.object(network.Stage, "forward", stage_with_resize(resize)):
-        run.attempt("and resize: ms and images/s by batch", levers.rates, net)
-        run.attempt("and resize: largest change of a score", change, before)
-        run.attempt("and resize: kernels of a batch of 256", levers.kernels, net)
-        with tf32(True, products=True):
-            run.attempt("and TF32 products: ms and images/s", levers.rates, net)
-            run.attempt("and TF32 products: rank, noise", levers.noise, net)
-        levers.compiled("and torch.compile")
-    if not run.rehearsal:  # where compiling would take minutes
-        torch._dynamo.reset()
-        run.attempt("backend compile, from the host: images/s", levers.end_to_end, "compile")
+        levers = Levers(run)
+        net = levers.network()
+        run.attempt("as it is: ms and images/s by batch", levers.rates, net)
+        run.attempt("as it is: rank correlation, noise", levers.noise, net)
+        run.attempt("as it is, from the host: images/s", levers.end_to_end)
+        run.attempt("as it is: kernels of a batch of 256", levers.kernels, net)
+        pieces = levers.pieces()
+        run.attempt("without any of our pieces", levers.without, pieces)
+        for piece in pieces:
+            run.attempt(f"without {piece}", levers.without, [piece])
+        others = [] if run.rehearsal else [16, 64, 1024, 1]
+        for batch in (*levers.large, *others):
+            run.attempt(f"compiled, batch {batch}", levers.compiled, batch)
+            run.attempt(
+                f"compiled, without any of our pieces, batch {batch}",
+                levers.compiled, batch, pieces,
+            )  # fmt: skip

@@ -3,7 +3,8 @@
 The calls listed in ``bench/machine_code/cases.py`` are made for an A100 (sm_80), an H100 (sm_90)
 and an MI300X (gfx942), and what the launchers would launch is compiled in place of being launched.
 Registers, spilled bytes, shared memory, matrix instructions and code size of each configuration are
-printed and go to ``compile_report.json``. The exit code is 1 if a configuration spills, asks for
+printed and go to ``compile_report.json`` or, by another Triton than that of ``constraints.txt``, to
+``compile_report_VERSION.json``. The exit code is 1 if a configuration spills, asks for
 more shared memory than the card has, or lacks matrix instructions.
 """
 
@@ -30,11 +31,18 @@ from squid_fast import kernels
 
 from ..arguments import add_folder, add_option
 from ..markdown import table
-from ..measurements import RESULTS, write
+from ..measurements import RESULTS, ROOT, write
 from .cases import cases
 from .compilers import CARDS, Launch, Row, describe, measure, recorded
 
 WARPGROUP_ROWS = 64  # that sm_90's warpgroup instructions multiply at once
+
+
+def file_name(version: str) -> str:
+    """Name of the results file of that Triton, by which each version has one."""
+    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    pinned = f"triton=={version}" in pins.splitlines()
+    return "compile_report.json" if pinned else f"compile_report_{version}.json"
 
 
 def shipped(pattern: str) -> set[str]:
@@ -231,7 +239,7 @@ def main(options: Namespace) -> None:
     if output := options.output or (None if narrowed else RESULTS):
         # Without machine and date: the file is the same whenever the machine code is the same.
         content = {"triton": triton.__version__, "configurations": rows}
-        write(content, output / "compile_report.json")
+        write(content, output / file_name(triton.__version__))
     for shown in tables(rows, options.brief):
         print(shown, end="\n\n")
     print(CAPTION)

@@ -15,7 +15,9 @@ import pytest
 pytest.importorskip("triton")
 pytest.importorskip("rich")
 
-from bench.machine_code.report import problems
+import triton
+
+from bench.machine_code.report import file_name, problems
 
 ROOT = Path(__file__).parents[2]
 
@@ -147,7 +149,9 @@ def test_the_report_of_one_kernel(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "sm_90" in done.stdout
     assert "0 problems" in done.stdout
-    rows = json.loads((tmp_path / "compile_report.json").read_text())["configurations"]
+    (path,) = tmp_path.iterdir()
+    assert path.name == file_name(triton.__version__)
+    rows = json.loads(path.read_text())["configurations"]
     assert {row["dtypes"][0] for row in rows} == {"fp32", "bf16", "fp16"}
     for row in rows:
         assert row["kernel"] == "_masked_shortcut_forward_kernel"
@@ -174,9 +178,18 @@ def test_nothing_compiled_is_no_success(
     assert says in done.stdout + done.stderr
 
 
-def test_the_committed_report_has_every_kernel_for_every_card() -> None:
-    report = json.loads((ROOT / "bench" / "results" / "compile_report.json").read_text())
+def test_each_triton_has_a_report_of_its_own() -> None:
+    assert file_name("3.7.1") == "compile_report.json"  # that of constraints.txt
+    assert file_name("3.7") == "compile_report_3.7.json"
+    assert file_name("3.6.0") == "compile_report_3.6.0.json"
+
+
+@pytest.mark.parametrize("version", ["3.6.0", "3.7.1"])
+def test_the_committed_report_has_every_kernel_for_every_card(version: str) -> None:
+    report = json.loads((ROOT / "bench" / "results" / file_name(version)).read_text())
     rows = report["configurations"]
+    assert report["triton"] == version
+    assert not any(row["problems"] for row in rows)
     sources = "".join(path.read_text() for path in (ROOT / "kernels").glob("*.py"))
     named = set(re.findall(r"^def (_\w*_kernel)\(", sources, re.MULTILINE))
     for arch in ("sm_80", "sm_90", "gfx942"):
