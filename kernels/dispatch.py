@@ -117,3 +117,12 @@ def serves_masked_shortcut(inpainted: Tensor) -> bool:
 def serves_neighbourhood_attention(query: Tensor) -> bool:
     """Whether a kernel attends from this query [B, N, C]."""
     return _serves(query)
+
+
+def serves_upsample_concat(maps: Tensor) -> bool:
+    """Whether a kernel resizes these maps, or their gradients, of which it counts 31 bits of tiles.
+
+    Contiguous ones too: there its stores are narrower, but PyTorch would need a second pass for the
+    concatenation, a third one for patches, and atomics in the backward.
+    """
+    return _serves(maps) and maps.numel() // maps.shape[1] < 2**31

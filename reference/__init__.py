@@ -6,7 +6,7 @@ arXiv 2111.13495). Nothing here is fast: loops run over patches, intermediate te
 and everything works in float64. The fast implementation is tested against it.
 
 Reading order: ``lookup`` -> ``memory`` -> ``attention`` -> ``shortcut`` -> ``inpaint`` ->
-``blocks`` -> ``squid`` -> ``discriminator`` -> ``losses`` -> ``score``.
+``upsample`` -> ``blocks`` -> ``squid`` -> ``discriminator`` -> ``losses`` -> ``score``.
 """
 
 from .attention import neighbourhood_attention
@@ -18,6 +18,7 @@ from .memory import MemoryMatrix, MemoryQueue
 from .score import anomaly_score, discriminator_logits, z_score
 from .shortcut import masked_shortcut
 from .squid import SQUID
+from .upsample import upsample_concat
 
 __all__ = [
     "SQUID",
@@ -34,5 +35,6 @@ __all__ = [
     "masked_shortcut",
     "memory_lookup",
     "neighbourhood_attention",
+    "upsample_concat",
     "z_score",
 ]
