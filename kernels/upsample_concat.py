@@ -79,12 +79,12 @@ def _gather(a, b, c, d):
 @triton.jit
 def _gather_row(grad_ptr, row, x, H, W, stride_y, stride_x, inside):
     """A row of gradients [2H, 2W], gathered along its columns."""
-    grad_ptr += _clamped(row, 2 * H).to(tl.int64) * stride_y
+    row_ptr = grad_ptr + _clamped(row, 2 * H).to(tl.int64) * stride_y
     return _gather(
-        _load(grad_ptr + _clamped(2 * x - 1, 2 * W).to(tl.int64) * stride_x, inside),
-        _load(grad_ptr + (2 * x).to(tl.int64) * stride_x, inside),
-        _load(grad_ptr + (2 * x + 1).to(tl.int64) * stride_x, inside),
-        _load(grad_ptr + _clamped(2 * x + 2, 2 * W).to(tl.int64) * stride_x, inside),
+        _load(row_ptr + _clamped(2 * x - 1, 2 * W).to(tl.int64) * stride_x, inside),
+        _load(row_ptr + (2 * x).to(tl.int64) * stride_x, inside),
+        _load(row_ptr + (2 * x + 1).to(tl.int64) * stride_x, inside),
+        _load(row_ptr + _clamped(2 * x + 2, 2 * W).to(tl.int64) * stride_x, inside),
     )
 
 
@@ -105,15 +105,16 @@ def _upsample_concat_forward_kernel(
     channels each: the first ones of x, the others, if S is not 0, of the skip.
     """
     image, y, x = _pixels(H, W, BLOCK_Y, BLOCK_X)
-    top, left_side = 2 * y.to(tl.int64), 2 * x.to(tl.int64)
-    out_ptr += image * stride_out_b + top * stride_out_y + left_side * stride_out_x
+    top, side = 2 * y.to(tl.int64), 2 * x.to(tl.int64)
+    corner = out_ptr + image * stride_out_b + top * stride_out_y + side * stride_out_x
     blocks = tl.cdiv(C, BLOCK_C)
     block = tl.program_id(1)
     if block < blocks:
         channel = (block * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
         inside = (y < H) & (x < W) & (channel < C)  # [BLOCK_Y * BLOCK_X, BLOCK_C]
-        x_ptr += image * (NUM_PATCH * NUM_PATCH * stride_x_b) + channel.to(tl.int64) * stride_x_c
-        out_ptr += (S + channel).to(tl.int64) * stride_out_c
+        channel = channel.to(tl.int64)
+        source = x_ptr + image * (NUM_PATCH * NUM_PATCH * stride_x_b) + channel * stride_x_c
+        target = corner + (S + channel) * stride_out_c
         w, h = W // NUM_PATCH, H // NUM_PATCH
         left = _offset(_clamped(x - 1, W), stride_x_x, w, stride_x_b, NUM_PATCH)
         middle = _offset(x, stride_x_x, w, stride_x_b, NUM_PATCH)
@@ -122,27 +123,29 @@ def _upsample_concat_forward_kernel(
         above = _offset(_clamped(y - 1, H), stride_x_y, h, next_patch, NUM_PATCH)
         here = _offset(y, stride_x_y, h, next_patch, NUM_PATCH)
         below = _offset(_clamped(y + 1, H), stride_x_y, h, next_patch, NUM_PATCH)
-        above0, above1 = _spread_row(x_ptr + above, left, middle, right, inside)
-        here0, here1 = _spread_row(x_ptr + here, left, middle, right, inside)
-        below0, below1 = _spread_row(x_ptr + below, left, middle, right, inside)
+        above0, above1 = _spread_row(source + above, left, middle, right, inside)
+        here0, here1 = _spread_row(source + here, left, middle, right, inside)
+        below0, below1 = _spread_row(source + below, left, middle, right, inside)
         out00, out10 = _spread(above0, here0, below0)
         out01, out11 = _spread(above1, here1, below1)
         dtype = out_ptr.dtype.element_ty
-        tl.store(out_ptr, out00.to(dtype), mask=inside)
-        tl.store(out_ptr + stride_out_x, out01.to(dtype), mask=inside)
-        tl.store(out_ptr + stride_out_y, out10.to(dtype), mask=inside)
-        tl.store(out_ptr + stride_out_y + stride_out_x, out11.to(dtype), mask=inside)
+        tl.store(target, out00.to(dtype), mask=inside)
+        tl.store(target + stride_out_x, out01.to(dtype), mask=inside)
+        tl.store(target + stride_out_y, out10.to(dtype), mask=inside)
+        tl.store(target + stride_out_y + stride_out_x, out11.to(dtype), mask=inside)
     elif skip_ptr is not None:
-        channel = ((block - blocks) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
-        inside = (y < H) & (x < W) & (channel < S)
-        skip_ptr += image * stride_skip_b + channel.to(tl.int64) * stride_skip_c
-        skip_ptr += top * stride_skip_y + left_side * stride_skip_x
-        out_ptr += channel.to(tl.int64) * stride_out_c
+        ahead = ((block - blocks) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
+        whole = (y < H) & (x < W) & (ahead < S)
+        ahead = ahead.to(tl.int64)
+        kept = skip_ptr + image * stride_skip_b + ahead * stride_skip_c
+        kept += top * stride_skip_y + side * stride_skip_x
+        first = corner + ahead * stride_out_c
         for i in tl.static_range(2):
             for j in tl.static_range(2):
-                from_ptr = skip_ptr + i * stride_skip_y + j * stride_skip_x
-                to_ptr = out_ptr + i * stride_out_y + j * stride_out_x
-                tl.store(to_ptr, tl.load(from_ptr, mask=inside, other=0.0), mask=inside)
+                copied = tl.load(
+                    kept + (i * stride_skip_y + j * stride_skip_x), mask=whole, other=0.0
+                )
+                tl.store(first + (i * stride_out_y + j * stride_out_x), copied, mask=whole)
 
 
 @triton.jit
@@ -160,18 +163,18 @@ def _upsample_concat_backward_kernel(
     channel = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
     inside = (y < H) & (x < W) & (channel < C)  # [BLOCK_Y * BLOCK_X, BLOCK_C]
     channel = channel.to(tl.int64)
-    grad_ptr += image * stride_grad_b + channel * stride_grad_c
+    source = grad_ptr + image * stride_grad_b + channel * stride_grad_c
     to_y, to_x = stride_grad_y, stride_grad_x
     grad_x = _gather(
-        _gather_row(grad_ptr, 2 * y - 1, x, H, W, to_y, to_x, inside),
-        _gather_row(grad_ptr, 2 * y, x, H, W, to_y, to_x, inside),
-        _gather_row(grad_ptr, 2 * y + 1, x, H, W, to_y, to_x, inside),
-        _gather_row(grad_ptr, 2 * y + 2, x, H, W, to_y, to_x, inside),
+        _gather_row(source, 2 * y - 1, x, H, W, to_y, to_x, inside),
+        _gather_row(source, 2 * y, x, H, W, to_y, to_x, inside),
+        _gather_row(source, 2 * y + 1, x, H, W, to_y, to_x, inside),
+        _gather_row(source, 2 * y + 2, x, H, W, to_y, to_x, inside),
     )
-    grad_x_ptr += image * (NUM_PATCH * NUM_PATCH * stride_x_b) + channel * stride_x_c
-    grad_x_ptr += _offset(y, stride_x_y, H // NUM_PATCH, stride_x_b * NUM_PATCH, NUM_PATCH)
-    grad_x_ptr += _offset(x, stride_x_x, W // NUM_PATCH, stride_x_b, NUM_PATCH)
-    tl.store(grad_x_ptr, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
+    target = grad_x_ptr + image * (NUM_PATCH * NUM_PATCH * stride_x_b) + channel * stride_x_c
+    target += _offset(y, stride_x_y, H // NUM_PATCH, stride_x_b * NUM_PATCH, NUM_PATCH)
+    target += _offset(x, stride_x_x, W // NUM_PATCH, stride_x_b, NUM_PATCH)
+    tl.store(target, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
 
 
 # --- configuration and launchers ------------------------------------------------------------------
