@@ -70,7 +70,7 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """Resize to the skip's size, twice the side, then convolve, with the skip ("concat") or without ("none")."""
+    """Resize to the size of the skip, then convolve, with the skip ("concat") or without."""
 
     def __init__(self, in_ch: int, out_ch: int, op: str) -> None:
         super().__init__()

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..ops.patches import to_image as to_image, to_patches as to_patches
+from ..ops.patches import to_image as to_image
+from ..ops.patches import to_patches as to_patches
+
 
 class DoubleConv(nn.Module):
     """``a = ReLU(BN(conv(x)))``, ``b = BN(conv(ReLU(BN(conv(a)))))``, ``ReLU(a + b)``; 3x3."""
