@@ -13,26 +13,20 @@ from torch import Tensor
 
 from squid_fast import ops, reference
 from squid_fast.kernels import dispatch
-from tests.kernels.devices import DEVICE, DTYPES, drawn
+from tests.kernels.devices import DEVICE, DTYPES, drawn, tensors
 from tests.kernels.layouts import LAYOUTS, Layout, channels_last, contiguous
-from tests.ops.samples import normal, up_to, with_gradients
+from tests.ops.samples import Resize, normal, resize_inputs, up_to, with_gradients
 from tests.tolerances import TOLERANCES, assert_close
 
-# P patches a side, images, channels, rows and columns of a patch, channels of the skip.
-Sizes = tuple[int, int, int, int, int, int]
-SIZES: list[Sizes] = [(1, 1, 1, 1, 1, 0), (1, 2, 3, 1, 7, 1), (1, 1, 70, 5, 3, 66)]
+SIZES: list[Resize] = [(1, 1, 1, 1, 1, 0), (1, 2, 3, 1, 7, 1), (1, 1, 70, 5, 3, 66)]
 SIZES += [(2, 2, 5, 1, 1, 3), (2, 1, 5, 4, 6, 0), (3, 1, 2, 3, 5, 2), (3, 2, 33, 1, 2, 0)]
 SIZES += [(1, 1, 2, 17, 67, 1), (1, 1, 64, 9, 6, 129)]  # more than a tile along every axis
 
 layouts = pytest.mark.parametrize("layout", [contiguous, channels_last])
 
 
-def maps(sizes: Sizes, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """The patches, the skip if it has channels, and an upstream gradient."""
-    P, B, C, h, w, S = sizes
-    image = (2 * P * h, 2 * P * w)
-    shapes = [(B * P * P, C, h, w), *[(B, S, *image)] * bool(S), (B, S + C, *image)]
-    return [normal(*shape, seed=i).to(DEVICE, dtype) for i, shape in enumerate(shapes)]
+def maps(sizes: Resize, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return tensors(resize_inputs(sizes), dtype)
 
 
 def assert_right(num_patch: int, inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
@@ -54,7 +48,7 @@ def assert_right(num_patch: int, inputs: list[Tensor], grad: Tensor) -> list[Ten
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @layouts
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_equals_the_formula(sizes: Sizes, layout: Layout, dtype: torch.dtype) -> None:
+def test_equals_the_formula(sizes: Resize, layout: Layout, dtype: torch.dtype) -> None:
     *inputs, grad = map(layout, maps(sizes, dtype))
     out, grad_x, *_ = assert_right(sizes[0], inputs, grad)
     form = torch.channels_last if layout is channels_last else torch.contiguous_format
@@ -76,7 +70,7 @@ def test_any_two_layouts(first: Layout, second: Layout) -> None:
     layout=st.sampled_from(LAYOUTS),
     of_skip=st.sampled_from(LAYOUTS),
 )
-def test_drawn_sizes(sizes: Sizes, layout: Layout, of_skip: Layout) -> None:
+def test_drawn_sizes(sizes: Resize, layout: Layout, of_skip: Layout) -> None:
     x, *skip, grad = maps(sizes)
     assert_right(sizes[0], [layout(x), *map(of_skip, skip)], layout(grad))
 
