@@ -1,9 +1,8 @@
 """Where a GPU's time goes when it scores, and what changes of the network would give.
 
 The levers add up in the order of the trials: biases, ReLU and residuals in the epilogue of cuDNN's
-convolutions; the resize straight into the concatenation, in Triton; TF32 products outside the
-kernels; ``torch.compile``. None of them is part of ``squid_fast``. *Noise* is the deviation of the
-difference of scores, in deviations of the score.
+convolutions; TF32 products outside the kernels; ``torch.compile``. None of them is part of
+``squid_fast``. *Noise* is the deviation of the difference of scores, in deviations of the score.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ import torch
 from torch import Tensor
 
 from squid_fast.experiments.benchmark import Benchmark, compare, figures, random_bundle
-from squid_fast.inference import Scorer, convolution, network
+from squid_fast.inference import Scorer, convolution
 from squid_fast.inference.calibration import rank_correlation
 from squid_fast.inference.scores import PAPER_SCORE
 
 from ..operations.timing import graph_seconds, tf32
-from . import trials, up2
+from . import trials
 
 Network = Callable[[Tensor], Tensor]  # images to logits
 
@@ -39,22 +38,6 @@ def convolution_with_epilogue(
     if residual is None:
         return torch.cudnn_convolution_relu(x, self.weight, self.bias, *where)
     return torch.cudnn_convolution_add_relu(x, self.weight, residual, 1.0, self.bias, *where)
-
-
-def stage_with_resize(resize: Callable[[Tensor, Tensor | None], Tensor]) -> Callable[..., Tensor]:
-    """``Stage.forward`` with another resize."""
-
-    def forward(self: network.Stage, x: Tensor, skip: Tensor | None = None) -> Tensor:
-        x = x.to(self.source)
-        skip = None if skip is None else skip.to(self.source)
-        if self.resizes:
-            x = resize(x, skip)
-        elif skip is not None:
-            x = torch.cat([skip, x], dim=1)
-        a = self.first(x).to(self.dtype)
-        return self.third(self.second(a), residual=a)
-
-    return forward
 
 
 class Levers:
@@ -133,25 +116,17 @@ def make(run: trials.Trials) -> None:
     run.attempt("as built, from the host: images/s", levers.end_to_end)
     run.attempt("as built: kernels of a batch of 256", levers.kernels, net)
 
-    def change(before: Tensor) -> float:
-        return float((levers.scores(net) - before).abs().max() / before.std())
-
     epilogue: Callable[..., Tensor] = convolution_with_epilogue
-    resize = up2.up2
-    if run.rehearsal:  # what both do, by PyTorch
-        epilogue, resize = convolution.FoldedConv.forward, up2.resized
+    if run.rehearsal:  # what it does, by PyTorch
+        epilogue = convolution.FoldedConv.forward
     with patch.object(convolution.FoldedConv, "forward", epilogue):
         run.attempt("epilogues: ms and images/s by batch", levers.rates, net)
         run.attempt("epilogues: rank correlation, noise", levers.noise, net)
-        before = levers.scores(net)
-        with patch.object(network.Stage, "forward", stage_with_resize(resize)):
-            run.attempt("and resize: ms and images/s by batch", levers.rates, net)
-            run.attempt("and resize: largest change of a score", change, before)
-            run.attempt("and resize: kernels of a batch of 256", levers.kernels, net)
-            with tf32(True, products=True):
-                run.attempt("and TF32 products: ms and images/s", levers.rates, net)
-                run.attempt("and TF32 products: rank, noise", levers.noise, net)
-            levers.compiled("and torch.compile")
+        run.attempt("epilogues: kernels of a batch of 256", levers.kernels, net)
+        with tf32(True, products=True):
+            run.attempt("and TF32 products: ms and images/s", levers.rates, net)
+            run.attempt("and TF32 products: rank, noise", levers.noise, net)
+        levers.compiled("and torch.compile")
     if not run.rehearsal:
         torch._dynamo.reset()
         levers.compiled("torch.compile alone")

@@ -139,15 +139,3 @@ def test_tf32_is_as_it_was_after_the_block() -> None:
     with tf32(False, products=True):
         assert flags() == (False, True)
     assert flags() == before
-
-
-@pytest.mark.parametrize("shape", [(1, 3, 1, 1), (2, 5, 3, 7)])
-@pytest.mark.parametrize("skipped", [0, 4])
-def test_the_resize_equals_that_of_pytorch(shape: tuple[int, ...], skipped: int) -> None:
-    up2 = pytest.importorskip("bench.gpu.up2", reason="needs Triton")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # or its interpreter
-    B, _, H, W = shape
-    x = torch.randn(shape, device=device)
-    skip = torch.randn(B, skipped, 2 * H, 2 * W, device=device) if skipped else None
-    found = up2.up2(x, skip)
-    torch.testing.assert_close(found, up2.resized(x, skip), rtol=1e-6, atol=1e-6)
