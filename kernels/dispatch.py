@@ -132,3 +132,12 @@ def serves_batch_norm(x: Tensor, parameter: Tensor | None) -> bool:
     if parameter is not None and parameter.dtype != torch.float32:
         return False
     return _serves(x) and x.numel() // x.shape[1] < 2**30
+
+
+def serves_upsample_concat(maps: Tensor) -> bool:
+    """Whether a kernel resizes these maps, or their gradients, of which it counts 31 bits of tiles.
+
+    Contiguous ones too: there its stores are narrower, but PyTorch would need a second pass for the
+    concatenation, a third one for patches, and atomics in the backward.
+    """
+    return _serves(maps) and maps.numel() // maps.shape[1] < 2**31

@@ -6,7 +6,8 @@ arXiv 2111.13495). Nothing here is fast: loops run over patches, intermediate te
 and everything works in float64. The fast implementation is tested against it.
 
 Reading order: ``lookup`` -> ``memory`` -> ``attention`` -> ``shortcut`` -> ``inpaint`` ->
-``norm`` -> ``blocks`` -> ``squid`` -> ``discriminator`` -> ``losses`` -> ``score``.
+``norm`` -> ``upsample`` -> ``blocks`` -> ``squid`` -> ``discriminator`` -> ``losses`` ->
+``score``.
 """
 
 from .attention import neighbourhood_attention
@@ -19,6 +20,7 @@ from .norm import batch_norm
 from .score import anomaly_score, discriminator_logits, z_score
 from .shortcut import masked_shortcut
 from .squid import SQUID
+from .upsample import upsample_concat
 
 __all__ = [
     "SQUID",
@@ -36,5 +38,6 @@ __all__ = [
     "masked_shortcut",
     "memory_lookup",
     "neighbourhood_attention",
+    "upsample_concat",
     "z_score",
 ]

@@ -10,9 +10,10 @@ The module names look arbitrary; they are those of the published checkpoints.
 """
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+
+from .upsample import upsample_concat
 
 
 def to_patches(x: torch.Tensor, num_patch: int) -> torch.Tensor:
@@ -69,7 +70,7 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """Resize to the skip's size, then convolve, with the skip ("concat") or without ("none")."""
+    """Resize to the size of the skip, then convolve, with the skip ("concat") or without."""
 
     def __init__(self, in_ch: int, out_ch: int, op: str) -> None:
         super().__init__()
@@ -77,8 +78,7 @@ class Up(nn.Module):
         self.conv = DoubleConv(in_ch, out_ch)
 
     def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
-        x = F.interpolate(x, size=skip.shape[-2:], mode="bilinear", align_corners=False)
-        return self.conv(torch.cat([skip, x], dim=1) if self.op == "concat" else x)
+        return self.conv(upsample_concat(x, skip if self.op == "concat" else None))
 
 
 class Out(nn.Module):

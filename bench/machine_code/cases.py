@@ -52,6 +52,16 @@ NORMED = (
     (1, 128, 4, 4),
     (9, 32, 32, 32),  # digit_anatomy
     (9, 16, 16, 16),  # small
+RESIZES = (  # P, channels, rows and columns of a patch before the resize, channels of the skip
+    (1, 512, 4, 4, 256),  # zhanglab: the decoder's steps, patch by patch
+    (1, 256, 8, 8, 128),
+    (2, 128, 16, 16, 0),  # the step that puts patches together
+    (1, 64, 64, 64, 0),  # and whole images
+    (1, 256, 4, 4, 128),  # digit_anatomy
+    (1, 128, 8, 8, 64),
+    (3, 64, 16, 16, 0),
+    (3, 32, 8, 8, 0),  # small
+    (1, 32, 64, 64, 16),  # a decoder with skips everywhere
 )
 ATTENTIONS = ((4, 2048), (9, 1024), (9, 128))  # N, C; of 8 heads
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -153,12 +163,28 @@ def _batch_norm(kernels: Any) -> Iterator[Case]:
             yield Case(f"batch_norm.backward {what}", backward)
 
 
+def _upsample_concat(kernels: Any) -> Iterator[Case]:
+    layouts = (torch.contiguous_format, torch.channels_last)
+    sizes = itertools.product(RESIZES, BATCHES, DTYPES, layouts)
+    for (P, C, h, w, S), B, dtype, layout in sizes:
+        made = partial(_meta, dtype=dtype)
+        x = made(B * P * P, C, h, w).to(memory_format=layout)
+        skip = made(B, S, 2 * P * h, 2 * P * w).to(memory_format=layout) if S else None
+        out = made(B, S + C, 2 * P * h, 2 * P * w).to(memory_format=layout)
+        label = f"{B} images, {P} patches a side, [{C}, {h}, {w}] + {S} {_name(dtype)} "
+        label += _name(layout)
+        forward = partial(kernels.forward, x, skip, P, out)
+        yield Case(f"upsample_concat.forward {label}", forward)
+        yield Case(f"upsample_concat.backward {label}", partial(kernels.backward, out, P, x))
+
+
 OPERATIONS = {
     "batch_norm": _batch_norm,
     "gumbel_shrinkage": _gumbel_shrinkage,
     "masked_shortcut": _masked_shortcut,
     "memory_lookup": _memory_lookup,
     "neighbourhood_attention": _neighbourhood_attention,
+    "upsample_concat": _upsample_concat,
 }
 
 

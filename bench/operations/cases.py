@@ -15,6 +15,7 @@ OPERATIONS = (
     "masked_shortcut",
     "neighbourhood_attention",
     "batch_norm",
+    "upsample_concat",
     "inpaint_block",
 )
 CONTENDERS = ("eager", "squid_fast", "compiled")  # reference eager, ours, reference compiled
@@ -71,6 +72,11 @@ def _sizes(operation: str, tiny: bool) -> Iterator[dict[str, Any]]:
             for C, side, residual in ((32, 64, False), (32, 64, True), (512, 4, False)):
                 sizes = {"B": B, "N": 4, "C": C, "side": min(side, 8) if tiny else side}
                 yield sizes | {"residual": residual}
+        elif operation == "upsample_concat":  # N maps an image, of P x P patches each
+            C, S, side = (8, 4, 3) if tiny else (256, 128, 8)
+            yield {"B": B, "N": 4, "P": 1, "C": C, "S": S, "side": side}
+            if B < 4096:  # where PyTorch's resize refuses the 2**31 elements of its result
+                yield {"B": B, "N": 1, "P": 2, "C": C // 2, "S": 0, "side": 2 * side}
         elif operation == "masked_shortcut":
             for layout, affine in (
                 ("contiguous", False), ("channels_last", False), ("channels_last", True),

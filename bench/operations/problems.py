@@ -178,6 +178,15 @@ def _batch_norm(case: Case, device: torch.device) -> Problem:
     return Problem(maps, list(range(len(maps))), plain, ours)
 
 
+def _upsample_concat(case: Case, device: torch.device) -> Problem:
+    s = dict(case.sizes)
+    maps, P, C, S, side = s["B"] * s["N"], s["P"], s["C"], s["S"], s["side"]
+    shapes = [(maps * P * P, C, side, side)] + [(maps, S, 2 * P * side, 2 * P * side)] * bool(S)
+    inputs = [torch.randn(shape, device=device) for shape in shapes]
+    inputs = [x.contiguous(memory_format=torch.channels_last) for x in inputs]
+    return Problem(inputs, list(range(len(inputs))), *_functions("upsample_concat", num_patch=P))
+
+
 def _inpaint_block(case: Case, device: torch.device) -> Problem:
     """Both blocks with the same weights; every position is in-painted, so that results compare.
 
@@ -213,6 +222,7 @@ BUILDERS = {
     "masked_shortcut": _masked_shortcut,
     "neighbourhood_attention": _neighbourhood_attention,
     "batch_norm": _batch_norm,
+    "upsample_concat": _upsample_concat,
     "inpaint_block": _inpaint_block,
 }
 

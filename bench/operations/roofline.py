@@ -131,6 +131,23 @@ def neighbourhood_attention(B: int, N: int, C: int, e: int, backward: bool = Fal
     return work + Work((7 * map_ + 4 * C) * e, 4 * pair) if backward else work
 
 
+def upsample_concat(
+    B: int, N: int, P: int, C: int, S: int, side: int, e: int, backward: bool = False
+) -> Work:
+    """Resize of B N maps of P x P patches, C channels, to twice their side, behind S of a skip.
+
+    Forward: reads the maps and the skip, writes both at the larger size, which has four times the
+    places. A weighted sum of two is 3 operations, along columns for half of the places, then along
+    rows for all. Backward adds: reads the gradient of the C channels, writes that of the maps; that
+    of the skip lies in the result's already. A sum of four is 5 operations, along columns for half
+    of the places, then along rows for a quarter.
+    """
+    maps = B * N * C * (P * side) ** 2
+    skip = 4 * B * N * S * (P * side) ** 2
+    work = Work((maps + skip + 4 * maps + skip) * e, 3 * 6 * maps)
+    return work + Work(5 * maps * e, 5 * 3 * maps) if backward else work
+
+
 def inpaint_block(
     B: int, N: int, M: int, C: int, width: int, k: int, e: int, backward: bool = False
 ) -> Work:
@@ -165,6 +182,7 @@ COUNTS: dict[str, Callable[..., Work]] = {
     "masked_shortcut": masked_shortcut,
     "neighbourhood_attention": neighbourhood_attention,
     "batch_norm": batch_norm,
+    "upsample_concat": upsample_concat,
     "inpaint_block": inpaint_block,
 }
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import ops
 from ..modules import SQUID, InpaintBlock
 from ..modules.unet import DoubleConv, Down, Up, to_image, to_patches
 from .convolution import FoldedConv, ResizedConv, SplitConv, cast, fold
@@ -23,12 +24,6 @@ def _folded(block: DoubleConv) -> tuple[FoldedConv, FoldedConv, FoldedConv]:
     conv1, norm1, _ = block.conv1
     conv2, norm2, _, conv3, norm3 = block.conv2
     return fold(conv1, norm1), fold(conv2, norm2), fold(conv3, norm3)  # type: ignore[arg-type]
-
-
-def _resized(x: Tensor) -> Tensor:
-    """To the size of the skip, which is twice the map's."""
-    size = (2 * x.shape[2], 2 * x.shape[3])
-    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
 class Stage(nn.Module):
@@ -65,16 +60,14 @@ class Stage(nn.Module):
         self.second = cast(second, dtype, layout, onednn)
         self.third = cast(third, dtype, layout, onednn)
 
-    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
-        """Maps, and the skip to concatenate in front of their channels."""
+    def forward(self, x: Tensor, skip: Tensor | None = None, num_patch: int = 1) -> Tensor:
+        """Maps, or their patches, and the skip to concatenate in front of their channels."""
         x = x.to(self.source)
-        if skip is not None:
-            skip = skip.to(self.source)
         if isinstance(self.first, ResizedConv):
-            a = self.first(x, skip)
+            a = self.first(to_image(x, num_patch), None if skip is None else skip.to(x.dtype))
         else:
-            x = _resized(x) if self.resizes else x
-            a = self.first(x if skip is None else torch.cat([skip, x], dim=1)).to(self.dtype)
+            x = ops.upsample_concat(x, skip, num_patch=num_patch) if self.resizes else x
+            a = self.first(x).to(self.dtype)
         return self.third(self.second(a), residual=a)
 
 
@@ -108,12 +101,11 @@ class QuantizedStage(nn.Module):
         self.second = QuantizedConv(second, self.a, b)
         self.third = QuantizedConv(third, b, target or self.output, self.a)
 
-    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
-        """Maps, and the skip to concatenate in front of their channels."""
-        x = _resized(x) if self.resizes else x
-        if skip is not None:
-            skip = self.skip.dequantize(skip, x.dtype) if self.skip else skip.to(x.dtype)
-            x = torch.cat([skip, x], dim=1)
+    def forward(self, x: Tensor, skip: Tensor | None = None, num_patch: int = 1) -> Tensor:
+        """Maps, or their patches, and the skip to concatenate in front of their channels."""
+        if skip is not None and self.skip is not None:
+            skip = self.skip.dequantize(skip, x.dtype)
+        x = ops.upsample_concat(x, skip, num_patch=num_patch) if self.resizes else x
         a = self.first(x if x.dtype == torch.uint8 else self.source.quantize(x))
         b = self.second(a)
         residual = a if self.target is None else self.a.dequantize(a, self.target)
@@ -224,9 +216,8 @@ class FrozenGenerator(nn.Module):
         x = self._padded(self.inpaint, x.float(), B)
         for i, up in enumerate(self.ups):
             deep = self.level - 1 - i
-            if self.combine == deep + 1:
-                x = to_image(x, self.num_patch)
-            x = up(x.contiguous(memory_format=self.layout), skips[deep])
+            patches = self.num_patch if self.combine == deep + 1 else 1
+            x = up(x.contiguous(memory_format=self.layout), skips[deep], patches)
             if not isinstance(self.memories[deep], nn.Identity):
                 x = self._padded(self.memories[deep], x.float(), B)
         if not self.combine:

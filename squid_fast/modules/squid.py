@@ -177,9 +177,7 @@ class SQUID(nn.Module):
         features = []
         for i, up in enumerate(ups):
             deep = self.level - 1 - i
-            if self.initial_combine == deep + 1:
-                x = to_image(x, self.num_patch)
-            x = up(x, skips[deep])
+            x = up(x, skips[deep], self.num_patch if self.initial_combine == deep + 1 else 1)
             if memories is not None:
                 x = memories[deep](x)
             features.append(x)

@@ -3,37 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import ops
+from ..ops.patches import to_image as to_image
+from ..ops.patches import to_patches as to_patches
 from .norm import NormSequential
-
-
-def to_patches(x: Tensor, num_patch: int) -> Tensor:
-    """[B, C, H, W] -> [B*N, C, H/P, W/P], row-major, patch index fastest; keeps the layout."""
-    B, C, H, W = x.shape
-    P = num_patch
-    if _is_channels_last(x):
-        x = x.permute(0, 2, 3, 1).reshape(B, P, H // P, P, W // P, C).transpose(2, 3)
-        return x.reshape(B * P * P, H // P, W // P, C).permute(0, 3, 1, 2)
-    x = x.reshape(B, C, P, H // P, P, W // P).permute(0, 2, 4, 1, 3, 5)
-    return x.reshape(B * P * P, C, H // P, W // P)
-
-
-def to_image(x: Tensor, num_patch: int) -> Tensor:
-    """The inverse of ``to_patches``; keeps the layout."""
-    BN, C, h, w = x.shape
-    P = num_patch
-    B = BN // (P * P)
-    if _is_channels_last(x):
-        x = x.permute(0, 2, 3, 1).reshape(B, P, P, h, w, C).transpose(2, 3)
-        return x.reshape(B, P * h, P * w, C).permute(0, 3, 1, 2)
-    x = x.reshape(B, P, P, C, h, w).permute(0, 3, 1, 4, 2, 5)
-    return x.reshape(B, C, P * h, P * w)
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    return x.shape[1] > 1 and x.is_contiguous(memory_format=torch.channels_last)
 
 
 class DoubleConv(nn.Module):
@@ -80,9 +55,9 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """Bilinear resize to the size of the skip, then a double convolution.
+    """Bilinear resize to the size of the skip, twice the side, then a double convolution.
 
-    With ``op`` "concat" the skip's channels come first, with "none" only its size is used.
+    With ``op`` "concat" the skip's channels come first, with "none" it is not used.
     """
 
     def __init__(self, in_ch: int, out_ch: int, op: str) -> None:
@@ -90,9 +65,10 @@ class Up(nn.Module):
         self.op = op
         self.conv = DoubleConv(in_ch, out_ch)
 
-    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        x = F.interpolate(x, size=skip.shape[-2:], mode="bilinear", align_corners=False)
-        return self.conv(torch.cat([skip.to(x.dtype), x], dim=1) if self.op == "concat" else x)
+    def forward(self, x: Tensor, skip: Tensor, num_patch: int = 1) -> Tensor:
+        """Maps, or the patches of which ``num_patch`` a side make up the maps."""
+        ahead = skip if self.op == "concat" else None
+        return self.conv(ops.upsample_concat(x, ahead, num_patch=num_patch))
 
 
 class OutConv(nn.Module):

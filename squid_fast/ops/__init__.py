@@ -5,8 +5,8 @@ Beside the operator stand its PyTorch implementation ``_<name>_cpu``, a fake imp
 ``torch.compile`` and export see through it) and a gradient, which is an operator too. An operator
 runs the Triton kernel of its name where ``kernels.dispatch`` says that it serves, else the PyTorch
 implementation: on every CPU, in float64, and for the shapes that it gives its reasons for. Nothing
-synchronises with the host. Results are contiguous, but for those of the masked shortcut, which keep
-their layout. NaN stays within its row. Double backward is not supported.
+synchronises with the host. Results are contiguous, but for those of the masked shortcut and of the
+upsampling, which keep their layout. NaN stays within its row. Double backward is not supported.
 
 Symbols: B images, N patches of an image, M memory slots, C slot width, k = ``top_k``.
 """
@@ -16,6 +16,7 @@ from .common import DECOMPOSITIONS
 from .lookup import gumbel_shrinkage, hard_shrinkage, memory_lookup
 from .norm import batch_norm
 from .shortcut import masked_shortcut
+from .upsample import upsample_concat
 
 __all__ = [
     "DECOMPOSITIONS",
@@ -25,4 +26,5 @@ __all__ = [
     "masked_shortcut",
     "memory_lookup",
     "neighbourhood_attention",
+    "upsample_concat",
 ]

@@ -76,6 +76,12 @@ def test_roofline_of_the_other_operations_by_hand() -> None:
     assert [roofline.attended(N) for N in (1, 4, 9)] == [1, 16, 4 * 4 + 4 * 6 + 8]
     attention = roofline.neighbourhood_attention(2, 4, 8, 2)
     assert attention == Work(2 * (4 * 64 + 16), 2 * 2 * 2 * 8 * 16)
+    # 2 x 1 maps of 2 x 2 patches of 3 x 3 places, 5 channels: 360 numbers become 1440, behind 576
+    # of a skip. Sums of two: 2 results for each number, then 4.
+    resize = roofline.upsample_concat(2, 1, 2, 5, 2, 3, 4)
+    assert resize == Work(4 * (360 + 1440 + 2 * 576), 3 * (720 + 1440))
+    both = roofline.upsample_concat(2, 1, 2, 5, 2, 3, 4, backward=True)
+    assert both == resize + Work(4 * (1440 + 360), 5 * (720 + 360))
 
 
 def test_roofline_of_the_block_is_that_of_its_parts() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -18,6 +17,7 @@ from squid_fast import ops
 from squid_fast.ops.philox import philox_uniform
 from squid_fast.ops.shortcut import shortcut_mask
 from tests.kernels.devices import DEVICE, DTYPES, drawn, tensors
+from tests.kernels.layouts import LAYOUTS, Layout, channels_last, contiguous
 from tests.ops.samples import (
     assert_backward_repeats_the_draw,
     blend,
@@ -32,34 +32,6 @@ SHAPES = [(1, 1, 1, 1), (2, 1, 17, 13), (3, 37, 1, 5), (2, 37, 17, 13)]
 SHAPES += [(2, 70, 4, 4), (5, 3, 31, 29)]  # more channels, and more positions, than a tile
 SEED = 2**61 + 12345  # both of its words count
 
-
-def contiguous(x: Tensor) -> Tensor:
-    return x.contiguous()
-
-
-def channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def turned(x: Tensor) -> Tensor:
-    """Dense, but rows and columns lie in memory the other way round."""
-    return x.mT.contiguous().mT
-
-
-def strided(x: Tensor) -> Tensor:
-    """Every second row and every third column of something larger, channels last."""
-    B, C, H, W = x.shape
-    larger = x.new_full((B, 2 * H, 3 * W, C), torch.nan).permute(0, 3, 1, 2)
-    return larger[:, :, ::2, ::3].copy_(x)
-
-
-def expanded(x: Tensor) -> Tensor:
-    """One row's values for all, in the whole batch."""
-    return x[:1, :, :1].expand(x.shape)
-
-
-Layout = Callable[[Tensor], Tensor]
-LAYOUTS: list[Layout] = [contiguous, channels_last, turned, strided, expanded]
 
 layouts = pytest.mark.parametrize("layout", [contiguous, channels_last])
 affines = pytest.mark.parametrize("affine", [False, True], ids=["plain", "affine"])

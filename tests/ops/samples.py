@@ -220,6 +220,20 @@ def norm_of_pytorch(momentum: float | None, x: Tensor, shift: Tensor | None) -> 
     return {name: plain.state_dict()[name] for name in running}
 
 
+# --- upsampling -----------------------------------------------------------------------------------
+
+# P patches a side, images, channels, rows and columns of a patch, channels of the skip.
+Resize = tuple[int, int, int, int, int, int]
+
+
+def resize_inputs(sizes: Resize) -> list[Tensor]:
+    """The patches, the skip if it has channels, and an upstream gradient."""
+    P, B, C, h, w, S = sizes
+    image = (2 * P * h, 2 * P * w)
+    shapes = [(B * P * P, C, h, w), *[(B, S, *image)] * bool(S), (B, S + C, *image)]
+    return [normal(*shape, seed=i) for i, shape in enumerate(shapes)]
+
+
 # --- all operators --------------------------------------------------------------------------------
 
 
@@ -237,6 +251,7 @@ def operator_samples() -> dict[str, list[tuple]]:
 
     last = [x.to(memory_format=torch.channels_last) for x in (a, b)]
     strided = a.repeat(1, 1, 2, 3).to(memory_format=torch.channels_last)[:, :, ::2, ::3]
+    skip, patches = normal(2, 5, 8, 8).float(), normal(4, 3, 2, 2).float()
     return {
         "gumbel_shrinkage": [
             (leaf(logits), 3),
@@ -305,6 +320,21 @@ def operator_samples() -> dict[str, list[tuple]]:
             (*attention, 4),  # heads of width 1
         ],
         "neighbourhood_attention_backward": [(attention[0], *attention, heads) for heads in (2, 4)],
+        "upsample_concat": [
+            (leaf(a), None, 1),
+            (leaf(a), leaf(skip), 1),
+            (leaf(last[0]), skip, 1),
+            (last[0], leaf(skip.to(memory_format=torch.channels_last)), 1),
+            (leaf(patches), leaf(skip[:1]), 2),
+            (patches.to(memory_format=torch.channels_last).requires_grad_(), None, 2),
+            (strided.detach(), skip, 1),
+            (a[:, :1, :1].expand(2, 3, 4, 4), skip, 1),
+        ],
+        "upsample_concat_backward": [
+            (grad, channels, P)
+            for grad in (skip, skip.to(memory_format=torch.channels_last), skip[:, :, ::2, ::2])
+            for channels, P in ((5, 1), (3, 1), (2, 2))
+        ],
     }
 
 
@@ -322,6 +352,10 @@ def compile_cases(
         ),
         "attention": (lambda *x: ops.neighbourhood_attention(*x, 2), attention_inputs(2, 2, 4)),
         "norm": (norm_of(norm_operators, 0.0), norm_inputs((2, 3, 4, 4), residual=True)),
+        "upsampling": (
+            lambda *x: ops.upsample_concat(*x, num_patch=2),
+            [normal(8, 3, 2, 3), normal(2, 4, 8, 12, seed=1)],
+        ),
     }
     return {name: (call, [x.to(device) for x in inputs]) for name, (call, inputs) in cases.items()}
 

@@ -132,6 +132,21 @@ ERRORS: dict[str, Callable[[], Tensor]] = {
     "pad_key is [4] and pad_value [4]; both must be [6].": (
         lambda: attend(*[Z(1, 4, 6)] * 3, X[0], X[0], 3)
     ),
+    "x is [2, 4]; it must be [B, C, H, W], with C, H and W at least 1.": (
+        lambda: ops.upsample_concat(X)
+    ),
+    "x is [1, 0, 2, 4]; it must be": lambda: ops.upsample_concat(MAP[:, :0]),
+    "x is torch.int64; a floating-point": lambda: ops.upsample_concat(MAP.long()),
+    "num_patch is 0 and x [1, 1, 2, 4]": lambda: ops.upsample_concat(MAP, num_patch=0),
+    "num_patch is 2 and x [6, 1, 2, 4]; num_patch must be at least 1, and its square must divide": (
+        lambda: ops.upsample_concat(MAP.expand(6, 1, 2, 4), num_patch=2)
+    ),
+    "skip is [1, 3, 4, 7]; [1, S, 4, 8] would fit this x.": (
+        lambda: ops.upsample_concat(MAP, Z(1, 3, 4, 7))
+    ),
+    "skip is [4, 3, 4, 8]; [1, S, 8, 16] would fit": (
+        lambda: ops.upsample_concat(MAP.expand(4, 1, 2, 4), Z(4, 3, 4, 8), num_patch=2)
+    ),
 }
 
 
