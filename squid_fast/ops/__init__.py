@@ -1,4 +1,4 @@
-"""The five operations of SQUID as PyTorch custom operators, one file per operation.
+"""The operations of SQUID as PyTorch custom operators, one file per operation.
 
 Each public function checks its arguments and calls an operator ``torch.ops.squid_fast.<name>``.
 Beside the operator stand its PyTorch implementation ``_<name>_cpu``, a fake implementation (so that
@@ -13,14 +13,17 @@ Symbols: B images, N patches of an image, M memory slots, C slot width, k = ``to
 
 from .attention import neighbourhood_attention
 from .common import DECOMPOSITIONS
+from .discriminator import discriminator_score, pack_discriminator
 from .lookup import gumbel_shrinkage, hard_shrinkage, memory_lookup
 from .shortcut import masked_shortcut
 
 __all__ = [
     "DECOMPOSITIONS",
+    "discriminator_score",
     "gumbel_shrinkage",
     "hard_shrinkage",
     "masked_shortcut",
     "memory_lookup",
     "neighbourhood_attention",
+    "pack_discriminator",
 ]

@@ -1,0 +1,294 @@
+"""The discriminator's score of images (paper section 3.4): one kernel for each convolution.
+
+    layer(x) = leaky(norm(conv(x)))    conv: 5 x 5, stride 2, padding 2    score = regressor . x + bias
+
+The norm, of every image by its own statistics, follows all convolutions but the first; without it,
+a bias takes its place. A program computes a block of channels for all places of an image, so that
+it knows the statistics when it has the sums, and the last layer's program the whole score.
+
+Half precision alone would move scores, and tensor cores take no float32. So maps and weights are
+sums of two float16 numbers, high and low, which hold 22 bits, and three products make up one:
+high high + high low + low high. Maps are kept that way, [B, H, W, 2, C], in as many bytes as
+float32, since splitting them where they are read would do it six times over. Every output channel
+of the weights is scaled by a power of two, which keeps its low parts clear of float16's smallest
+numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .card import Card, card_of, on_device, power_of_2
+
+SLOPE = tl.constexpr(0.2)  # of the leaky ReLU
+TAPS = tl.constexpr(25)
+
+# --- device helpers -------------------------------------------------------------------------------
+
+
+@triton.jit
+def _leaky(x):
+    return tl.where(x < 0, SLOPE * x, x)  # asked this way round, NaN stays NaN
+
+
+@triton.jit
+def _store_split(out_ptr, at, x, N, mask):
+    """Write x as two float16 numbers, the low one N places behind the high one."""
+    high = x.to(tl.float16)
+    tl.store(out_ptr + at, high, mask=mask)
+    tl.store(out_ptr + at + N, (x - high.to(tl.float32)).to(tl.float16), mask=mask)
+
+
+@triton.jit
+def _convolve(
+    x_ptr, weight_ptr, image, place, inside, channel, H, W, W_OUT, N,
+    C: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Sums [ROWS, BLOCK_N] of the windows around places [ROWS] of images [ROWS], times weights."""
+    top, left = 2 * (place // W_OUT) - 2, 2 * (place % W_OUT) - 2
+    x_ptrs = x_ptr + (image * (H * W) + (top * W + left)) * (2 * C)
+    total = tl.zeros([ROWS, BLOCK_N], tl.float32)
+    for step in range(tl.cdiv(TAPS * C, BLOCK_K)):
+        k = step * BLOCK_K + tl.arange(0, BLOCK_K)  # counts taps, and channels within a tap
+        down, right = k // C // 5, k // C % 5
+        y, x = top[:, None] + down[None, :], left[:, None] + right[None, :]
+        on_map = (y >= 0) & (y < H) & (x >= 0) & (x < W)
+        mask = inside[:, None] & on_map & (k < TAPS * C)[None, :]  # [ROWS, BLOCK_K]
+        at = x_ptrs[:, None] + ((down * W + right) * (2 * C) + k % C)[None, :]
+        x_high = tl.load(at, mask=mask, other=0.0)
+        x_low = tl.load(at + C, mask=mask, other=0.0)
+        weights = weight_ptr + k[:, None] * N + channel[None, :]  # [BLOCK_K, BLOCK_N]
+        mask = (k < TAPS * C)[:, None] & (channel < N)[None, :]
+        weight_high = tl.load(weights, mask=mask, other=0.0)
+        weight_low = tl.load(weights + TAPS * C * N, mask=mask, other=0.0)
+        total = tl.dot(x_low, weight_high, total)
+        total = tl.dot(x_high, weight_low, total)
+        total = tl.dot(x_high, weight_high, total)
+    return total
+
+
+@triton.jit
+def _moments(x, inside, count):
+    """Mean, and sum of squared distances from it [IMAGES, 1, C], of x [IMAGES, PLACES, C]."""
+    mean = tl.sum(tl.where(inside, x, 0.0), axis=1, keep_dims=True) / count
+    distance = tl.where(inside, x - mean, 0.0)
+    return mean, tl.sum(distance * distance, axis=1, keep_dims=True)
+
+
+# --- kernels --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _first_layer_kernel(
+    images_ptr, stride_images_b, stride_images_h, stride_images_w, weight_ptr, bias_ptr, out_ptr,
+    B, H, W, H_OUT, W_OUT, N, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """leaky(conv(images)) of one channel, in float32. Grid: (blocks of places of all images).
+
+    images: [B, H, W] of any floating dtype and strides. weight: float32 [25, N]. bias: float32 [N].
+    out: float16 [B, H_OUT, W_OUT, 2, N].
+    """
+    row = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    channel = tl.arange(0, BLOCK_N)
+    image, place = row // (H_OUT * W_OUT), (row % (H_OUT * W_OUT)).to(tl.int32)
+    top, left = 2 * (place // W_OUT) - 2, 2 * (place % W_OUT) - 2
+    images_ptrs = images_ptr + image * stride_images_b
+    total = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
+    total += tl.load(bias_ptr + channel, mask=channel < N, other=0.0)[None, :]
+    for tap in tl.static_range(TAPS):
+        y, x = top + tap // 5, left + tap % 5
+        mask = (image < B) & (y >= 0) & (y < H) & (x >= 0) & (x < W)
+        at = y.to(tl.int64) * stride_images_h + x * stride_images_w
+        pixel = tl.load(images_ptrs + at, mask=mask, other=0.0).to(tl.float32)
+        weight = tl.load(weight_ptr + tap * N + channel, mask=channel < N, other=0.0)
+        total += pixel[:, None] * weight[None, :]
+    at = row[:, None] * (2 * N) + channel[None, :]
+    mask = (image < B)[:, None] & (channel < N)[None, :]
+    _store_split(out_ptr, at, _leaky(total), N, mask)
+
+
+@triton.jit
+def _layer_kernel(
+    x_ptr, weight_ptr, power_ptr, scale_ptr, shift_ptr, out_ptr, regressor_ptr, bias_ptr,
+    B, H, W, H_OUT, W_OUT, N, blocks,
+    C: tl.constexpr, EPS: tl.constexpr, WHOLE: tl.constexpr,
+    IMAGES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """leaky(norm(conv(x))), or of the last layer the scores. Grid: (images, channels, blocks).
+
+    x: float16 [B, H, W, 2, C]. weight: float16 [2, 25 C, N], whose sums are those of the
+    convolution times power: float32 [N]. scale, shift: float32 [N], the norm's; without a norm
+    scale is None and shift the bias. out: float16 [B, H_OUT, W_OUT, 2, N]; or, where there is a
+    regressor, float32 [H_OUT W_OUT, N], with its bias [1], float32 [B].
+    WHOLE: a block of BLOCK_P places is a whole map. Otherwise a map has so many blocks, and with a
+    norm a program goes through them twice, to know the statistics and then again.
+    """
+    images = tl.program_id(0).to(tl.int64) * IMAGES + tl.arange(0, IMAGES)
+    channel = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    places = H_OUT * W_OUT
+    image = tl.broadcast_to(images[:, None], [IMAGES, BLOCK_P]).reshape([IMAGES * BLOCK_P])
+    power = tl.load(power_ptr + channel, mask=channel < N, other=0.0)[None, None, :]
+    shift = tl.load(shift_ptr + channel, mask=channel < N, other=0.0)[None, None, :]
+    mean = tl.zeros([IMAGES, 1, BLOCK_N], tl.float32)
+    squares = tl.zeros([IMAGES, 1, BLOCK_N], tl.float32)
+    score = tl.zeros([IMAGES], tl.float32)
+
+    if scale_ptr is not None and not WHOLE:
+        for block in range(blocks):
+            place = block * BLOCK_P + tl.arange(0, BLOCK_P)
+            inside = (images < B)[:, None] & (place < places)[None, :]
+            here = tl.broadcast_to(place[None, :], [IMAGES, BLOCK_P]).reshape([IMAGES * BLOCK_P])
+            x = _convolve(
+                x_ptr, weight_ptr, image, here, inside.reshape([IMAGES * BLOCK_P]), channel,
+                H, W, W_OUT, N, C, IMAGES * BLOCK_P, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+            x = x.reshape([IMAGES, BLOCK_P, BLOCK_N]) * power
+            # Chan, Golub & LeVeque 1979: two sets of numbers as one.
+            before = block * BLOCK_P
+            count = tl.minimum(places - before, BLOCK_P)
+            block_mean, block_squares = _moments(x, inside[:, :, None], count)
+            difference = block_mean - mean
+            share = count.to(tl.float32) / (before + count)
+            mean += difference * share
+            squares += block_squares + difference * difference * (before * share)
+
+    for block in range(tl.program_id(2), blocks, tl.num_programs(2)):
+        place = block * BLOCK_P + tl.arange(0, BLOCK_P)
+        inside = (images < B)[:, None] & (place < places)[None, :]
+        here = tl.broadcast_to(place[None, :], [IMAGES, BLOCK_P]).reshape([IMAGES * BLOCK_P])
+        x = _convolve(
+            x_ptr, weight_ptr, image, here, inside.reshape([IMAGES * BLOCK_P]), channel,
+            H, W, W_OUT, N, C, IMAGES * BLOCK_P, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        x = x.reshape([IMAGES, BLOCK_P, BLOCK_N]) * power
+        if scale_ptr is not None:
+            if WHOLE:
+                mean, squares = _moments(x, inside[:, :, None], places)
+            scale = tl.load(scale_ptr + channel, mask=channel < N, other=0.0)[None, None, :]
+            x = (x - mean) * (scale / tl.sqrt_rn(squares / places + EPS))
+        x = _leaky(x + shift)
+        at = place[:, None] * N + channel[None, :]
+        if regressor_ptr is not None:
+            mask = (place < places)[:, None] & (channel < N)[None, :]
+            regressor = tl.load(regressor_ptr + at, mask=mask, other=0.0)[None, :, :]
+            score += tl.sum(tl.sum(x * regressor, axis=2), axis=1)
+        else:
+            # [IMAGES, BLOCK_P, BLOCK_N]
+            at = (images * places)[:, None] + place[None, :]
+            at = at[:, :, None] * (2 * N) + channel[None, None, :]
+            _store_split(out_ptr, at, x, N, inside[:, :, None] & (channel < N)[None, None, :])
+    if regressor_ptr is not None:
+        tl.store(out_ptr + images, score + tl.load(bias_ptr), mask=images < B)
+
+
+# --- configuration and launchers ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile of a layer, and how many blocks of places a map is cut into."""
+
+    images: int
+    block_p: int
+    block_n: int
+    block_k: int
+    blocks: int
+    num_warps: int
+    num_stages: int
+
+    @staticmethod
+    def choose(B: int, places: int, C: int, N: int, last: bool, card: Card) -> Config:
+        """For maps of so many places and N channels, made of C channels; the last layer's or not.
+
+        The last layer's programs have all channels, since they make the whole score.
+        """
+        # Of 8 warps, 32768 sums are 128 registers a thread, and 1024 rows take three stages of 16
+        # numbers in the shared memory of an H100, two in an A100's. AMD's have a third of that.
+        block_n = max(power_of_2(N), 16)
+        block_p = min(power_of_2(places), 32768 // block_n, 512 if card.is_amd else 1024)
+        # While there is a multiprocessor for every image, a program takes one; then 64 rows at
+        # least, the fewest that warpgroups multiply, and 128, which halves the reading of weights,
+        # as long as that leaves most multiprocessors a program. Tensor cores take 16 rows.
+        images = max(16 // block_p, 1)
+        if B > card.multiprocessors:
+            images = max(64 // block_p, 1)
+            if images * block_p < 128 and 3 * card.multiprocessors < 4 * triton.cdiv(B, 2 * images):
+                images *= 2
+        if not last:
+            while block_n > 16 and 2 * B * power_of_2(N) <= card.multiprocessors * block_n * images:
+                block_n //= 2
+        rows = images * block_p
+        block_k = max(16, min(64, 8192 // rows))
+        stage = 4 * (rows + block_n) * block_k  # bytes: high and low parts of both operands
+        stages = 2 if card.is_amd else min(max(card.shared_memory // stage - 1, 2), 3)
+        warps = 8 if rows * block_n > 8192 else 4
+        return Config(images, block_p, block_n, block_k, triton.cdiv(places, block_p), warps, stages)
+
+
+def forward(
+    images: Tensor,
+    biases: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    regressor_bias: Tensor,
+    packed: Sequence[Tensor],
+    eps: float,
+) -> Tensor:
+    """Scores [B] in float32 of images [B, 1, H, W], with what ``ops.pack_discriminator`` returns.
+
+    biases: float32, one for each layer, of its norm where it has one. scales: of the norms, none
+    or one for each layer but the first.
+    """
+    B, _, H, W = images.shape
+    first, *layers, regressor = packed
+    half_h, half_w = (H + 1) // 2, (W + 1) // 2
+    N = first.shape[1]
+    x = first.new_empty((B, half_h, half_w, 2, N), dtype=torch.float16)
+    block_n = max(power_of_2(N), 16)
+    block_p = 4096 // block_n
+    strides = images.stride(0), images.stride(2), images.stride(3)
+    with on_device(images):
+        _first_layer_kernel[(triton.cdiv(B * half_h * half_w, block_p),)](
+            images, *strides, first, biases[0], x, B, H, W, half_h, half_w, N,
+            BLOCK_P=block_p, BLOCK_N=block_n, num_warps=4,
+        )  # fmt: skip
+        for i, (weight, power) in enumerate(zip(layers[::2], layers[1::2], strict=True)):
+            last = i == len(biases) - 2
+            scale = scales[i] if scales else None
+            x = _layer(x, weight, power, scale, biases[i + 1], regressor, regressor_bias, last, eps)
+    return x
+
+
+def _layer(
+    x: Tensor,
+    weight: Tensor,
+    power: Tensor,
+    scale: Tensor | None,
+    shift: Tensor,
+    regressor: Tensor,
+    bias: Tensor,
+    last: bool,
+    eps: float,
+) -> Tensor:
+    B, H, W, _, C = x.shape
+    N, (half_h, half_w) = weight.shape[2], ((H + 1) // 2, (W + 1) // 2)
+    config = Config.choose(B, half_h * half_w, C, N, last, card_of(x))
+    if last:
+        out = power.new_empty(B)
+    else:
+        out = x.new_empty((B, half_h, half_w, 2, N))
+    # With a norm, or a score to add up, a program goes through all blocks itself.
+    spread = config.blocks if scale is None and not last else 1
+    grid = triton.cdiv(B, config.images), triton.cdiv(N, config.block_n), spread
+    _layer_kernel[grid](
+        x, weight, power, scale, shift, out, regressor if last else None, bias,
+        B, H, W, half_h, half_w, N, config.blocks, C=C, EPS=eps, WHOLE=config.blocks == 1,
+        IMAGES=config.images, BLOCK_P=config.block_p, BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k, num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return out
