@@ -39,18 +39,29 @@ def _leaky(x):
 
 @triton.jit
 def _store_split(out_ptr, at, x, N, mask):
-    """Write x as two float16 numbers, the low one N places behind the high one."""
+    """Write x [ROWS, BLOCK_N] as two float16 numbers, the low one N places behind the high one."""
     high = x.to(tl.float16)
     tl.store(out_ptr + at, high, mask=mask)
     tl.store(out_ptr + at + N, (x - high.to(tl.float32)).to(tl.float16), mask=mask)
 
 
 @triton.jit
+def _rows(ROWS: tl.constexpr, first_image, block, BLOCK_P: tl.constexpr):
+    """Image and place of rows of a tile, which has BLOCK_P rows for every image."""
+    row = tl.arange(0, ROWS)
+    return first_image + row // BLOCK_P, block * BLOCK_P + row % BLOCK_P
+
+
+@triton.jit
 def _convolve(
-    x_ptr, weight_ptr, image, place, inside, channel, H, W, W_OUT, N,
-    C: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x_ptr, weight_ptr, first_image, block, channel, B, H, W, H_OUT, W_OUT, N,
+    C: tl.constexpr, IMAGES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Sums [ROWS, BLOCK_N] of the windows around places [ROWS] of images [ROWS], times weights."""
+    """Sums [IMAGES, BLOCK_P, BLOCK_N] over windows of a map, times weights."""
+    ROWS: tl.constexpr = IMAGES * BLOCK_P
+    image, place = _rows(ROWS, first_image, block, BLOCK_P)
+    inside = (image < B) & (place < H_OUT * W_OUT)
     top, left = 2 * (place // W_OUT) - 2, 2 * (place % W_OUT) - 2
     x_ptrs = x_ptr + (image * (H * W) + (top * W + left)) * (2 * C)
     total = tl.zeros([ROWS, BLOCK_N], tl.float32)
@@ -70,15 +81,76 @@ def _convolve(
         total = tl.dot(x_low, weight_high, total)
         total = tl.dot(x_high, weight_low, total)
         total = tl.dot(x_high, weight_high, total)
-    return total
+    return total.reshape([IMAGES, BLOCK_P, BLOCK_N])
 
 
 @triton.jit
-def _moments(x, inside, count):
-    """Mean, and sum of squared distances from it [IMAGES, 1, C], of x [IMAGES, PLACES, C]."""
+def _moments(x, block, places):
+    """Mean, and sum of squared distances from it [IMAGES, 1, C], of a block [IMAGES, BLOCK_P, C]."""
+    count = tl.minimum(places - block * x.shape[1], x.shape[1])
+    inside = (tl.arange(0, x.shape[1]) < count)[None, :, None]
     mean = tl.sum(tl.where(inside, x, 0.0), axis=1, keep_dims=True) / count
     distance = tl.where(inside, x - mean, 0.0)
     return mean, tl.sum(distance * distance, axis=1, keep_dims=True)
+
+
+@triton.jit
+def _add_moments(mean, squares, seen, block_mean, block_squares, count):
+    """The moments of two sets of numbers together (Chan, Golub & LeVeque 1979)."""
+    distance, share = block_mean - mean, count.to(tl.float32) / (seen + count)
+    return mean + distance * share, squares + block_squares + distance * distance * (seen * share)
+
+
+@triton.jit
+def _finish(
+    x, mean, squares, power_ptr, scale_ptr, shift_ptr, out_ptr, regressor_ptr, first_image, block,
+    channel, B, places, N, EPS: tl.constexpr,
+):  # fmt: skip
+    """Norm and leaky ReLU of a block [IMAGES, BLOCK_P, BLOCK_N]; what it adds to the scores [IMAGES], or 0 and it is stored."""
+    IMAGES: tl.constexpr = x.shape[0]
+    BLOCK_P: tl.constexpr = x.shape[1]
+    factor = tl.load(power_ptr + channel, mask=channel < N, other=1.0)[None, None, :]
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr + channel, mask=channel < N, other=0.0)[None, None, :]
+        factor *= scale * tl.rsqrt(squares * (factor * factor) / places + EPS)
+    shift = tl.load(shift_ptr + channel, mask=channel < N, other=0.0)[None, None, :]
+    x = _leaky((x - mean) * factor + shift)
+    if regressor_ptr is not None:
+        place = block * BLOCK_P + tl.arange(0, BLOCK_P)
+        mask = (place < places)[:, None] & (channel < N)[None, :]
+        at = place[:, None] * N + channel[None, :]
+        regressor = tl.load(regressor_ptr + at, mask=mask, other=0.0)[None, :, :]
+        return tl.sum(tl.sum(x * regressor, axis=2), axis=1)
+    image, place = _rows(IMAGES * BLOCK_P, first_image, block, BLOCK_P)
+    at = (image * places + place)[:, None] * (2 * N) + channel[None, :]
+    inside = ((image < B) & (place < places))[:, None] & (channel < N)[None, :]
+    _store_split(out_ptr, at, x.reshape([IMAGES * BLOCK_P, x.shape[2]]), N, inside)
+    return tl.zeros([IMAGES], tl.float32)
+
+
+@triton.jit
+def _finish_in_halves(
+    x, mean, squares, power_ptr, scale_ptr, shift_ptr, out_ptr, regressor_ptr, first_image, block,
+    channel, B, places, N, EPS: tl.constexpr,
+):  # fmt: skip
+    """The same by half a large block at a time, whose numbers a store lays out anew in registers."""
+    HALVES: tl.constexpr = [2, 1, x.shape[1] // 2, x.shape[2]]
+    if x.shape[0] == 1 and x.shape[1] >= 256:
+        upper, lower = x.reshape(HALVES).permute(1, 2, 3, 0).split()
+        score = _finish(
+            upper, mean, squares, power_ptr, scale_ptr, shift_ptr, out_ptr, regressor_ptr,
+            first_image, 2 * block, channel, B, places, N, EPS,
+        )  # fmt: skip
+        score += _finish(
+            lower, mean, squares, power_ptr, scale_ptr, shift_ptr, out_ptr, regressor_ptr,
+            first_image, 2 * block + 1, channel, B, places, N, EPS,
+        )  # fmt: skip
+    else:
+        score = _finish(
+            x, mean, squares, power_ptr, scale_ptr, shift_ptr, out_ptr, regressor_ptr, first_image,
+            block, channel, B, places, N, EPS,
+        )  # fmt: skip
+    return score
 
 
 # --- kernels --------------------------------------------------------------------------------------
@@ -129,62 +201,48 @@ def _layer_kernel(
     WHOLE: a block of BLOCK_P places is a whole map. Otherwise a map has so many blocks, and with a
     norm a program goes through them twice, to know the statistics and then again.
     """
-    images = tl.program_id(0).to(tl.int64) * IMAGES + tl.arange(0, IMAGES)
+    first = tl.program_id(0).to(tl.int64) * IMAGES
     channel = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     places = H_OUT * W_OUT
-    image = tl.broadcast_to(images[:, None], [IMAGES, BLOCK_P]).reshape([IMAGES * BLOCK_P])
-    power = tl.load(power_ptr + channel, mask=channel < N, other=0.0)[None, None, :]
-    shift = tl.load(shift_ptr + channel, mask=channel < N, other=0.0)[None, None, :]
     mean = tl.zeros([IMAGES, 1, BLOCK_N], tl.float32)
     squares = tl.zeros([IMAGES, 1, BLOCK_N], tl.float32)
     score = tl.zeros([IMAGES], tl.float32)
-
-    if scale_ptr is not None and not WHOLE:
-        for block in range(blocks):
-            place = block * BLOCK_P + tl.arange(0, BLOCK_P)
-            inside = (images < B)[:, None] & (place < places)[None, :]
-            here = tl.broadcast_to(place[None, :], [IMAGES, BLOCK_P]).reshape([IMAGES * BLOCK_P])
-            x = _convolve(
-                x_ptr, weight_ptr, image, here, inside.reshape([IMAGES * BLOCK_P]), channel,
-                H, W, W_OUT, N, C, IMAGES * BLOCK_P, BLOCK_N, BLOCK_K,
-            )  # fmt: skip
-            x = x.reshape([IMAGES, BLOCK_P, BLOCK_N]) * power
-            # Chan, Golub & LeVeque 1979: two sets of numbers as one.
-            before = block * BLOCK_P
-            count = tl.minimum(places - before, BLOCK_P)
-            block_mean, block_squares = _moments(x, inside[:, :, None], count)
-            difference = block_mean - mean
-            share = count.to(tl.float32) / (before + count)
-            mean += difference * share
-            squares += block_squares + difference * difference * (before * share)
-
-    for block in range(tl.program_id(2), blocks, tl.num_programs(2)):
-        place = block * BLOCK_P + tl.arange(0, BLOCK_P)
-        inside = (images < B)[:, None] & (place < places)[None, :]
-        here = tl.broadcast_to(place[None, :], [IMAGES, BLOCK_P]).reshape([IMAGES * BLOCK_P])
+    if WHOLE:
         x = _convolve(
-            x_ptr, weight_ptr, image, here, inside.reshape([IMAGES * BLOCK_P]), channel,
-            H, W, W_OUT, N, C, IMAGES * BLOCK_P, BLOCK_N, BLOCK_K,
+            x_ptr, weight_ptr, first, 0, channel, B, H, W, H_OUT, W_OUT, N,
+            C, IMAGES, BLOCK_P, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        x = x.reshape([IMAGES, BLOCK_P, BLOCK_N]) * power
         if scale_ptr is not None:
-            if WHOLE:
-                mean, squares = _moments(x, inside[:, :, None], places)
-            scale = tl.load(scale_ptr + channel, mask=channel < N, other=0.0)[None, None, :]
-            x = (x - mean) * (scale / tl.sqrt_rn(squares / places + EPS))
-        x = _leaky(x + shift)
-        at = place[:, None] * N + channel[None, :]
-        if regressor_ptr is not None:
-            mask = (place < places)[:, None] & (channel < N)[None, :]
-            regressor = tl.load(regressor_ptr + at, mask=mask, other=0.0)[None, :, :]
-            score += tl.sum(tl.sum(x * regressor, axis=2), axis=1)
-        else:
-            # [IMAGES, BLOCK_P, BLOCK_N]
-            at = (images * places)[:, None] + place[None, :]
-            at = at[:, :, None] * (2 * N) + channel[None, None, :]
-            _store_split(out_ptr, at, x, N, inside[:, :, None] & (channel < N)[None, None, :])
+            mean, squares = _moments(x, 0, places)
+        score = _finish_in_halves(
+            x, mean, squares, power_ptr, scale_ptr, shift_ptr, out_ptr, regressor_ptr, first, 0,
+            channel, B, places, N, EPS,
+        )  # fmt: skip
+    else:
+        if scale_ptr is not None:
+            for block in range(blocks):
+                x = _convolve(
+                    x_ptr, weight_ptr, first, block, channel, B, H, W, H_OUT, W_OUT, N,
+                    C, IMAGES, BLOCK_P, BLOCK_N, BLOCK_K,
+                )  # fmt: skip
+                block_mean, block_squares = _moments(x, block, places)
+                seen = block * BLOCK_P
+                count = tl.minimum(places - seen, BLOCK_P)
+                mean, squares = _add_moments(
+                    mean, squares, seen, block_mean, block_squares, count
+                )
+        for block in range(tl.program_id(2), blocks, tl.num_programs(2)):
+            x = _convolve(
+                x_ptr, weight_ptr, first, block, channel, B, H, W, H_OUT, W_OUT, N,
+                C, IMAGES, BLOCK_P, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+            score += _finish_in_halves(
+                x, mean, squares, power_ptr, scale_ptr, shift_ptr, out_ptr, regressor_ptr, first,
+                block, channel, B, places, N, EPS,
+            )  # fmt: skip
     if regressor_ptr is not None:
-        tl.store(out_ptr + images, score + tl.load(bias_ptr), mask=images < B)
+        image = first + tl.arange(0, IMAGES)
+        tl.store(out_ptr + image, score + tl.load(bias_ptr), mask=image < B)
 
 
 # --- configuration and launchers ------------------------------------------------------------------
@@ -203,32 +261,36 @@ class Config:
     num_stages: int
 
     @staticmethod
-    def choose(B: int, places: int, C: int, N: int, last: bool, card: Card) -> Config:
-        """For maps of so many places and N channels, made of C channels; the last layer's or not.
+    def choose(B: int, places: int, N: int, last: bool, card: Card) -> Config:
+        """For maps of so many places and N channels, of the last layer or not.
 
         The last layer's programs have all channels, since they make the whole score.
         """
-        # Of 8 warps, 32768 sums are 128 registers a thread, and 1024 rows take three stages of 16
-        # numbers in the shared memory of an H100, two in an A100's. AMD's have a third of that.
-        block_n = max(power_of_2(N), 16)
-        block_p = min(power_of_2(places), 32768 // block_n, 512 if card.is_amd else 1024)
-        # While there is a multiprocessor for every image, a program takes one; then 64 rows at
-        # least, the fewest that warpgroups multiply, and 128, which halves the reading of weights,
-        # as long as that leaves most multiprocessors a program. Tensor cores take 16 rows.
+        # 32768 sums are 128 registers a thread of 8 warps, and of 1024 rows three stages of 16
+        # numbers, both parts of them, fit the shared memory of an H100. AMD's has a third of that.
+        block_p = min(power_of_2(places), 512 if card.is_amd else 1024)
+        block_n = min(max(power_of_2(N), 16), 32768 // block_p)
+        # While there is a multiprocessor for every image, a program takes one. Beyond, it has 64
+        # rows at least, which warpgroups multiply at once; 128, which halves the reading of
+        # weights, if that leaves most multiprocessors a program. No tensor core takes fewer than 16.
         images = max(16 // block_p, 1)
         if B > card.multiprocessors:
             images = max(64 // block_p, 1)
-            if images * block_p < 128 and 3 * card.multiprocessors < 4 * triton.cdiv(B, 2 * images):
+            programs = triton.cdiv(B, 2 * images)
+            if images * block_p < 128 and 4 * programs > 3 * card.multiprocessors:
                 images *= 2
         if not last:
-            while block_n > 16 and 2 * B * power_of_2(N) <= card.multiprocessors * block_n * images:
-                block_n //= 2
+            programs = triton.cdiv(B, images) * triton.cdiv(N, block_n)
+            while block_n > 16 and 2 * programs <= card.multiprocessors:
+                block_n, programs = block_n // 2, 2 * programs
         rows = images * block_p
-        block_k = max(16, min(64, 8192 // rows))
-        stage = 4 * (rows + block_n) * block_k  # bytes: high and low parts of both operands
-        stages = 2 if card.is_amd else min(max(card.shared_memory // stage - 1, 2), 3)
+        block_k = 64 if rows <= 64 else 32 if rows <= 256 else 16
+        stage = 4 * (rows + block_n) * block_k  # bytes
+        # Triton keeps one stage in registers, but for warpgroups.
+        stages = 2 if card.is_amd else card.shared_memory // stage + (card.arch != "sm_90")
         warps = 8 if rows * block_n > 8192 else 4
-        return Config(images, block_p, block_n, block_k, triton.cdiv(places, block_p), warps, stages)
+        blocks = triton.cdiv(places, block_p)
+        return Config(images, block_p, block_n, block_k, blocks, warps, min(stages, 3))
 
 
 def forward(
@@ -277,7 +339,7 @@ def _layer(
 ) -> Tensor:
     B, H, W, _, C = x.shape
     N, (half_h, half_w) = weight.shape[2], ((H + 1) // 2, (W + 1) // 2)
-    config = Config.choose(B, half_h * half_w, C, N, last, card_of(x))
+    config = Config.choose(B, half_h * half_w, N, last, card_of(x))
     if last:
         out = power.new_empty(B)
     else:

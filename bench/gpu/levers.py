@@ -112,7 +112,7 @@ class Levers:
         compile = partial(torch.compile, dynamic=False, backend=backend)
         generator = self.scorer.model.generator
         discriminator = self.scorer.model.discriminators["instance"]
-        logits = compile(lambda recon: discriminator.score(recon, "instance"))
+        logits = compile(discriminator)
         batches = self.batches[-2:-1] or self.batches
         nets = {"discriminator": generator, "generator too": compile(generator)}
         for parts, first in nets.items():

@@ -42,6 +42,8 @@ MAPS = (  # N maps of C channels, H x W places, to an image
     (9, 128, 2, 2),  # small
 )
 ATTENTIONS = ((4, 2048), (9, 1024), (9, 128))  # N, C; of 8 heads
+DISCRIMINATORS = (128, 96, 48, 256)  # image sides: chest radiographs, digit_anatomy, small; large
+WIDTHS = (16, 32, 64, 128, 128)  # and channels
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -118,7 +120,23 @@ def _neighbourhood_attention(kernels: Any) -> Iterator[Case]:
         yield Case(f"neighbourhood_attention.backward {label}", backward)
 
 
+def _discriminator(kernels: Any) -> Iterator[Case]:
+    batches = (*BATCHES, 256, 1024)  # 256: a set that is evaluated
+    for side, B, norm in itertools.product(DISCRIMINATORS, batches, (True, False)):
+        packed = [_meta(25, WIDTHS[0])]
+        for C, N in itertools.pairwise(WIDTHS):
+            packed += [_meta(2, 25 * C, N, dtype=torch.float16), _meta(N)]
+        biases = [_meta(N) for N in WIDTHS]
+        places = (-(-side // 32)) ** 2
+        packed.append(_meta(places, WIDTHS[-1]))
+        parameters = (biases, biases[1:] if norm else [], _meta(1), packed, 1e-5)
+        label = f"[{B}, 1, {side}, {side}] {'instance' if norm else 'running'}"
+        call = partial(kernels.forward, _meta(B, 1, side, side), *parameters)
+        yield Case(f"discriminator.forward {label}", call)
+
+
 OPERATIONS = {
+    "discriminator": _discriminator,
     "gumbel_shrinkage": _gumbel_shrinkage,
     "masked_shortcut": _masked_shortcut,
     "memory_lookup": _memory_lookup,

@@ -17,6 +17,8 @@ cuda = pytest.mark.skipif(not ON_GPU, reason="there is no GPU")
 
 
 def on_device(x: object) -> object:
+    if isinstance(x, list):
+        return list(map(on_device, x))
     if not isinstance(x, torch.Tensor):
         return x
     return x.detach().to(DEVICE).requires_grad_(x.requires_grad)
