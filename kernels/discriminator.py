@@ -1,6 +1,6 @@
 """The discriminator's score of images (paper section 3.4): one kernel for each convolution.
 
-    layer(x) = leaky(norm(conv(x)))    conv: 5 x 5, stride 2, padding 2    score = regressor . x + bias
+    layer(x) = leaky(norm(conv(x)))    conv: 5 x 5, stride 2    score = regressor . x + bias
 
 The norm, of every image by its own statistics, follows all convolutions but the first; without it,
 a bias takes its place. A program computes a block of channels for all places of an image, so that
@@ -86,7 +86,7 @@ def _convolve(
 
 @triton.jit
 def _moments(x, block, places):
-    """Mean, and sum of squared distances from it [IMAGES, 1, C], of a block [IMAGES, BLOCK_P, C]."""
+    """Mean, and sum of squared distances from it, [IMAGES, 1, C] each, of a block's places."""
     count = tl.minimum(places - block * x.shape[1], x.shape[1])
     inside = (tl.arange(0, x.shape[1]) < count)[None, :, None]
     mean = tl.sum(tl.where(inside, x, 0.0), axis=1, keep_dims=True) / count
@@ -106,7 +106,10 @@ def _finish(
     x, mean, squares, power_ptr, scale_ptr, shift_ptr, out_ptr, regressor_ptr, first_image, block,
     channel, B, places, N, EPS: tl.constexpr,
 ):  # fmt: skip
-    """Norm and leaky ReLU of a block [IMAGES, BLOCK_P, BLOCK_N]; what it adds to the scores [IMAGES], or 0 and it is stored."""
+    """Norm and leaky ReLU of a block [IMAGES, BLOCK_P, BLOCK_N], which is stored.
+
+    Of the last layer it is not: returned is what it adds to the scores [IMAGES], else 0.
+    """
     IMAGES: tl.constexpr = x.shape[0]
     BLOCK_P: tl.constexpr = x.shape[1]
     factor = tl.load(power_ptr + channel, mask=channel < N, other=1.0)[None, None, :]
@@ -133,7 +136,7 @@ def _finish_in_halves(
     x, mean, squares, power_ptr, scale_ptr, shift_ptr, out_ptr, regressor_ptr, first_image, block,
     channel, B, places, N, EPS: tl.constexpr,
 ):  # fmt: skip
-    """The same by half a large block at a time, whose numbers a store lays out anew in registers."""
+    """The same, of large blocks by halves: a store lays its numbers out anew, in registers."""
     HALVES: tl.constexpr = [2, 1, x.shape[1] // 2, x.shape[2]]
     if x.shape[0] == 1 and x.shape[1] >= 256:
         upper, lower = x.reshape(HALVES).permute(1, 2, 3, 0).split()
@@ -228,9 +231,7 @@ def _layer_kernel(
                 block_mean, block_squares = _moments(x, block, places)
                 seen = block * BLOCK_P
                 count = tl.minimum(places - seen, BLOCK_P)
-                mean, squares = _add_moments(
-                    mean, squares, seen, block_mean, block_squares, count
-                )
+                mean, squares = _add_moments(mean, squares, seen, block_mean, block_squares, count)
         for block in range(tl.program_id(2), blocks, tl.num_programs(2)):
             x = _convolve(
                 x_ptr, weight_ptr, first, block, channel, B, H, W, H_OUT, W_OUT, N,
@@ -272,9 +273,9 @@ class Config:
         block_n = min(max(power_of_2(N), 16), 32768 // block_p)
         # While there is a multiprocessor for every image, a program takes one. Beyond, it has 64
         # rows at least, which warpgroups multiply at once; 128, which halves the reading of
-        # weights, if that leaves most multiprocessors a program. No tensor core takes fewer than 16.
+        # weights, if that leaves most multiprocessors a program. Tensor cores take 16 rows at once.
         images = max(16 // block_p, 1)
-        if B > card.multiprocessors:
+        if card.multiprocessors < B:
             images = max(64 // block_p, 1)
             programs = triton.cdiv(B, 2 * images)
             if images * block_p < 128 and 4 * programs > 3 * card.multiprocessors:
@@ -340,10 +341,7 @@ def _layer(
     B, H, W, _, C = x.shape
     N, (half_h, half_w) = weight.shape[2], ((H + 1) // 2, (W + 1) // 2)
     config = Config.choose(B, half_h * half_w, N, last, card_of(x))
-    if last:
-        out = power.new_empty(B)
-    else:
-        out = x.new_empty((B, half_h, half_w, 2, N))
+    out = power.new_empty(B) if last else x.new_empty((B, half_h, half_w, 2, N))
     # With a norm, or a score to add up, a program goes through all blocks itself.
     spread = config.blocks if scale is None and not last else 1
     grid = triton.cdiv(B, config.images), triton.cdiv(N, config.block_n), spread

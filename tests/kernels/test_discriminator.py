@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from squid_fast import Discriminator, ops
+from squid_fast import ops
 from squid_fast.inference.discriminator import FrozenDiscriminator
 from squid_fast.kernels import card
 from squid_fast.kernels.card import A100, H100, MI300X, Card
@@ -102,9 +102,10 @@ def test_the_published_discriminator(height: int, width: int, mode: str) -> None
 
 
 def test_one_pixel_of_map_without_norms() -> None:
-    assert_right(normal(3, 1, 4, 3).to(DEVICE, torch.float32), discriminator_parameters(
-        (2, 3), 4, 3, norm=False
-    ))
+    assert_right(
+        normal(3, 1, 4, 3).to(DEVICE, torch.float32),
+        discriminator_parameters((2, 3), 4, 3, norm=False),
+    )
 
 
 # --- edges ----------------------------------------------------------------------------------------
@@ -142,7 +143,9 @@ def test_weights_of_any_size(norm: bool) -> None:
         weights = [parameters["weights"][0], *(size * w for w in parameters["weights"][1:])]
         weights[1][0] = 0.0  # a channel that has none
         eps = 1e-3 * size**2
-        biases = [size**(0 if norm else min(i, 1)) * b for i, b in enumerate(parameters["biases"])]
+        biases = [
+            size ** (0 if norm else min(i, 1)) * b for i, b in enumerate(parameters["biases"])
+        ]
         if not norm and size > 1:
             weights[2] = weights[2] / size  # else maps pass 65504
         assert_right(
