@@ -111,8 +111,8 @@ class Levers:
         backend = "eager" if self.run.rehearsal else "inductor"
         compile = partial(torch.compile, dynamic=False, backend=backend)
         generator = self.scorer.model.generator
-        discriminator = self.scorer.model.discriminators["instance"]
-        logits = compile(discriminator)
+        discriminator = self.scorer.model.discriminators["instance"].plain
+        logits = compile(lambda recon: discriminator.score(recon, "instance"))
         batches = self.batches[-2:-1] or self.batches
         nets = {"discriminator": generator, "generator too": compile(generator)}
         for parts, first in nets.items():

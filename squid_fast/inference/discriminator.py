@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm  # SyncBatchNorm is no subclass of BatchNorm2d
 
 from .. import ops
 from ..modules import Discriminator, ScoreMode
@@ -22,7 +23,7 @@ class FrozenDiscriminator(nn.Module):
         self.mode, self.fused = mode, fused
         self.plain = fold_discriminator(discriminator) if mode == "running" else discriminator
         if fused:
-            weights = [conv.weight.detach() for conv in self._layers(nn.Conv2d)]
+            weights = [conv.weight.detach() for conv in self._convolutions()]
             packed = ops.pack_discriminator(weights, self.plain.regressor.weight.detach()[0])
             for i, part in enumerate(packed):  # not saved, since they follow from the weights
                 self.register_buffer(f"packed_{i}", part, persistent=False)
@@ -30,13 +31,14 @@ class FrozenDiscriminator(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         if not self.fused:
             return self.plain.score(images, self.mode)
-        convs, norms = self._layers(nn.Conv2d), self._layers(nn.BatchNorm2d)
+        convs = self._convolutions()
+        norms = [layer for layer in self.plain.conv_model if isinstance(layer, _BatchNorm)]
         # Behind a convolution with a norm of its own the norm's bias takes the place of its bias.
-        biased = [convs[0], *norms] if norms else convs
+        biased: list[nn.Conv2d | _BatchNorm] = [convs[0], *norms] if norms else [*convs]
         return ops.discriminator_score(
             images,
             [conv.weight.detach() for conv in convs],
-            [layer.bias.detach() for layer in biased],
+            [layer.bias.detach() for layer in biased if layer.bias is not None],
             self.plain.regressor.weight.detach()[0],
             self.plain.regressor.bias.detach(),
             scales=[norm.weight.detach() for norm in norms],
@@ -44,5 +46,5 @@ class FrozenDiscriminator(nn.Module):
             packed=list(self.buffers(recurse=False)),
         )
 
-    def _layers(self, kind: type[nn.Module]) -> list[nn.Module]:
-        return [layer for layer in self.plain.conv_model if isinstance(layer, kind)]
+    def _convolutions(self) -> list[nn.Conv2d]:
+        return [layer for layer in self.plain.conv_model if isinstance(layer, nn.Conv2d)]

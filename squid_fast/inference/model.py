@@ -129,7 +129,8 @@ class FrozenModel(nn.Module):
         """All tensors that the measurements depend on, with their names."""
         yield from self.generator.state_dict().items()
         for mode, discriminator in self.discriminators.items():
-            yield from discriminator.plain.state_dict(prefix=f"{mode}.").items()  # type: ignore[operator, union-attr]
+            assert isinstance(discriminator, FrozenDiscriminator)
+            yield from discriminator.plain.state_dict(prefix=f"{mode}.").items()
 
     def portable(self) -> FrozenModel:
         """A copy of a float32 model on the CPU whose forward ``torch.export`` can trace.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,9 +46,9 @@ def _discriminator_score(
     )
 
 
-@_discriminator_score.register_fake
-def _(images: Tensor, *rest: Any) -> Tensor:
-    return images.new_empty(images.shape[0], dtype=rest[3].dtype)
+_discriminator_score.register_fake(
+    lambda images, weights, biases, scales, regressor, *_: regressor.new_empty(len(images))
+)
 
 
 def pack_discriminator(weights: Sequence[Tensor], regressor: Tensor) -> list[Tensor]:

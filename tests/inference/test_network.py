@@ -185,5 +185,7 @@ def test_a_frozen_discriminator_scores_as_the_discriminator(mode: ScoreMode) -> 
             folded = fold_discriminator(discriminator)
             assert torch.equal(plain(images), folded.score(images, mode))
         torch.testing.assert_close(fused(images), expected, rtol=1e-5, atol=1e-5)
+        several = nn.SyncBatchNorm.convert_sync_batchnorm(discriminator)  # as several GPUs train
+        assert torch.equal(FrozenDiscriminator(several, mode, fused=True)(images), fused(images))
     # What is packed follows from the weights, and is not saved beside them.
     assert fused.state_dict().keys() == plain.state_dict().keys()
