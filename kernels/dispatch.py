@@ -6,7 +6,7 @@ Every other call runs on the PyTorch implementations in ``squid_fast.ops``, with
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
@@ -23,6 +23,10 @@ LARGEST_TOP_K = 64
 # Up to here all scores of a lookup are computed before any is selected; beyond, the best are sought
 # while they are computed, so that forward passes need no room for them.
 LARGEST_SCORED = 512
+# Maps of the discriminator beyond these make a program walk through many blocks, and through all
+# of them twice; nobody is known to train on larger images.
+LARGEST_IMAGE = 256
+LARGEST_WIDTH = 128  # its published channels: the last layer's program has the sums of all
 
 
 def _checked(setting: str, source: str) -> str:
@@ -141,3 +145,12 @@ def serves_upsample_concat(maps: Tensor) -> bool:
     concatenation, a third one for patches, and atomics in the backward.
     """
     return _serves(maps) and maps.numel() // maps.shape[1] < 2**31
+
+
+def serves_discriminator_score(images: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Whether kernels score these images [B, 1, H, W] with convolutions [Cout, Cin, 5, 5]."""
+    return (
+        _serves(images)
+        and max(images.shape[2:]) <= LARGEST_IMAGE
+        and all(x.dtype == torch.float32 and x.shape[0] <= LARGEST_WIDTH for x in weights)
+    )

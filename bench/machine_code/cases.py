@@ -52,6 +52,7 @@ NORMED = (
     (1, 128, 4, 4),
     (9, 32, 32, 32),  # digit_anatomy
     (9, 16, 16, 16),  # small
+)
 RESIZES = (  # P, channels, rows and columns of a patch before the resize, channels of the skip
     (1, 512, 4, 4, 256),  # zhanglab: the decoder's steps, patch by patch
     (1, 256, 8, 8, 128),
@@ -64,6 +65,8 @@ RESIZES = (  # P, channels, rows and columns of a patch before the resize, chann
     (1, 32, 64, 64, 16),  # a decoder with skips everywhere
 )
 ATTENTIONS = ((4, 2048), (9, 1024), (9, 128))  # N, C; of 8 heads
+DISCRIMINATORS = (128, 96, 48, 256)  # image sides: chest radiographs, digit_anatomy, small; large
+WIDTHS = (16, 32, 64, 128, 128)  # and channels
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -178,8 +181,24 @@ def _upsample_concat(kernels: Any) -> Iterator[Case]:
         yield Case(f"upsample_concat.backward {label}", partial(kernels.backward, out, P, x))
 
 
+def _discriminator(kernels: Any) -> Iterator[Case]:
+    batches = (*BATCHES, 256, 1024)  # 256: a set that is evaluated
+    for side, B, norm in itertools.product(DISCRIMINATORS, batches, (True, False)):
+        packed = [_meta(25, WIDTHS[0])]
+        for C, N in itertools.pairwise(WIDTHS):
+            packed += [_meta(2, 25 * C, N, dtype=torch.float16), _meta(N)]
+        biases = [_meta(N) for N in WIDTHS]
+        places = (-(-side // 32)) ** 2
+        packed.append(_meta(places, WIDTHS[-1]))
+        parameters = (biases, biases[1:] if norm else [], _meta(1), packed, 1e-5)
+        label = f"[{B}, 1, {side}, {side}] {'instance' if norm else 'running'}"
+        call = partial(kernels.forward, _meta(B, 1, side, side), *parameters)
+        yield Case(f"discriminator.forward {label}", call)
+
+
 OPERATIONS = {
     "batch_norm": _batch_norm,
+    "discriminator": _discriminator,
     "gumbel_shrinkage": _gumbel_shrinkage,
     "masked_shortcut": _masked_shortcut,
     "memory_lookup": _memory_lookup,

@@ -17,7 +17,9 @@ OPERATIONS = (
     "batch_norm",
     "upsample_concat",
     "inpaint_block",
+    "discriminator_score",
 )
+SCORING = ("discriminator_score",)  # operations without gradients, in float32 alone
 CONTENDERS = ("eager", "squid_fast", "compiled")  # reference eager, ours, reference compiled
 SELECTIONS = ("tiny", "core", "all")
 DIRECTIONS = ("forward", "forward_backward", "forward_backward_slots")
@@ -62,7 +64,10 @@ def _is_core(operation: str, dtype: str, device: torch.device, sizes: dict[str, 
 def _sizes(operation: str, tiny: bool) -> Iterator[dict[str, Any]]:
     C = 128 if tiny else 2048
     for B in (2,) if tiny else (1, 16, 64, 512, 4096):
-        if operation == "neighbourhood_attention":
+        if operation == "discriminator_score":
+            yield {"B": B, "side": 33 if tiny else 128, "mode": "instance"}
+            yield {"B": B, "side": 33 if tiny else 128, "mode": "running"}
+        elif operation == "neighbourhood_attention":
             yield {"B": B, "N": 4, "C": C}
             yield {"B": B, "N": 9, "C": C // 2}
         elif operation == "batch_norm":
@@ -99,7 +104,12 @@ def cases(device: torch.device, selection: str = "core") -> list[Case]:
         Case(operation, direction, dtype, tuple(sizes.items()))
         for operation in OPERATIONS
         for dtype, direction in itertools.product(
-            dtypes, DIRECTIONS if operation == "memory_lookup" else DIRECTIONS[:2]
+            ("float32",) if operation in SCORING else dtypes,
+            DIRECTIONS[:1]
+            if operation in SCORING
+            else DIRECTIONS
+            if operation == "memory_lookup"
+            else DIRECTIONS[:2],
         )
         for sizes in _sizes(operation, selection == "tiny")
         if selection != "core" or _is_core(operation, dtype, device, sizes)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from squid_fast import modules, ops, reference
+from squid_fast.inference.discriminator import FrozenDiscriminator
 
 from .cases import Case
 
@@ -214,7 +215,33 @@ def _inpaint_block(case: Case, device: torch.device) -> Problem:
     return Problem([x], [0], plain, ours)
 
 
+class _Scored(nn.Module):
+    """The reference's discriminator as a function of images to scores [B]."""
+
+    def __init__(self, discriminator: reference.Discriminator, mode: str) -> None:
+        super().__init__()
+        self.discriminator, self.mode = discriminator, mode
+
+    def forward(self, images: Tensor) -> Tensor:
+        return reference.discriminator_logits(self.discriminator, images, self.mode)
+
+
+def _discriminator_score(case: Case, device: torch.device) -> Problem:
+    """The same weights in both, and running statistics of these images."""
+    s = dict(case.sizes)
+    images = torch.rand(s["B"], 1, s["side"], s["side"], device=device)
+    size = modules.discriminator_size(s["side"])
+    plain = reference.Discriminator(size).to(device)
+    with torch.no_grad():
+        plain(images)
+    trained = modules.Discriminator(size)
+    trained.load_state_dict(plain.state_dict())
+    frozen = FrozenDiscriminator(trained.to(device).eval(), s["mode"], fused=True)
+    return Problem([images], [], _Scored(plain.eval(), s["mode"]), frozen)
+
+
 BUILDERS = {
+    "discriminator_score": _discriminator_score,
     "memory_lookup": _memory_lookup,
     "projected_lookup": _projected_lookup,
     "gumbel_shrinkage": _shrinkage,

@@ -176,6 +176,27 @@ def inpaint_block(
     return Work(moved * e, products + lookup + attention)
 
 
+def discriminator_score(
+    B: int, side: int, e: int, norm: bool, widths: tuple[int, ...] = (16, 32, 64, 128, 128)
+) -> Work:
+    """Scores of images [B, 1, side, side].
+
+    Reads images and parameters, writes scores. Five 5 x 5 convolutions that halve the sides, a norm
+    behind all but the first (weight and bias, in place of the convolution's bias), and a dot
+    product. Only products are counted.
+    """
+    channels, parameters, products = 1, 1, 0
+    places = side
+    for i, width in enumerate(widths):
+        places = (places + 1) // 2
+        parameters += 25 * channels * width + width * (1 + (norm and i > 0))
+        products += places**2 * 25 * channels * width
+        channels = width
+    last = channels * places**2
+    moved = B * side**2 + parameters + last + B
+    return Work(moved * e, 2 * B * (products + last))
+
+
 COUNTS: dict[str, Callable[..., Work]] = {
     "memory_lookup": memory_lookup,
     "gumbel_shrinkage": gumbel_shrinkage,
@@ -184,6 +205,7 @@ COUNTS: dict[str, Callable[..., Work]] = {
     "batch_norm": batch_norm,
     "upsample_concat": upsample_concat,
     "inpaint_block": inpaint_block,
+    "discriminator_score": discriminator_score,
 }
 
 
@@ -199,6 +221,9 @@ def work_of(case: Case) -> Work:
     if case.operation in ("masked_shortcut", "batch_norm"):
         s["B"] *= s.pop("N")
         s["H"] = s["W"] = s.pop("side")
+    if case.operation == "discriminator_score":
+        del s["backward"]
+        s["norm"] = s.pop("mode") == "instance"
     return COUNTS[case.operation](**s)
 
 

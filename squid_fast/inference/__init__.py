@@ -3,7 +3,8 @@
 ``model`` measures images with a frozen pair; ``scorer`` makes calibrated scores of what it measures
 and ``calibration`` finds the calibration; ``export`` writes a scorer as a file for other runtimes.
 ``network`` freezes the generator, of convolutions that ``convolution`` folds and ``quantization``
-quantizes; ``precision`` chooses between them, and ``graphs`` replays the network on a GPU.
+quantizes, and ``discriminator`` the discriminator; ``precision`` chooses between the former, and
+``graphs`` replays all on a GPU.
 """
 
 from .bundle import Bundle, BundleError, load_bundle, save_bundle

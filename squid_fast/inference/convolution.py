@@ -8,6 +8,7 @@ import platform
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm  # SyncBatchNorm is no subclass of BatchNorm2d
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..modules import Discriminator
@@ -141,7 +142,7 @@ def fold_discriminator(discriminator: Discriminator) -> Discriminator:
     folded = copy.deepcopy(discriminator)
     layers = folded.conv_model
     for i, layer in enumerate(layers):
-        if isinstance(layer, nn.BatchNorm2d):
+        if isinstance(layer, _BatchNorm):
             layers[i - 1] = fuse_conv_bn_eval(layers[i - 1], layer)  # type: ignore[type-var]
             layers[i] = nn.Identity()
     return folded

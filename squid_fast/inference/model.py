@@ -17,7 +17,8 @@ from ..modules.squid import check_dtype, check_images, check_shape, refuse_image
 from ..modules.unet import to_patches
 from ..utils.devices import Backend, choose_layout, has_fast_bf16, to_layout
 from .compiler import compiled
-from .convolution import FoldedConv, cast, fold_discriminator, has_cudnn, has_onednn, use_cudnn
+from .convolution import FoldedConv, cast, has_cudnn, has_onednn, use_cudnn
+from .discriminator import FrozenDiscriminator
 from .graphs import Function, Graphs, portions
 from .network import FrozenGenerator
 from .scores import PAPER_SCORE, Quantization
@@ -76,8 +77,10 @@ class FrozenModel(nn.Module):
             least=_CPU_BATCH if on_cpu and precision == "float32" else 1,
         ).to(self.device)
         plain = to_layout(copy.deepcopy(discriminator).float().eval().to(self.device), layout)
-        folded = fold_discriminator(plain)
-        self.discriminators = nn.ModuleDict({"instance": plain, "running": folded})
+        modes: tuple[ScoreMode, ...] = ("instance", "running")
+        self.discriminators = nn.ModuleDict(
+            {mode: FrozenDiscriminator(plain, mode, fused=not on_cpu) for mode in modes}
+        )
         self._compiled = compiled(self._tabulate) if backend == "compile" else None
         self._graphs: Graphs | None = None
         self._copies: torch.cuda.Stream | None = None
@@ -100,10 +103,8 @@ class FrozenModel(nn.Module):
         errors = squared.mean(dim=(1, 2, 3)).view(images.shape[0], -1)
         logits = []
         for source, mode in (LOGITS[name] for name in names):
-            discriminator = self.discriminators[mode]
-            assert isinstance(discriminator, Discriminator)
             shown = recon if source == "reconstruction" else images
-            logits.append(discriminator.score(shown, mode))
+            logits.append(self.discriminators[mode](shown))
         return recon, errors, *logits
 
     @torch.inference_mode()
@@ -181,8 +182,10 @@ class FrozenModel(nn.Module):
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """All tensors that the measurements depend on, with their names."""
-        for module in (self.generator, self.discriminators):
-            yield from module.state_dict().items()
+        yield from self.generator.state_dict().items()
+        for mode, discriminator in self.discriminators.items():
+            assert isinstance(discriminator, FrozenDiscriminator)
+            yield from discriminator.plain.state_dict(prefix=f"{mode}.").items()
 
     def portable(self) -> FrozenModel:
         """A copy of a float32 model on the CPU whose forward ``torch.export`` can trace.

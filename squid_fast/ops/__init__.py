@@ -13,6 +13,7 @@ Symbols: B images, N patches of an image, M memory slots, C slot width, k = ``to
 
 from .attention import neighbourhood_attention
 from .common import DECOMPOSITIONS
+from .discriminator import discriminator_score, pack_discriminator
 from .lookup import gumbel_shrinkage, hard_shrinkage, memory_lookup
 from .norm import batch_norm
 from .shortcut import masked_shortcut
@@ -21,10 +22,12 @@ from .upsample import upsample_concat
 __all__ = [
     "DECOMPOSITIONS",
     "batch_norm",
+    "discriminator_score",
     "gumbel_shrinkage",
     "hard_shrinkage",
     "masked_shortcut",
     "memory_lookup",
     "neighbourhood_attention",
+    "pack_discriminator",
     "upsample_concat",
 ]

@@ -19,7 +19,7 @@ from bench.__main__ import COMMANDS, main
 from bench.accuracy.runs import together
 from bench.measurements import Results, commit
 from bench.operations import micro, roofline, timing
-from bench.operations.cases import OPERATIONS, Case, cases, schedule
+from bench.operations.cases import Case, cases, schedule
 from bench.operations.micro import Timings
 from bench.operations.problems import WrongResultError as Wrong
 from bench.operations.problems import call_of, function_of, problem
@@ -84,6 +84,15 @@ def test_roofline_of_the_other_operations_by_hand() -> None:
     assert both == resize + Work(4 * (1440 + 360), 5 * (720 + 360))
 
 
+def test_roofline_of_the_discriminator_by_hand() -> None:
+    # Of 5 x 5: 3 x 3 places of 2 channels, then 2 x 2 of 3: 25 x 2 and 25 x 2 x 3 weights.
+    running = roofline.discriminator_score(7, 5, 4, norm=False, widths=(2, 3))
+    numbers = 7 * 25 + (50 + 2) + (150 + 3) + (12 + 1) + 7
+    assert running == Work(4 * numbers, 2 * 7 * (9 * 50 + 4 * 150 + 12))
+    norm = roofline.discriminator_score(7, 5, 4, norm=True, widths=(2, 3))
+    assert norm == running + Work(4 * 3, 0)
+
+
 def test_roofline_of_the_block_is_that_of_its_parts() -> None:
     # Width 8, 2 narrow channels on one place: C = 2. Four patches, code of 3 bits.
     weights = 8 * 2 + (2 + 3) * 8 + 4 * 4 + 0
@@ -111,8 +120,10 @@ def test_ceilings_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 1e6 < ceilings.bfloat16 < 1e15
 
 
-@pytest.mark.parametrize("direction", ["forward", "forward_backward"])
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize(
+    ("operation", "direction"),
+    sorted({(case.operation, case.direction) for case in cases(CPU, "tiny")}),
+)
 def test_right_contenders_pass_and_wrong_ones_are_refused(operation: str, direction: str) -> None:
     case = tiny(operation, direction)
     made = problem(case, CPU)

@@ -19,8 +19,10 @@ from squid_fast.inference.convolution import (
     fold,
     fold_discriminator,
 )
+from squid_fast.inference.discriminator import FrozenDiscriminator
 from squid_fast.inference.network import FrozenGenerator
-from tests.factories import decoder_memory, trained_squid
+from squid_fast.modules import ScoreMode
+from tests.factories import decoder_memory, trained_discriminator, trained_squid
 from tests.processor import needs_bf16, needs_onednn
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -167,3 +169,23 @@ def test_running_statistics_become_part_of_the_discriminator() -> None:
         expected = discriminator.score(images, "running")
         torch.testing.assert_close(folded.score(images, "running"), expected, rtol=1e-5, atol=1e-6)
         assert not torch.allclose(expected, discriminator.score(images, "instance"), atol=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["instance", "running"])
+def test_a_frozen_discriminator_scores_as_the_discriminator(mode: ScoreMode) -> None:
+    images = torch.rand(6, 1, 48, 41)
+    discriminator = trained_discriminator(images)
+    with torch.no_grad():
+        expected = discriminator.score(images, mode)
+        plain = FrozenDiscriminator(discriminator, mode, fused=False)
+        fused = FrozenDiscriminator(discriminator, mode, fused=True)
+        if mode == "instance":
+            assert torch.equal(plain(images), expected)  # on CPUs, scores never change
+        else:
+            folded = fold_discriminator(discriminator)
+            assert torch.equal(plain(images), folded.score(images, mode))
+        torch.testing.assert_close(fused(images), expected, rtol=1e-5, atol=1e-5)
+        several = nn.SyncBatchNorm.convert_sync_batchnorm(discriminator)  # as several GPUs train
+        assert torch.equal(FrozenDiscriminator(several, mode, fused=True)(images), fused(images))
+    # What is packed follows from the weights, and is not saved beside them.
+    assert fused.state_dict().keys() == plain.state_dict().keys()

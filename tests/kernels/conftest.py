@@ -7,19 +7,19 @@ import pytest
 import torch
 
 from squid_fast import kernels
-from squid_fast.ops import attention, lookup, norm, shortcut, upsample
+from squid_fast.ops import attention, discriminator, lookup, norm, shortcut, upsample
 
 # Triton is published for Linux only.
 collect_ignore_glob = [] if find_spec("triton") else ["test_*.py"]
 
 IMPLEMENTATIONS = [
     (module, name)
-    for module in (attention, lookup, norm, shortcut, upsample)
+    for module in (attention, discriminator, lookup, norm, shortcut, upsample)
     for name in vars(module)
     if name.endswith("_cpu")
 ]
-# Forward and backward of the seven operations, and the statistics of batch norm.
-assert len(IMPLEMENTATIONS) == 15
+# Forward and backward of operations, statistics of batch norm, the discriminator's score.
+assert len(IMPLEMENTATIONS) == 16
 
 
 @pytest.fixture(autouse=True)

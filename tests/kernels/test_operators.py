@@ -17,6 +17,8 @@ cuda = pytest.mark.skipif(not ON_GPU, reason="there is no GPU")
 
 
 def on_device(x: object) -> object:
+    if isinstance(x, list):
+        return list(map(on_device, x))
     if not isinstance(x, torch.Tensor):
         return x
     return x.detach().to(DEVICE).requires_grad_(x.requires_grad)
@@ -50,6 +52,10 @@ def test_the_cpu_is_served_by_pytorch_unless_told_otherwise(monkeypatch) -> None
         assert dispatch.serves_gumbel_shrinkage(x, 2)
 
 
+def weights(channels: int) -> list[torch.Tensor]:
+    return [torch.zeros(channels, 1, 5, 5)]
+
+
 @pytest.mark.parametrize(
     ("served", "serves"),
     [
@@ -61,6 +67,12 @@ def test_the_cpu_is_served_by_pytorch_unless_told_otherwise(monkeypatch) -> None
         (False, lambda: dispatch.serves_memory_lookup(torch.zeros(2, 1, 3), 100_000, "gumbel", 65)),
         (True, lambda: dispatch.serves_memory_lookup(torch.zeros(2, 1, 3), 512, "hard", 0)),
         (False, lambda: dispatch.serves_memory_lookup(torch.zeros(2, 1, 3), 513, "raw", 0)),
+        (
+            True,
+            lambda: dispatch.serves_discriminator_score(torch.zeros(1, 1, 256, 9), weights(128)),
+        ),
+        (False, lambda: dispatch.serves_discriminator_score(torch.zeros(1, 1, 257, 9), weights(1))),
+        (False, lambda: dispatch.serves_discriminator_score(torch.zeros(1, 1, 9, 9), weights(129))),
     ],
 )
 def test_the_rules(served: bool, serves, monkeypatch) -> None:

@@ -234,6 +234,55 @@ def resize_inputs(sizes: Resize) -> list[Tensor]:
     return [normal(*shape, seed=i) for i, shape in enumerate(shapes)]
 
 
+# --- discriminator --------------------------------------------------------------------------------
+
+
+def discriminator_parameters(
+    widths: tuple[int, ...], height: int, width: int, norm: bool
+) -> dict[str, Any]:
+    """Arguments of ``discriminator_score`` beside the images, of that size, in float64."""
+    pairs = list(zip((1, *widths), widths, strict=False))
+    weights = [normal(n, c, 5, 5, scale=(25 * c) ** -0.5, seed=n + c) for c, n in pairs]
+    for _ in widths:
+        height, width = (height + 1) // 2, (width + 1) // 2
+    return {
+        "weights": weights,
+        "biases": [0.3 * normal(n, seed=50 + i) for i, n in enumerate(widths)],
+        "regressor": normal(widths[-1] * height * width, seed=60),
+        "regressor_bias": normal(1, seed=61),
+        "scales": [1 + 0.3 * normal(n, seed=70 + i) for i, n in enumerate(widths[1:])] * norm,
+        "eps": 1e-3,
+    }
+
+
+def cast_parameters(parameters: dict[str, Any], to: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """The same with every tensor changed by ``to``."""
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, list):
+            return [to(x) for x in value]
+        return to(value) if isinstance(value, Tensor) else value
+
+    return {name: changed(value) for name, value in parameters.items()}
+
+
+def plain_discriminator_score(
+    images: Tensor, weights: list[Tensor], biases: list[Tensor], regressor: Tensor,
+    regressor_bias: Tensor, scales: list[Tensor], eps: float,
+) -> Tensor:  # fmt: skip
+    """The formula, one step after the other."""
+    x = images
+    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        x = torch.nn.functional.conv2d(x, weight, stride=2, padding=2)
+        if i and scales:
+            distance = x - x.mean(dim=(2, 3), keepdim=True)
+            deviation = (distance.square().mean(dim=(2, 3), keepdim=True) + eps).sqrt()
+            x = distance / deviation * scales[i - 1][:, None, None]
+        x = x + bias[:, None, None]
+        x = torch.where(x < 0, 0.2 * x, x)
+    return x.flatten(1) @ regressor + regressor_bias
+
+
 # --- all operators --------------------------------------------------------------------------------
 
 
@@ -252,7 +301,16 @@ def operator_samples() -> dict[str, list[tuple]]:
     last = [x.to(memory_format=torch.channels_last) for x in (a, b)]
     strided = a.repeat(1, 1, 2, 3).to(memory_format=torch.channels_last)[:, :, ::2, ::3]
     skip, patches = normal(2, 5, 8, 8).float(), normal(4, 3, 2, 2).float()
+    scoring = []
+    for norm in (True, False):
+        p = cast_parameters(discriminator_parameters((2, 3), 7, 6, norm), Tensor.float)
+        packed = ops.pack_discriminator(p["weights"], p["regressor"])
+        rest = (p["regressor"], p["regressor_bias"], packed, 1e-5)
+        lists = (p["weights"], p["biases"], p["scales"])
+        images = normal(2, 1, 7, 6).float()
+        scoring += [(images, *lists, *rest), (images.half().mT.contiguous().mT, *lists, *rest)]
     return {
+        "discriminator_score": scoring,
         "gumbel_shrinkage": [
             (leaf(logits), 3),
             (logits[:, ::2], 2),
