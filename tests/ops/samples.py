@@ -302,8 +302,8 @@ def operator_samples() -> dict[str, list[tuple]]:
     strided = a.repeat(1, 1, 2, 3).to(memory_format=torch.channels_last)[:, :, ::2, ::3]
     skip, patches = normal(2, 5, 8, 8).float(), normal(4, 3, 2, 2).float()
     scoring = []
-    for norm in (True, False):
-        p = cast_parameters(discriminator_parameters((2, 3), 7, 6, norm), Tensor.float)
+    for normed in (True, False):
+        p = cast_parameters(discriminator_parameters((2, 3), 7, 6, normed), Tensor.float)
         packed = ops.pack_discriminator(p["weights"], p["regressor"])
         rest = (p["regressor"], p["regressor_bias"], packed, 1e-5)
         lists = (p["weights"], p["biases"], p["scales"])
