@@ -117,3 +117,25 @@ def serves_masked_shortcut(inpainted: Tensor) -> bool:
 def serves_neighbourhood_attention(query: Tensor) -> bool:
     """Whether a kernel attends from this query [B, N, C]."""
     return _serves(query)
+
+
+def serves_stem(images: Tensor, weight: Tensor, num_patch: int, dtype: torch.dtype) -> bool:
+    """Whether a kernel convolves these images [B, Cin, H, W].
+
+    It is made for grey images, and counts the numbers of a patch's maps in 31 bits.
+    """
+    B, Cin, H, W = images.shape
+    if Cin != 1 or not B or H * W // num_patch**2 * weight.shape[0] >= 2**31:
+        return False
+    pixels = images.dtype == torch.uint8 or images.dtype in DTYPES
+    return pixels and dtype in DTYPES and _serves(weight)
+
+
+def serves_reconstruct(x: Tensor, images: Tensor) -> bool:
+    """Whether a kernel makes reconstructions and errors of these maps and images [B, Cin, H, W].
+
+    It is made for grey images, whose pixels it counts in 31 bits.
+    """
+    if images.shape[1] != 1 or images.shape[2] * images.shape[3] >= 2**31:
+        return False
+    return (images.dtype == torch.uint8 or images.dtype in DTYPES) and _serves(x)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..data import ImageSet
 from ..modules import SQUID, Discriminator, ScoreMode
 from ..modules.squid import check_images
-from ..modules.unet import to_patches
+from ..ops.common import as_floats
 from ..utils.devices import choose_layout, has_fast_bf16, to_layout
 from .convolution import FoldedConv, cast, fold_discriminator, has_onednn
 from .graphs import Graphs
@@ -77,16 +77,15 @@ class FrozenModel(nn.Module):
     def forward(self, images: Tensor, names: Collection[str]) -> tuple[Tensor, ...]:
         """Reconstruction, patch errors [B, N], and the logits [B] of every name of ``LOGITS``.
 
-        Nothing is checked, so that it can be captured and traced; see ``measure``.
+        Images are floats in [0, 1] or bytes. Nothing is checked, so that it can be captured and
+        traced; see ``measure``.
         """
-        recon = self.generator(images)
-        squared = to_patches((recon - images).square(), self.config["num_patch"])
-        errors = squared.mean(dim=(1, 2, 3)).view(images.shape[0], -1)
+        recon, errors = self.generator.reconstruct(images)
         logits = []
         for source, mode in (LOGITS[name] for name in names):
             discriminator = self.discriminators[mode]
             assert isinstance(discriminator, Discriminator)
-            shown = recon if source == "reconstruction" else images
+            shown = recon if source == "reconstruction" else as_floats(images)
             logits.append(discriminator.score(shown, mode))
         return recon, errors, *logits
 

@@ -1,8 +1,9 @@
-"""The five operations of SQUID as PyTorch custom operators, one file per operation.
+"""The operations of SQUID as PyTorch custom operators, one file per operation.
 
 Each public function checks its arguments and calls an operator ``torch.ops.squid_fast.<name>``.
 Beside the operator stand its PyTorch implementation ``_<name>_cpu``, a fake implementation (so that
-``torch.compile`` and export see through it) and a gradient, which is an operator too. An operator
+``torch.compile`` and export see through it) and a gradient, which is an operator too; ``stem`` and
+``reconstruct``, which serve scoring alone, have none. An operator
 runs the Triton kernel of its name where ``kernels.dispatch`` says that it serves, else the PyTorch
 implementation: on every CPU, in float64, and for the shapes that it gives its reasons for. Nothing
 synchronises with the host. Results are contiguous, but for those of the masked shortcut, which keep
@@ -14,7 +15,9 @@ Symbols: B images, N patches of an image, M memory slots, C slot width, k = ``to
 from .attention import neighbourhood_attention
 from .common import DECOMPOSITIONS
 from .lookup import gumbel_shrinkage, hard_shrinkage, memory_lookup
+from .reconstruct import reconstruct
 from .shortcut import masked_shortcut
+from .stem import stem
 
 __all__ = [
     "DECOMPOSITIONS",
@@ -23,4 +26,6 @@ __all__ = [
     "masked_shortcut",
     "memory_lookup",
     "neighbourhood_attention",
+    "reconstruct",
+    "stem",
 ]
