@@ -31,6 +31,7 @@ MEMORIES = {
 }
 SHRINKAGES = {"gumbel": (5, 0.0), "hard": (0, 0.005), "raw": (0, 0.0)}  # top_k, threshold
 BATCHES = (1, 16, 64, 512, 4096)  # B: one image, training, the decoder's windows, screening
+SCORED = (1, 16, 256, 1024)  # B of the two ends of the network, in scoring
 SLOTS = (200, 1_000, 10_000)  # M of logits shrunk by themselves
 MAPS = (  # N maps of C channels, H x W places, to an image
     (4, 512, 4, 4),  # zhanglab: behind the in-painting
@@ -40,6 +41,11 @@ MAPS = (  # N maps of C channels, H x W places, to an image
     (9, 128, 8, 8),
     (9, 64, 16, 16),
     (9, 128, 2, 2),  # small
+)
+IMAGES = (  # P, side, F; of grey images
+    (2, 128, 32),  # zhanglab, chexpert
+    (3, 96, 32),  # digit_anatomy
+    (3, 48, 8),  # small
 )
 ATTENTIONS = ((4, 2048), (9, 1024), (9, 128))  # N, C; of 8 heads
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -118,11 +124,36 @@ def _neighbourhood_attention(kernels: Any) -> Iterator[Case]:
         yield Case(f"neighbourhood_attention.backward {label}", backward)
 
 
+def _stem(kernels: Any) -> Iterator[Case]:
+    pixels = (torch.uint8, torch.float32)
+    for (P, side, F), B, dtype, given in itertools.product(IMAGES, SCORED, DTYPES, pixels):
+        images = _meta(B, 1, side, side, dtype=given)
+        weight = _meta(3, 3, 1, F).permute(3, 2, 0, 1)
+        label = f"[{B}, 1, {side}, {side}] {_name(given)} P={P} F={F} {_name(dtype)}"
+        call = partial(kernels.forward, images, weight, _meta(F), P, dtype)
+        yield Case(f"stem.forward {label}", call)
+
+
+def _reconstruct(kernels: Any) -> Iterator[Case]:
+    layouts = (torch.contiguous_format, torch.channels_last)
+    sizes = itertools.product(IMAGES, SCORED, DTYPES, layouts, (False, True))
+    for (P, side, F), B, dtype, layout, whole in sizes:
+        n, s = (B, side) if whole else (B * P * P, side // P)
+        x = _meta(n, F, s, s, dtype=dtype).to(memory_format=layout)
+        for given in (torch.uint8, torch.float32):
+            images = _meta(B, 1, side, side, dtype=given)
+            label = f"[{n}, {F}, {s}, {s}] {_name(dtype)} {_name(layout)} P={P} {_name(given)}"
+            call = partial(kernels.forward, x, _meta(1, F, 1, 1), _meta(1), images, P)
+            yield Case(f"reconstruct.forward {label}", call)
+
+
 OPERATIONS = {
     "gumbel_shrinkage": _gumbel_shrinkage,
     "masked_shortcut": _masked_shortcut,
     "memory_lookup": _memory_lookup,
     "neighbourhood_attention": _neighbourhood_attention,
+    "reconstruct": _reconstruct,
+    "stem": _stem,
 }
 
 

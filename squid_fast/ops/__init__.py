@@ -14,10 +14,9 @@ Symbols: B images, N patches of an image, M memory slots, C slot width, k = ``to
 
 from .attention import neighbourhood_attention
 from .common import DECOMPOSITIONS
+from .images import reconstruct, stem
 from .lookup import gumbel_shrinkage, hard_shrinkage, memory_lookup
-from .reconstruct import reconstruct
 from .shortcut import masked_shortcut
-from .stem import stem
 
 __all__ = [
     "DECOMPOSITIONS",
