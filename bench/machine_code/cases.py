@@ -45,7 +45,7 @@ MAPS = (  # N maps of C channels, H x W places, to an image
 IMAGES = (  # P, side, F; of grey images
     (2, 128, 32),  # zhanglab, chexpert
     (3, 96, 32),  # digit_anatomy
-    (3, 48, 8),  # small
+    (3, 48, 16),  # small
 )
 ATTENTIONS = ((4, 2048), (9, 1024), (9, 128))  # N, C; of 8 heads
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

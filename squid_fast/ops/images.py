@@ -53,7 +53,7 @@ def _reconstruct_cpu(
         x = to_image(x, num_patch)
     recon = torch.sigmoid(F.conv2d(wide(x), weight, bias)).contiguous()
     squares = to_patches((recon - as_floats(images, recon.dtype)).square(), num_patch)
-    return recon, squares.mean(dim=(1, 2, 3)).view(images.shape[0], -1)
+    return recon, squares.mean(dim=(1, 2, 3)).view(-1, num_patch * num_patch)
 
 
 @operator(_reconstruct_cpu)

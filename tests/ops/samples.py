@@ -176,13 +176,14 @@ def compare_attention(inputs: list[Tensor], heads: int, **how: Any) -> list[Tens
 
 
 def operator_samples() -> dict[str, list[tuple]]:
-    """Arguments for each of the ten operators, some with gradients, some strided."""
+    """Arguments for each of the operators, some with gradients, some strided."""
     logits, grad = normal(3, 7).float(), normal(3, 7, seed=1).float()
     query, memory = normal(3, 2, 4).float(), normal(2, 5, 4, seed=1).float()
     a, b = normal(2, 3, 4, 4).float(), normal(2, 3, 4, 4, seed=1).float()
     seed = torch.tensor(3)
     scale, shift = normal(3, seed=2).float(), normal(3, seed=3).float()
     attention = [x.float() for x in attention_inputs(2, 2, 4)]
+    kernel, point = normal(3, 1, 3, 3, seed=4).float(), normal(1, 3, 1, 1, seed=5).float()
 
     def leaf(x: Tensor) -> Tensor:
         return x.clone().requires_grad_()
@@ -240,6 +241,16 @@ def operator_samples() -> dict[str, list[tuple]]:
             (*attention, 4),  # heads of width 1
         ],
         "neighbourhood_attention_backward": [(attention[0], *attention, heads) for heads in (2, 4)],
+        "stem": [
+            (images, kernel, shift, 2, dtype)
+            for images in (a[:, :1], (a[:, :1].abs() * 50).to(torch.uint8))
+            for dtype in (torch.float32, torch.bfloat16)
+        ],
+        "reconstruct": [
+            (a, point, shift[:1], b[:, :1], 2),
+            (last[0].half(), point, shift[:1], (b[:, :1].abs() * 50).to(torch.uint8), 2),
+            (a.view(8, 3, 2, 2), point, shift[:1], b[:, 1:2], 2),
+        ],
     }
 
 

@@ -54,7 +54,7 @@ def test_compiled_shortcut_draws_anew_at_every_call() -> None:
 # --- errors ---------------------------------------------------------------------------------------
 
 Z = torch.zeros
-X, MAP = Z(2, 4), Z(1, 1, 2, 4)
+X, MAP, KERNEL = Z(2, 4), Z(1, 1, 2, 4), Z(2, 1, 3, 3)
 attend = ops.neighbourhood_attention
 # What is said, by which call.
 ERRORS: dict[str, Callable[[], Tensor]] = {
@@ -112,6 +112,33 @@ ERRORS: dict[str, Callable[[], Tensor]] = {
     ),
     "pad_key is [4] and pad_value [4]; both must be [6].": (
         lambda: attend(*[Z(1, 4, 6)] * 3, X[0], X[0], 3)
+    ),
+    "images are [2, 4]; they must be [B, Cin, H, W].": lambda: ops.stem(X, KERNEL, Z(2), 1),
+    "images are torch.int64; uint8 or a floating-point dtype fits.": (
+        lambda: ops.stem(MAP.long(), KERNEL, Z(2), 1)
+    ),
+    "num_patch is 3 and images are 2 x 4; it must divide their sides.": (
+        lambda: ops.stem(MAP, KERNEL, Z(2), 3)
+    ),
+    "weight is [2, 1, 1, 1]; [F, 1, 3, 3] would fit these images.": (
+        lambda: ops.stem(MAP, KERNEL[..., :1, :1], Z(2), 2)
+    ),
+    "bias is [3]; [2] would fit this weight.": lambda: ops.stem(MAP, KERNEL, Z(3), 2),
+    "dtype is torch.int8; a floating-point dtype is needed.": (
+        lambda: ops.stem(MAP, KERNEL, Z(2), 2, torch.int8)
+    ),
+    "stem is given a tensor that requires a gradient": (
+        lambda: ops.stem(MAP, KERNEL, Z(2).requires_grad_(), 2)
+    ),
+    "x is [1, 1, 2, 4]; [1, F, 4, 4] or, of patches, [4, F, 2, 2] would fit images [1, 1, 4, 4].": (
+        lambda: ops.reconstruct(MAP, Z(1, 1, 1, 1), Z(1), Z(1, 1, 4, 4), 2)[0]
+    ),
+    "weight is [1, 2, 1, 1] and bias [1]; [1, 1, 1, 1] and [1] would fit.": (
+        lambda: ops.reconstruct(MAP, Z(1, 2, 1, 1), Z(1), MAP, 2)[0]
+    ),
+    "x is torch.int64; a floating": lambda: ops.reconstruct(MAP.long(), KERNEL, Z(1), MAP, 2)[0],
+    "reconstruct is given a tensor that requires a gradient": (
+        lambda: ops.reconstruct(MAP, Z(1, 1, 1, 1).requires_grad_(), Z(1), MAP, 2)[0]
     ),
 }
 
