@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..modules import SQUID, InpaintBlock
-from ..modules.unet import DoubleConv, Down, OutConv, Up
+from ..modules.unet import DoubleConv, Down, OutConv, Up, to_image, to_patches
 from ..ops.common import as_floats
-from ..utils.patches import to_image, to_patches
 from .convolution import FoldedConv, ResizedConv, SplitConv, cast, fold
 from .quantization import QuantizedConv, QuantParams, Range
 from .scores import Quantization
@@ -67,6 +66,30 @@ class Head(nn.Module):
         """Reconstructions [B, Cin, H, W], and mean squared errors of patches [B, N]."""
         assert self.conv.bias is not None
         return ops.reconstruct(x, self.conv.weight, self.conv.bias, images, self.num_patch)
+
+
+class PlaceConv(nn.Module):
+    """``ReLU(conv(cat([z, code])))`` of 1 x 1: what the codes add is a bias of every place [N].
+
+    Args:
+        conv: of features and, behind their channels, codes.
+        code: [N, bits].
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, conv: FoldedConv, code: Tensor) -> None:
+        super().__init__()
+        narrow = conv.weight.shape[1] - code.shape[1]
+        self.register_buffer("weight", conv.weight[:, :narrow].clone())
+        added = code.double() @ conv.weight[:, narrow:, 0, 0].double().T
+        self.register_buffer("bias", (conv.bias + added).to(conv.bias.dtype))  # [N, width]
+
+    def forward(self, z: Tensor) -> Tensor:
+        """[B * N, width / 4, h, w] to [B * N, width, h, w], patch index fastest."""
+        maps = F.conv2d(z, self.weight).unflatten(0, (-1, self.bias.shape[0]))
+        return F.relu(maps + self.bias[:, :, None, None]).flatten(0, 1)
 
 
 class Stage(nn.Module):
@@ -212,7 +235,12 @@ class FrozenGenerator(nn.Module):
         if isinstance(self.inpaint, InpaintBlock):
             for name in ("bottleneck_conv1", "bottleneck_conv2"):
                 conv, norm, _ = getattr(self.inpaint, name)
-                setattr(self.inpaint, name, cast(fold(conv, norm), torch.float32, layout, onednn))
+                folded = cast(fold(conv, norm), torch.float32, layout, onednn)
+                # oneDNN convolves, adds and activates in one call, which takes codes as channels.
+                places = name == "bottleneck_conv2" and not onednn
+                frozen = PlaceConv(folded, self.inpaint.code) if places else folded
+                setattr(self.inpaint, name, frozen)
+            self.inpaint.codes_folded = not onednn
             self.inpaint.freeze()
         self.memories = model.memory_blocks
         self.head = Head(model.out_conv, self.num_patch)

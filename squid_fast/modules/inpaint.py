@@ -46,6 +46,7 @@ class InpaintBlock(nn.Module):
 
     code: Tensor
     projected: Tensor | None  # [N, M, 3C], while frozen
+    codes_folded = False  # whether bottleneck_conv2 has the codes of places in its biases
 
     def __init__(
         self,
@@ -169,8 +170,10 @@ class InpaintBlock(nn.Module):
         BN, c, h, w = narrow.shape
         B = BN // self.num_memory
         z = self.inpaint(narrow.reshape(B, self.num_memory, c * h * w)).view(BN, c, h, w)
-        code = self.code.to(z.dtype).repeat(B, 1)[:, :, None, None].expand(-1, -1, h, w)
-        inpainted = self.bottleneck_conv2(torch.cat([z, code], dim=1))
+        if not self.codes_folded:
+            code = self.code.to(z.dtype).repeat(B, 1)[:, :, None, None].expand(-1, -1, h, w)
+            z = torch.cat([z, code], dim=1)
+        inpainted = self.bottleneck_conv2(z)
         if not self.training:
             return inpainted
         if self.shortcut == "soft":

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..presets import preset
-from ..utils.patches import to_image, to_patches
 from .inpaint import InpaintBlock, check_variant
 from .memory import BLOCKS, describe_shrinkage
-from .unet import Down, InConv, OutConv, Up
+from .unet import Down, InConv, OutConv, Up, to_image, to_patches
 
 MAX_LEVEL = 5
 _log = logging.getLogger("squid_fast")

@@ -1,10 +1,13 @@
-"""Encoder and decoder (paper section 3.1), named as in published checkpoints."""
+"""Encoder, decoder and patches (paper section 3.1), named as in published checkpoints."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..ops.patches import to_image as to_image
+from ..ops.patches import to_patches as to_patches
 
 
 class DoubleConv(nn.Module):

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import dispatch
-from ..utils.patches import to_image, to_patches
 from .common import (
     DECOMPOSITIONS,
     as_floats,
@@ -19,6 +18,7 @@ from .common import (
     shape,
     wide,
 )
+from .patches import to_image, to_patches
 
 
 def _stem_cpu(

@@ -1,4 +1,4 @@
-"""Images cut into patches, and patches put together."""
+"""Patches of an image: cut out and put together."""
 
 from __future__ import annotations
 
