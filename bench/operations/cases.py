@@ -15,7 +15,10 @@ OPERATIONS = (
     "masked_shortcut",
     "neighbourhood_attention",
     "inpaint_block",
+    "stem",
+    "reconstruct",
 )
+SCORING = ("stem", "reconstruct")  # which have no backward
 CONTENDERS = ("eager", "squid_fast", "compiled")  # reference eager, ours, reference compiled
 SELECTIONS = ("tiny", "core", "all")
 DIRECTIONS = ("forward", "forward_backward", "forward_backward_slots")
@@ -63,6 +66,10 @@ def _sizes(operation: str, tiny: bool) -> Iterator[dict[str, Any]]:
         if operation == "neighbourhood_attention":
             yield {"B": B, "N": 4, "C": C}
             yield {"B": B, "N": 9, "C": C // 2}
+        elif operation in SCORING:
+            for images in ("uint8", "float32"):
+                sizes = {"B": B, "P": 2, "side": 16 if tiny else 128, "F": 8 if tiny else 32}
+                yield sizes | {"images": images}
         elif operation == "masked_shortcut":
             for layout, affine in (
                 ("contiguous", False), ("channels_last", False), ("channels_last", True),
@@ -78,15 +85,19 @@ def _sizes(operation: str, tiny: bool) -> Iterator[dict[str, Any]]:
                     yield {"B": B, "N": 4, "M": M, "C": C, "k": 5} | wide
 
 
+def _directions(operation: str) -> tuple[str, ...]:
+    if operation in SCORING:
+        return DIRECTIONS[:1]
+    return DIRECTIONS if operation == "memory_lookup" else DIRECTIONS[:2]
+
+
 def cases(device: torch.device, selection: str = "core") -> list[Case]:
     """All cases of a selection ("tiny", "core" or "all") on a device."""
     dtypes = ("bfloat16", "float32") if device.type == "cuda" else ("float32",)
     return [
         Case(operation, direction, dtype, tuple(sizes.items()))
         for operation in OPERATIONS
-        for dtype, direction in itertools.product(
-            dtypes, DIRECTIONS if operation == "memory_lookup" else DIRECTIONS[:2]
-        )
+        for dtype, direction in itertools.product(dtypes, _directions(operation))
         for sizes in _sizes(operation, selection == "tiny")
         if selection != "core" or _is_core(operation, dtype, device, sizes)
     ]
