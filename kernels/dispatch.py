@@ -139,3 +139,11 @@ def serves_reconstruct(x: Tensor, images: Tensor) -> bool:
     if images.shape[1] != 1 or images.shape[2] * images.shape[3] >= 2**31:
         return False
     return (images.dtype == torch.uint8 or images.dtype in DTYPES) and _serves(x)
+
+
+def serves_split_linear(x: Tensor, weight: Tensor) -> bool:
+    """Whether a kernel multiplies these rows [R, T] by weights in two parts [2, S, T].
+
+    Rows in half precision have no low part, and a library's product of them is as exact.
+    """
+    return x.dtype == torch.float32 and _serves(x) and _serves(weight)

@@ -147,12 +147,22 @@ def _reconstruct(kernels: Any) -> Iterator[Case]:
             yield Case(f"reconstruct.forward {label}", call)
 
 
+def _split_linear(kernels: Any) -> Iterator[Case]:
+    """The queries, the output and the two layers behind them of the in-painting's attention."""
+    for (N, C), B in itertools.product(ATTENTIONS, SCORED):
+        for S, T in ((C, C), (C // 4, C), (C, C // 4)):
+            weight = _meta(2, S, T, dtype=torch.bfloat16)
+            call = partial(kernels.forward, _meta(B * N, T), weight, _meta(S))
+            yield Case(f"split_linear.forward [{B * N}, {T}] to {S}", call)
+
+
 OPERATIONS = {
     "gumbel_shrinkage": _gumbel_shrinkage,
     "masked_shortcut": _masked_shortcut,
     "memory_lookup": _memory_lookup,
     "neighbourhood_attention": _neighbourhood_attention,
     "reconstruct": _reconstruct,
+    "split_linear": _split_linear,
     "stem": _stem,
 }
 

@@ -17,7 +17,7 @@ from ..ops.common import as_floats
 from ..utils.devices import choose_layout, has_fast_bf16, to_layout
 from .convolution import FoldedConv, cast, fold_discriminator, has_onednn
 from .graphs import Graphs
-from .network import FrozenGenerator
+from .network import FrozenGenerator, split_linears
 from .scores import PAPER_SCORE, Quantization
 
 LOGITS: dict[str, tuple[Literal["reconstruction", "image"], ScoreMode]] = {
@@ -68,6 +68,8 @@ class FrozenModel(nn.Module):
             quantization=quantization if int8 else None,
             least=_CPU_BATCH if on_cpu and precision == "float32" else 1,
         ).to(self.device)
+        if not on_cpu and in_bf16:
+            split_linears(self.generator.inpaint)
         plain = to_layout(copy.deepcopy(discriminator).float().eval().to(self.device), layout)
         folded = fold_discriminator(plain)
         self.discriminators = nn.ModuleDict({"instance": plain, "running": folded})

@@ -76,6 +76,7 @@ class InpaintBlock(nn.Module):
         )
         self.memory = MEMORIES[memory](num_slots, memory_channel, shrink_thres, num_memory)
         self.shortcut = shortcut
+        self.query: nn.Module | None = None  # in place of in_proj's share in it, if there is one
         if mixing == "attention":
             # Holds the projections under their published names; the attention itself is our own.
             self.attention: nn.MultiheadAttention | None
@@ -152,9 +153,8 @@ class InpaintBlock(nn.Module):
             projected = F.linear(m, w_kv, b_kv)
         key, value = projected.chunk(2, dim=-1)
         pad_key, pad_value = b_kv.chunk(2)
-        attended = ops.neighbourhood_attention(
-            F.linear(f, w_q, b_q), key, value, pad_key, pad_value, HEADS
-        )
+        query = F.linear(f, w_q, b_q) if self.query is None else self.query(f)
+        attended = ops.neighbourhood_attention(query, key, value, pad_key, pad_value, HEADS)
         return m, attention.out_proj(attended)
 
     def _convolve(self, f: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,13 @@ from squid_fast.inference.convolution import (
     fold_discriminator,
     has_onednn,
 )
-from squid_fast.inference.network import FrozenGenerator, PlaceConv, Stem
+from squid_fast.inference.network import (
+    FrozenGenerator,
+    PlaceConv,
+    SplitLinear,
+    Stem,
+    split_linears,
+)
 from squid_fast.ops.patches import to_patches
 from tests.factories import decoder_memory, trained_squid
 from tests.processor import needs_bf16, needs_onednn
@@ -114,6 +120,22 @@ def test_codes_are_biases_of_their_places(name: str) -> None:
     for onednn in {False, has_onednn()}:
         frozen = FrozenGenerator(model, onednn=onednn).inpaint
         assert isinstance(frozen.bottleneck_conv2, PlaceConv) == (not onednn)
+
+
+@pytest.mark.parametrize("mixing", ["attention", "convolution"])
+def test_split_linears_are_those_of_the_block(mixing: str) -> None:
+    model = trained_squid(inpainting={"mixing": mixing})
+    block = FrozenGenerator(model).inpaint
+    f = torch.randn(3, block.num_memory, model.config["memory_channel"])
+    with torch.inference_mode():
+        expected = block.inpaint(f)
+        split_linears(block)
+        found = block.inpaint(f)
+    linears = sum(isinstance(module, SplitLinear) for module in block.modules())
+    assert linears == (4 if mixing == "attention" else 2)
+    assert not any(type(module) is nn.Linear for module in block.modules())
+    assert not torch.equal(found, expected)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.std()))
 
 
 def test_what_is_frozen_does_not_change_with_the_model_nor_the_model_with_it() -> None:

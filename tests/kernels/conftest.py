@@ -7,18 +7,18 @@ import pytest
 import torch
 
 from squid_fast import kernels
-from squid_fast.ops import attention, images, lookup, shortcut
+from squid_fast.ops import attention, images, linear, lookup, shortcut
 
 # Triton is published for Linux only.
 collect_ignore_glob = [] if find_spec("triton") else ["test_*.py"]
 
 IMPLEMENTATIONS = [
     (module, name)
-    for module in (attention, images, lookup, shortcut)
+    for module in (attention, images, linear, lookup, shortcut)
     for name in vars(module)
     if name.endswith("_cpu")
 ]
-assert len(IMPLEMENTATIONS) == 12  # forward and backward of five operations, forward of two
+assert len(IMPLEMENTATIONS) == 13  # forward and backward of five operations, forward of three
 
 
 @pytest.fixture(autouse=True)

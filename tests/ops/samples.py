@@ -241,6 +241,10 @@ def operator_samples() -> dict[str, list[tuple]]:
             (*attention, 4),  # heads of width 1
         ],
         "neighbourhood_attention_backward": [(attention[0], *attention, heads) for heads in (2, 4)],
+        "split_linear": [
+            (logits, ops.split_weight(normal(5, 7).float()), None),
+            (logits[::2], ops.split_weight(normal(5, 7).float()), normal(5).float()),
+        ],
         "stem": [
             (images, kernel, shift, 2, dtype)
             for images in (a[:, :1], (a[:, :1].abs() * 50).to(torch.uint8))

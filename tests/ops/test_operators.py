@@ -137,6 +137,19 @@ ERRORS: dict[str, Callable[[], Tensor]] = {
         lambda: ops.reconstruct(MAP, Z(1, 2, 1, 1), Z(1), MAP, 2)[0]
     ),
     "x is torch.int64; a floating": lambda: ops.reconstruct(MAP.long(), KERNEL, Z(1), MAP, 2)[0],
+    "x is [2, 4] and weight [2, 4]; they must be [..., T] and [2, S, T].": (
+        lambda: ops.split_linear(X, X)
+    ),
+    "bias is [3]; [5] would fit this weight.": lambda: ops.split_linear(X, Z(2, 5, 4), Z(3)),
+    "x is torch.float16; torch.float32 is needed.": (
+        lambda: ops.split_linear(X.half(), Z(2, 5, 4))
+    ),
+    "bias is torch.float64; torch.float32 is needed.": (
+        lambda: ops.split_linear(X, Z(2, 5, 4), Z(5).double())
+    ),
+    "split_linear is given a tensor that requires a gradient": (
+        lambda: ops.split_linear(X, Z(2, 5, 4).requires_grad_())
+    ),
     "reconstruct is given a tensor that requires a gradient": (
         lambda: ops.reconstruct(MAP, Z(1, 1, 1, 1).requires_grad_(), Z(1), MAP, 2)[0]
     ),
