@@ -154,3 +154,33 @@ def serves_discriminator_score(images: Tensor, weights: Sequence[Tensor]) -> boo
         and max(images.shape[2:]) <= LARGEST_IMAGE
         and all(x.dtype == torch.float32 and x.shape[0] <= LARGEST_WIDTH for x in weights)
     )
+
+
+def serves_stem(images: Tensor, weight: Tensor, num_patch: int, dtype: torch.dtype) -> bool:
+    """Whether a kernel convolves these images [B, Cin, H, W].
+
+    It is made for grey images, and counts the numbers of a patch's maps in 31 bits.
+    """
+    B, Cin, H, W = images.shape
+    if Cin != 1 or not B or H * W // num_patch**2 * weight.shape[0] >= 2**31:
+        return False
+    pixels = images.dtype == torch.uint8 or images.dtype in DTYPES
+    return pixels and dtype in DTYPES and _serves(weight)
+
+
+def serves_reconstruct(x: Tensor, images: Tensor) -> bool:
+    """Whether a kernel makes reconstructions and errors of these maps and images [B, Cin, H, W].
+
+    It is made for grey images, whose pixels it counts in 31 bits.
+    """
+    if images.shape[1] != 1 or images.shape[2] * images.shape[3] >= 2**31:
+        return False
+    return (images.dtype == torch.uint8 or images.dtype in DTYPES) and _serves(x)
+
+
+def serves_split_linear(x: Tensor, weight: Tensor) -> bool:
+    """Whether a kernel multiplies these rows [R, T] by weights in two parts [2, S, T].
+
+    Rows in half precision have no low part, and a library's product of them is as exact.
+    """
+    return x.dtype == torch.float32 and _serves(x) and _serves(weight)

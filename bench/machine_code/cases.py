@@ -31,6 +31,7 @@ MEMORIES = {
 }
 SHRINKAGES = {"gumbel": (5, 0.0), "hard": (0, 0.005), "raw": (0, 0.0)}  # top_k, threshold
 BATCHES = (1, 16, 64, 512, 4096)  # B: one image, training, the decoder's windows, screening
+SCORED = (1, 16, 256, 1024)  # B of the two ends of the network, in scoring
 SLOTS = (200, 1_000, 10_000)  # M of logits shrunk by themselves
 MAPS = (  # N maps of C channels, H x W places, to an image
     (4, 512, 4, 4),  # zhanglab: behind the in-painting
@@ -63,6 +64,11 @@ RESIZES = (  # P, channels, rows and columns of a patch before the resize, chann
     (3, 64, 16, 16, 0),
     (3, 32, 8, 8, 0),  # small
     (1, 32, 64, 64, 16),  # a decoder with skips everywhere
+)
+IMAGES = (  # P, side, F; of grey images
+    (2, 128, 32),  # zhanglab, chexpert
+    (3, 96, 32),  # digit_anatomy
+    (3, 48, 16),  # small
 )
 ATTENTIONS = ((4, 2048), (9, 1024), (9, 128))  # N, C; of 8 heads
 DISCRIMINATORS = (128, 96, 48, 256)  # image sides: chest radiographs, digit_anatomy, small; large
@@ -196,6 +202,38 @@ def _discriminator(kernels: Any) -> Iterator[Case]:
         yield Case(f"discriminator.forward {label}", call)
 
 
+def _stem(kernels: Any) -> Iterator[Case]:
+    pixels = (torch.uint8, torch.float32)
+    for (P, side, F), B, dtype, given in itertools.product(IMAGES, SCORED, DTYPES, pixels):
+        images = _meta(B, 1, side, side, dtype=given)
+        weight = _meta(3, 3, 1, F).permute(3, 2, 0, 1)
+        label = f"[{B}, 1, {side}, {side}] {_name(given)} P={P} F={F} {_name(dtype)}"
+        call = partial(kernels.forward, images, weight, _meta(F), P, dtype)
+        yield Case(f"stem.forward {label}", call)
+
+
+def _reconstruct(kernels: Any) -> Iterator[Case]:
+    layouts = (torch.contiguous_format, torch.channels_last)
+    sizes = itertools.product(IMAGES, SCORED, DTYPES, layouts, (False, True))
+    for (P, side, F), B, dtype, layout, whole in sizes:
+        n, s = (B, side) if whole else (B * P * P, side // P)
+        x = _meta(n, F, s, s, dtype=dtype).to(memory_format=layout)
+        for given in (torch.uint8, torch.float32):
+            images = _meta(B, 1, side, side, dtype=given)
+            label = f"[{n}, {F}, {s}, {s}] {_name(dtype)} {_name(layout)} P={P} {_name(given)}"
+            call = partial(kernels.forward, x, _meta(1, F, 1, 1), _meta(1), images, P)
+            yield Case(f"reconstruct.forward {label}", call)
+
+
+def _split_linear(kernels: Any) -> Iterator[Case]:
+    """The queries, the output and the two layers behind them of the in-painting's attention."""
+    for (N, C), B in itertools.product(ATTENTIONS, SCORED):
+        for S, T in ((C, C), (C // 4, C), (C, C // 4)):
+            weight = _meta(2, S, T, dtype=torch.bfloat16)
+            call = partial(kernels.forward, _meta(B * N, T), weight, _meta(S))
+            yield Case(f"split_linear.forward [{B * N}, {T}] to {S}", call)
+
+
 OPERATIONS = {
     "batch_norm": _batch_norm,
     "discriminator": _discriminator,
@@ -203,6 +241,9 @@ OPERATIONS = {
     "masked_shortcut": _masked_shortcut,
     "memory_lookup": _memory_lookup,
     "neighbourhood_attention": _neighbourhood_attention,
+    "reconstruct": _reconstruct,
+    "split_linear": _split_linear,
+    "stem": _stem,
     "upsample_concat": _upsample_concat,
 }
 

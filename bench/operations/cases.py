@@ -17,9 +17,11 @@ OPERATIONS = (
     "batch_norm",
     "upsample_concat",
     "inpaint_block",
+    "stem",
+    "reconstruct",
     "discriminator_score",
 )
-SCORING = ("discriminator_score",)  # operations without gradients, in float32 alone
+SCORING = OPERATIONS[-3:]  # without gradients, the last one in float32 alone
 CONTENDERS = ("eager", "squid_fast", "compiled")  # reference eager, ours, reference compiled
 SELECTIONS = ("tiny", "core", "all")
 DIRECTIONS = ("forward", "forward_backward", "forward_backward_slots")
@@ -82,6 +84,10 @@ def _sizes(operation: str, tiny: bool) -> Iterator[dict[str, Any]]:
             yield {"B": B, "N": 4, "P": 1, "C": C, "S": S, "side": side}
             if B < 4096:  # where PyTorch's resize refuses the 2**31 elements of its result
                 yield {"B": B, "N": 1, "P": 2, "C": C // 2, "S": 0, "side": 2 * side}
+        elif operation in ("stem", "reconstruct"):
+            for images in ("uint8", "float32"):
+                sizes = {"B": B, "P": 2, "side": 16 if tiny else 128, "F": 8 if tiny else 32}
+                yield sizes | {"images": images}
         elif operation == "masked_shortcut":
             for layout, affine in (
                 ("contiguous", False), ("channels_last", False), ("channels_last", True),
@@ -97,19 +103,25 @@ def _sizes(operation: str, tiny: bool) -> Iterator[dict[str, Any]]:
                     yield {"B": B, "N": 4, "M": M, "C": C, "k": 5} | wide
 
 
+def _dtypes(operation: str, device: torch.device) -> tuple[str, ...]:
+    if device.type != "cuda" or operation == "discriminator_score":
+        return ("float32",)
+    return ("bfloat16", "float32")
+
+
+def _directions(operation: str) -> tuple[str, ...]:
+    if operation in SCORING:
+        return DIRECTIONS[:1]
+    return DIRECTIONS if operation == "memory_lookup" else DIRECTIONS[:2]
+
+
 def cases(device: torch.device, selection: str = "core") -> list[Case]:
     """All cases of a selection ("tiny", "core" or "all") on a device."""
-    dtypes = ("bfloat16", "float32") if device.type == "cuda" else ("float32",)
     return [
         Case(operation, direction, dtype, tuple(sizes.items()))
         for operation in OPERATIONS
         for dtype, direction in itertools.product(
-            ("float32",) if operation in SCORING else dtypes,
-            DIRECTIONS[:1]
-            if operation in SCORING
-            else DIRECTIONS
-            if operation == "memory_lookup"
-            else DIRECTIONS[:2],
+            _dtypes(operation, device), _directions(operation)
         )
         for sizes in _sizes(operation, selection == "tiny")
         if selection != "core" or _is_core(operation, dtype, device, sizes)

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from squid_fast import modules, ops, reference
@@ -24,7 +25,7 @@ KEEP = 0.95  # the published chance of a position to be in-painted
 HEADS = 8
 THRESHOLD = 2.0  # of hard shrinkage: between the logits that are kept and the others
 
-Function = Callable[..., Tensor]
+Function = Callable[..., Any]  # to a tensor, or to several
 
 
 class WrongResultError(AssertionError):
@@ -240,6 +241,48 @@ def _discriminator_score(case: Case, device: torch.device) -> Problem:
     return Problem([images], [], _Scored(plain.eval(), s["mode"]), frozen)
 
 
+def _images(case: Case, device: torch.device) -> Tensor:
+    s = dict(case.sizes)
+    pixels = torch.randint(256, (s["B"], 1, s["side"], s["side"]), device=device)
+    return pixels.to(torch.uint8) if s["images"] == "uint8" else pixels / 255
+
+
+def _stem(case: Case, device: torch.device) -> Problem:
+    """The maps are in the dtype of the case, images as its sizes say."""
+    s, images = dict(case.sizes), _images(case, device)
+    weight, bias = torch.randn(s["F"], 1, 3, 3, device=device), torch.randn(s["F"], device=device)
+
+    def plain(weight: Tensor, bias: Tensor) -> Tensor:
+        pixels = ops.common.as_floats(images, weight.dtype)
+        patches = reference.blocks.to_patches(pixels, s["P"])
+        return torch.relu(F.conv2d(patches, weight, bias, padding=1))
+
+    def ours(weight: Tensor, bias: Tensor) -> Tensor:
+        return ops.stem(images, weight, bias, s["P"], weight.dtype)
+
+    return Problem([weight, bias], [], plain, ours)
+
+
+def _reconstruct(case: Case, device: torch.device) -> Problem:
+    """Maps of patches, channels-last, as the decoder leaves them to the end at the latest."""
+    s, images = dict(case.sizes), _images(case, device)
+    P, side, width = s["P"], s["side"] // s["P"], s["F"]
+    x = torch.randn(s["B"] * P * P, width, side, side, device=device)
+    x = x.contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(1, width, 1, 1, device=device) / math.sqrt(width)
+
+    def plain(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        recon = torch.sigmoid(F.conv2d(reference.blocks.to_image(x, P), weight, bias))
+        squares = (recon - ops.common.as_floats(images, recon.dtype)).square()
+        errors = reference.blocks.to_patches(squares, P).mean(dim=(1, 2, 3))
+        return recon, errors.view(-1, P * P)
+
+    def ours(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.reconstruct(x, weight, bias, images, P)
+
+    return Problem([x, weight, torch.randn(1, device=device)], [], plain, ours)
+
+
 BUILDERS = {
     "discriminator_score": _discriminator_score,
     "memory_lookup": _memory_lookup,
@@ -251,6 +294,8 @@ BUILDERS = {
     "batch_norm": _batch_norm,
     "upsample_concat": _upsample_concat,
     "inpaint_block": _inpaint_block,
+    "stem": _stem,
+    "reconstruct": _reconstruct,
 }
 
 
@@ -264,6 +309,11 @@ def problem(case: Case, device: torch.device) -> Problem:
         for i in made.learned:
             made.inputs[i].requires_grad_()
     return made
+
+
+def several(result: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
+    """What a function returned, as a list."""
+    return list(result) if isinstance(result, tuple) else [result]
 
 
 def function_of(made: Problem, contender: str) -> Function:
@@ -282,7 +332,7 @@ def call_of(case: Case, made: Problem, function: Function) -> Callable[[], list[
 
         def forward() -> list[Tensor]:
             with torch.no_grad():
-                return [function(*made.inputs)]
+                return several(function(*made.inputs))
 
         return forward
     wanted = made.wanted(getattr(function, "_orig_mod", function), made.inputs)  # uncompiled

@@ -197,6 +197,30 @@ def discriminator_score(
     return Work(moved * e, 2 * B * (products + last))
 
 
+def stem(B: int, P: int, side: int, F: int, images: str, e: int, backward: bool = False) -> Work:
+    """The first convolution of images [B, 1, side, side], forward only.
+
+    Reads the images, of 1 or 4 bytes a pixel, and 10 F weights; writes F numbers a pixel, each of 9
+    products.
+    """
+    pixels = B * side * side
+    moved = pixels * ((1 if images == "uint8" else 4) + F * e) + 10 * F * e
+    return Work(moved, 2 * 9 * F * pixels)
+
+
+def reconstruct(
+    B: int, P: int, side: int, F: int, images: str, e: int, backward: bool = False
+) -> Work:
+    """The last convolution and the errors of images [B, 1, side, side], forward only.
+
+    Reads F numbers and the image's 1 or 4 bytes a pixel; writes the reconstruction in float32 and
+    an error for each of P P patches. F products a pixel; sigmoids and squares are not counted.
+    """
+    pixels = B * side * side
+    moved = pixels * ((1 if images == "uint8" else 4) + F * e + 4) + 4 * B * P * P
+    return Work(moved, 2 * F * pixels)
+
+
 COUNTS: dict[str, Callable[..., Work]] = {
     "memory_lookup": memory_lookup,
     "gumbel_shrinkage": gumbel_shrinkage,
@@ -206,6 +230,8 @@ COUNTS: dict[str, Callable[..., Work]] = {
     "upsample_concat": upsample_concat,
     "inpaint_block": inpaint_block,
     "discriminator_score": discriminator_score,
+    "stem": stem,
+    "reconstruct": reconstruct,
 }
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .cases import Case
-from .problems import Problem, WrongResultError
+from .problems import Problem, WrongResultError, several
 
 # Of the root mean square. Wide enough for half precision as the eager contender computes it: logits
 # of 9 are rounded to 0.03.
@@ -38,7 +38,7 @@ def verify(case: Case, made: Problem, call: Callable[[], list[Tensor]]) -> float
         function = copy.deepcopy(function).double()
     if case.direction == "forward":
         with torch.no_grad():
-            expected = [function(*inputs)]
+            expected = several(function(*inputs))
     else:
         for i in made.learned:
             inputs[i].requires_grad_()

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from ..data import ImageSet
 from ..modules import SQUID, Discriminator, ScoreMode
 from ..modules.squid import check_dtype, check_images, check_shape, refuse_images
-from ..modules.unet import to_patches
+from ..ops.common import as_floats
 from ..utils.devices import Backend, choose_layout, has_fast_bf16, to_layout
 from .compiler import compiled
 from .convolution import FoldedConv, cast, has_cudnn, has_onednn, use_cudnn
 from .discriminator import FrozenDiscriminator
 from .graphs import Function, Graphs, portions
-from .network import FrozenGenerator
+from .network import FrozenGenerator, split_linears
 from .scores import PAPER_SCORE, Quantization
 
 LOGITS: dict[str, tuple[Literal["reconstruction", "image"], ScoreMode]] = {
@@ -76,6 +76,8 @@ class FrozenModel(nn.Module):
             quantization=quantization if int8 else None,
             least=_CPU_BATCH if on_cpu and precision == "float32" else 1,
         ).to(self.device)
+        if not on_cpu and in_bf16:
+            split_linears(self.generator.inpaint)
         plain = to_layout(copy.deepcopy(discriminator).float().eval().to(self.device), layout)
         modes: tuple[ScoreMode, ...] = ("instance", "running")
         self.discriminators = nn.ModuleDict(
@@ -95,15 +97,13 @@ class FrozenModel(nn.Module):
     def forward(self, images: Tensor, names: Collection[str]) -> tuple[Tensor, ...]:
         """Reconstruction, patch errors [B, N], and the logits [B] of every name of ``LOGITS``.
 
-        Nothing is checked, so that it can be captured and traced; see ``measure``.
+        Images are floats in [0, 1] or bytes. Nothing is checked, so that it can be captured and
+        traced; see ``measure``.
         """
-        images = _in_float32(images)  # all that depends on whether they are bytes
-        recon = self.generator(images)
-        squared = to_patches((recon - images).square(), self.config["num_patch"])
-        errors = squared.mean(dim=(1, 2, 3)).view(images.shape[0], -1)
+        recon, errors = self.generator.reconstruct(images)
         logits = []
         for source, mode in (LOGITS[name] for name in names):
-            shown = recon if source == "reconstruction" else images
+            shown = recon if source == "reconstruction" else as_floats(images)
             logits.append(self.discriminators[mode](shown))
         return recon, errors, *logits
 
@@ -214,7 +214,3 @@ class FrozenModel(nn.Module):
                 check_images(images, self.config, self.image_size)
             images = images.to(torch.float32)
         return images.to(self.device) if self._graphs is None else images
-
-
-def _in_float32(images: Tensor) -> Tensor:
-    return images.to(torch.float32).div_(255) if images.dtype == torch.uint8 else images

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..modules import SQUID, InpaintBlock
-from ..modules.unet import DoubleConv, Down, Up, to_image, to_patches
+from ..modules.unet import DoubleConv, Down, OutConv, Up, to_image, to_patches
+from ..ops.common import as_floats
 from .convolution import FoldedConv, ResizedConv, SplitConv, cast, fold
 from .quantization import QuantizedConv, QuantParams, Range
 from .scores import Quantization
@@ -26,11 +27,104 @@ def _folded(block: DoubleConv) -> tuple[FoldedConv, FoldedConv, FoldedConv]:
     return fold(conv1, norm1), fold(conv2, norm2), fold(conv3, norm3)  # type: ignore[arg-type]
 
 
+class Stem(nn.Module):
+    """The first convolution, straight from images: see ``ops.stem``."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(
+        self, conv: FoldedConv, num_patch: int, dtype: torch.dtype, layout: torch.memory_format
+    ) -> None:
+        super().__init__()
+        # Channels lie side by side, as the kernel reads them.
+        weight = conv.weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", conv.bias)
+        self.num_patch, self.dtype, self.layout = num_patch, dtype, layout
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [B, Cin, H, W], floats in [0, 1] or bytes, to maps [B * N, F, H / P, W / P]."""
+        maps = ops.stem(images, self.weight, self.bias, self.num_patch, self.dtype)
+        return maps.contiguous(memory_format=self.layout)
+
+
+class Head(nn.Module):
+    """The last convolution, and how far it is off: see ``ops.reconstruct``."""
+
+    def __init__(self, out: OutConv, num_patch: int) -> None:
+        super().__init__()
+        self.conv, self.num_patch = out.conv, num_patch
+
+    def forward(self, x: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Reconstructions [B, Cin, H, W], and mean squared errors of patches [B, N]."""
+        assert self.conv.bias is not None
+        return ops.reconstruct(x, self.conv.weight, self.conv.bias, images, self.num_patch)
+
+
+class PlaceConv(nn.Module):
+    """``ReLU(conv(cat([z, code])))`` of 1 x 1: what the codes add is a bias of every place [N].
+
+    Args:
+        conv: of features and, behind their channels, codes.
+        code: [N, bits].
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, conv: FoldedConv, code: Tensor) -> None:
+        super().__init__()
+        narrow = conv.weight.shape[1] - code.shape[1]
+        self.register_buffer("weight", conv.weight[:, :narrow].clone())
+        added = code.double() @ conv.weight[:, narrow:, 0, 0].double().T
+        self.register_buffer("bias", (conv.bias + added).to(conv.bias.dtype))  # [N, width]
+
+    def forward(self, z: Tensor) -> Tensor:
+        """[B * N, width / 4, h, w] to [B * N, width, h, w], patch index fastest."""
+        maps = F.conv2d(z, self.weight).unflatten(0, (-1, self.bias.shape[0]))
+        return F.relu(maps + self.bias[:, :, None, None]).flatten(0, 1)
+
+
+class SplitLinear(nn.Module):
+    """A linear layer of float32 in products of bfloat16: see ``ops.split_linear``."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", ops.split_weight(weight.detach()))
+        self.register_buffer("bias", bias.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., T] to [..., S]."""
+        return ops.split_linear(x, self.weight, self.bias)
+
+
+def split_linears(block: nn.Module) -> None:
+    """Let an ``InpaintBlock`` compute its linear layers as ``SplitLinear``, for a GPU.
+
+    In float32, without matrix units, they take three quarters of its time. What the split leaves
+    out is small beside the rounding of the next stage, before which no slot is chosen.
+    """
+    if not isinstance(block, InpaintBlock):
+        return
+    for i, layer in enumerate(block.ff):
+        if isinstance(layer, nn.Linear):
+            block.ff[i] = SplitLinear(layer.weight, layer.bias)
+    if block.attention is not None:
+        C, out = block.attention.embed_dim, block.attention.out_proj
+        in_weight, in_bias = block.attention.in_proj_weight, block.attention.in_proj_bias
+        block.query = SplitLinear(in_weight[:C], in_bias[:C])
+        block.attention.out_proj = SplitLinear(out.weight, out.bias)  # type: ignore[assignment]
+
+
 class Stage(nn.Module):
     """A residual double convolution in floats, in the decoder with the resize in front of it.
 
     Args:
-        image: whether the input is images, in float32.
+        num_patch: P, of the first stage, whose input is images.
         side: of the decoder's maps before they are resized; None in the encoder.
         concat: channels of the skip that is concatenated in front of the maps, 0 for none.
     """
@@ -41,18 +135,21 @@ class Stage(nn.Module):
         dtype: torch.dtype,
         layout: torch.memory_format,
         onednn: bool,
-        image: bool = False,
+        num_patch: int | None = None,
         side: int | None = None,
         concat: int = 0,
     ) -> None:
         super().__init__()
         first, second, third = _folded(block)
+        image = num_patch is not None
         self.dtype, self.source = dtype, torch.float32 if image else dtype
         self.resizes = side is not None
         in_bf16 = onednn and dtype == torch.bfloat16
         self.first: nn.Module
         if in_bf16 and image:
             self.first = SplitConv(first, layout)
+        elif num_patch is not None and dtype != torch.float32:
+            self.first = Stem(first, num_patch, dtype, layout)
         elif in_bf16 and side is not None and side <= _SMALL:
             self.first = ResizedConv(first, concat, side, layout)
         else:
@@ -61,7 +158,13 @@ class Stage(nn.Module):
         self.third = cast(third, dtype, layout, onednn)
 
     def forward(self, x: Tensor, skip: Tensor | None = None, num_patch: int = 1) -> Tensor:
-        """Maps, or their patches, and the skip to concatenate in front of their channels."""
+        """Maps, or their patches, and the skip to concatenate in front of their channels.
+
+        A ``Stem`` takes images.
+        """
+        if isinstance(self.first, Stem):
+            a = self.first(x)
+            return self.third(self.second(a), residual=a)
         x = x.to(self.source)
         if isinstance(self.first, ResizedConv):
             a = self.first(to_image(x, num_patch), None if skip is None else skip.to(x.dtype))
@@ -142,7 +245,7 @@ class FrozenGenerator(nn.Module):
         self.num_patch, self.level, self.layout = model.num_patch, model.level, layout
         self.combine = model.initial_combine or 0
         self.concat = [op == "concat" for op in model.config["ops"]]
-        self.in_conv = Stage(model.in_conv.conv, dtype, layout, onednn, image=True)
+        self.in_conv = Stage(model.in_conv.conv, dtype, layout, onednn, self.num_patch)
         downs = [down.mpconv for down in model.down_blocks if isinstance(down, Down)]
         ups = [up.conv for up in model.up_blocks if isinstance(up, Up)]
         self.downs = nn.ModuleList(Stage(block, dtype, layout, onednn) for block in downs)
@@ -160,10 +263,15 @@ class FrozenGenerator(nn.Module):
         if isinstance(self.inpaint, InpaintBlock):
             for name in ("bottleneck_conv1", "bottleneck_conv2"):
                 conv, norm, _ = getattr(self.inpaint, name)
-                setattr(self.inpaint, name, cast(fold(conv, norm), torch.float32, layout, onednn))
+                folded = cast(fold(conv, norm), torch.float32, layout, onednn)
+                # oneDNN convolves, adds and activates in one call, which takes codes as channels.
+                places = name == "bottleneck_conv2" and not onednn
+                frozen = PlaceConv(folded, self.inpaint.code) if places else folded
+                setattr(self.inpaint, name, frozen)
+            self.inpaint.codes_folded = not onednn
             self.inpaint.freeze()
         self.memories = model.memory_blocks
-        self.head = model.out_conv
+        self.head = Head(model.out_conv, self.num_patch)
         self.requires_grad_(False)
 
     def _quantize(
@@ -202,8 +310,15 @@ class FrozenGenerator(nn.Module):
             )
 
     def forward(self, images: Tensor) -> Tensor:
-        """float32 [B, Cin, H, W] to float32 of the same shape, both in [0, 1]."""
-        x = to_patches(images, self.num_patch).contiguous(memory_format=self.layout)
+        """Images [B, Cin, H, W], floats in [0, 1] or bytes, to float32 of the same shape."""
+        return self.reconstruct(images)[0]
+
+    def reconstruct(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Reconstructions, as from ``forward``, and mean squared errors of patches [B, N]."""
+        x = images
+        if not isinstance(self.in_conv.first, Stem):
+            x = to_patches(as_floats(images), self.num_patch)
+            x = x.contiguous(memory_format=self.layout)
         x = self.in_conv(x)
         skips: list[Tensor | None] = []
         for i, down in enumerate(self.downs):
@@ -220,9 +335,7 @@ class FrozenGenerator(nn.Module):
             x = up(x.contiguous(memory_format=self.layout), skips[deep], patches)
             if not isinstance(self.memories[deep], nn.Identity):
                 x = self._padded(self.memories[deep], x.float(), B)
-        if not self.combine:
-            x = to_image(x, self.num_patch)
-        return self.head(x.float())
+        return self.head(x, images)
 
     def _padded(self, module: nn.Module, x: Tensor, images: int) -> Tensor:
         """The module's output for the maps of so many images, computed for ``least`` at once."""

@@ -48,6 +48,7 @@ class InpaintBlock(nn.Module):
 
     code: Tensor
     projected: Tensor | None  # [N, M, 3C], while frozen
+    codes_folded = False  # whether bottleneck_conv2 has the codes of places in its biases
 
     def __init__(
         self,
@@ -77,6 +78,7 @@ class InpaintBlock(nn.Module):
         )
         self.memory = MEMORIES[memory](num_slots, memory_channel, shrink_thres, num_memory)
         self.shortcut = shortcut
+        self.query: nn.Module | None = None  # in place of in_proj's share in it, if there is one
         if mixing == "attention":
             # Holds the projections under their published names; the attention itself is our own.
             self.attention: nn.MultiheadAttention | None
@@ -169,9 +171,8 @@ class InpaintBlock(nn.Module):
             projected = F.linear(m, w_kv, b_kv)
         key, value = projected.chunk(2, dim=-1)
         pad_key, pad_value = b_kv.chunk(2)
-        attended = ops.neighbourhood_attention(
-            F.linear(f, w_q, b_q), key, value, pad_key, pad_value, HEADS
-        )
+        query = F.linear(f, w_q, b_q) if self.query is None else self.query(f)
+        attended = ops.neighbourhood_attention(query, key, value, pad_key, pad_value, HEADS)
         return m, attention.out_proj(attended)
 
     def _convolve(self, f: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,8 +188,10 @@ class InpaintBlock(nn.Module):
         BN, c, h, w = narrow.shape
         B = BN // self.num_memory
         z = self.inpaint(narrow.reshape(B, self.num_memory, c * h * w)).view(BN, c, h, w)
-        code = self.code.to(z.dtype).repeat(B, 1)[:, :, None, None].expand(-1, -1, h, w)
-        inpainted = self.bottleneck_conv2(torch.cat([z, code], dim=1))
+        if not self.codes_folded:
+            code = self.code.to(z.dtype).repeat(B, 1)[:, :, None, None].expand(-1, -1, h, w)
+            z = torch.cat([z, code], dim=1)
+        inpainted = self.bottleneck_conv2(z)
         if not self.training:
             return inpainted
         if self.shortcut == "soft":

@@ -2,7 +2,8 @@
 
 Each public function checks its arguments and calls an operator ``torch.ops.squid_fast.<name>``.
 Beside the operator stand its PyTorch implementation ``_<name>_cpu``, a fake implementation (so that
-``torch.compile`` and export see through it) and a gradient, which is an operator too. An operator
+``torch.compile`` and export see through it) and a gradient, which is an operator too; ``stem``,
+``reconstruct`` and ``split_linear``, which serve scoring alone, have none. An operator
 runs the Triton kernel of its name where ``kernels.dispatch`` says that it serves, else the PyTorch
 implementation: on every CPU, in float64, and for the shapes that it gives its reasons for. Nothing
 synchronises with the host. Results are contiguous, but for those of the masked shortcut and of the
@@ -14,6 +15,8 @@ Symbols: B images, N patches of an image, M memory slots, C slot width, k = ``to
 from .attention import neighbourhood_attention
 from .common import DECOMPOSITIONS
 from .discriminator import discriminator_score, pack_discriminator
+from .images import reconstruct, stem
+from .linear import split_linear, split_weight
 from .lookup import gumbel_shrinkage, hard_shrinkage, memory_lookup
 from .norm import batch_norm
 from .shortcut import masked_shortcut
@@ -29,5 +32,9 @@ __all__ = [
     "memory_lookup",
     "neighbourhood_attention",
     "pack_discriminator",
+    "reconstruct",
+    "split_linear",
+    "split_weight",
+    "stem",
     "upsample_concat",
 ]

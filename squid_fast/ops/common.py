@@ -49,6 +49,11 @@ def softmax_backward(grad: Tensor, probabilities: Tensor) -> Tensor:
     return torch._softmax_backward_data(grad, probabilities, -1, probabilities.dtype)
 
 
+def as_floats(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Images in a floating dtype; of bytes, 255 is 1."""
+    return images.to(dtype) / 255 if images.dtype == torch.uint8 else images.to(dtype)
+
+
 def shape(x: Tensor) -> str:
     """The shape as errors show it: [2, 3]."""
     return "[" + ", ".join(str(s) for s in x.shape) + "]"
@@ -58,6 +63,28 @@ def check_floating(name: str, x: Tensor) -> None:
     """Raise ValueError unless ``x`` is floating point."""
     if not x.is_floating_point():
         raise ValueError(f"{name} is {x.dtype}; a floating-point dtype is needed.")
+
+
+def check_images(images: Tensor, num_patch: int) -> None:
+    """Raise ValueError unless P x P patches cover the images [B, Cin, H, W], of bytes or floats."""
+    if images.dim() != 4:
+        raise ValueError(f"images are {shape(images)}; they must be [B, Cin, H, W].")
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        raise ValueError(f"images are {images.dtype}; uint8 or a floating-point dtype fits.")
+    H, W = images.shape[2:]
+    if num_patch < 1 or H % num_patch or W % num_patch or not H * W:
+        raise ValueError(
+            f"num_patch is {num_patch} and images are {H} x {W}; it must divide their sides."
+        )
+
+
+def check_no_gradient(operation: str, *tensors: Tensor) -> None:
+    """Raise ValueError if a gradient is asked for, of an operation of scoring that has none."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        raise ValueError(
+            f"{operation} is given a tensor that requires a gradient, which this operation of "
+            "scoring does not have; call it under torch.no_grad()."
+        )
 
 
 def check_top_k(top_k: int, num_slots: int) -> None:

@@ -18,10 +18,18 @@ from squid_fast.inference.convolution import (
     cast,
     fold,
     fold_discriminator,
+    has_onednn,
 )
 from squid_fast.inference.discriminator import FrozenDiscriminator
-from squid_fast.inference.network import FrozenGenerator
+from squid_fast.inference.network import (
+    FrozenGenerator,
+    PlaceConv,
+    SplitLinear,
+    Stem,
+    split_linears,
+)
 from squid_fast.modules import ScoreMode
+from squid_fast.ops.patches import to_patches
 from tests.factories import decoder_memory, trained_discriminator, trained_squid
 from tests.processor import needs_bf16, needs_onednn
 
@@ -65,6 +73,71 @@ def test_bf16_stays_close_to_the_model(onednn: bool) -> None:
         expected, found = model(images)["recon"], frozen(images)
     error = (found - expected).square().mean().sqrt()
     assert 0 < error < 0.2 * expected.std()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_are_the_images(name: str, dtype: torch.dtype) -> None:
+    model = trained_squid(**CONFIGS[name])
+    frozen = FrozenGenerator(model, dtype, torch.channels_last)
+    assert isinstance(frozen.in_conv.first, Stem) == (dtype == torch.bfloat16)
+    pixels = (images_for(model) * 255).to(torch.uint8)
+    with torch.inference_mode():
+        found, errors = frozen.reconstruct(pixels)
+        expected = frozen(pixels.float() / 255)
+    assert torch.equal(found, expected)
+    P = model.num_patch
+    squares = to_patches((found - pixels.float() / 255).square(), P).mean(dim=(1, 2, 3))
+    torch.testing.assert_close(errors, squares.view(-1, P * P))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_stem_is_the_convolution_of_patches(layout: torch.memory_format) -> None:
+    model = trained_squid(**CONFIGS["nine patches"])
+    images = images_for(model)
+    with torch.inference_mode():
+        conv = FrozenGenerator(model).in_conv.first
+        expected = conv(to_patches(images, 3))
+        found = FrozenGenerator(model, torch.bfloat16, layout).in_conv.first(images)
+    assert found.is_contiguous(memory_format=layout)
+    torch.testing.assert_close(found, expected.bfloat16(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["published shape", "nine patches"])
+def test_codes_are_biases_of_their_places(name: str) -> None:
+    model = trained_squid(**CONFIGS[name])
+    block = model.inpaint_block
+    N, bits = block.code.shape
+    conv, norm, _ = block.bottleneck_conv2
+    with torch.no_grad():
+        conv.weight[:, -bits:] += 1  # so that places differ
+    z = torch.randn(3 * N, conv.weight.shape[1] - bits, 4, 4)
+    code = block.code.repeat(3, 1)[:, :, None, None].expand(-1, -1, 4, 4)
+    folded = fold(conv, norm)
+    expected = folded(torch.cat([z, code], dim=1))
+    found = PlaceConv(folded, block.code)(z)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    turned = PlaceConv(folded, block.code.roll(1, 0))(z)
+    assert not torch.allclose(turned, expected, atol=0.1)
+    for onednn in {False, has_onednn()}:
+        frozen = FrozenGenerator(model, onednn=onednn).inpaint
+        assert isinstance(frozen.bottleneck_conv2, PlaceConv) == (not onednn)
+
+
+@pytest.mark.parametrize("mixing", ["attention", "convolution"])
+def test_split_linears_are_those_of_the_block(mixing: str) -> None:
+    model = trained_squid(inpainting={"mixing": mixing})
+    block = FrozenGenerator(model).inpaint
+    f = torch.randn(3, block.num_memory, model.config["memory_channel"])
+    with torch.inference_mode():
+        expected = block.inpaint(f)
+        split_linears(block)
+        found = block.inpaint(f)
+    linears = sum(isinstance(module, SplitLinear) for module in block.modules())
+    assert linears == (4 if mixing == "attention" else 2)
+    assert not any(type(module) is nn.Linear for module in block.modules())
+    assert not torch.equal(found, expected)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.std()))
 
 
 def test_what_is_frozen_does_not_change_with_the_model_nor_the_model_with_it() -> None:

@@ -1,25 +1,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib import import_module
 from importlib.util import find_spec
+from pkgutil import iter_modules
 
 import pytest
 import torch
 
-from squid_fast import kernels
-from squid_fast.ops import attention, discriminator, lookup, norm, shortcut, upsample
+from squid_fast import kernels, ops
 
 # Triton is published for Linux only.
 collect_ignore_glob = [] if find_spec("triton") else ["test_*.py"]
 
 IMPLEMENTATIONS = [
     (module, name)
-    for module in (attention, discriminator, lookup, norm, shortcut, upsample)
-    for name in vars(module)
-    if name.endswith("_cpu")
+    for module in (import_module(f"{ops.__name__}.{m.name}") for m in iter_modules(ops.__path__))
+    for name, value in vars(module).items()
+    if name.endswith("_cpu") and value.__module__ == module.__name__
 ]
-# Forward and backward of operations, statistics of batch norm, the discriminator's score.
-assert len(IMPLEMENTATIONS) == 16
+# Forward and backward of seven operations, statistics of one, and four that only score.
+assert len(IMPLEMENTATIONS) == 19
 
 
 @pytest.fixture(autouse=True)

@@ -294,6 +294,7 @@ def operator_samples() -> dict[str, list[tuple]]:
     seed = torch.tensor(3)
     scale, shift = normal(3, seed=2).float(), normal(3, seed=3).float()
     attention = [x.float() for x in attention_inputs(2, 2, 4)]
+    kernel, point = normal(3, 1, 3, 3, seed=4).float(), normal(1, 3, 1, 1, seed=5).float()
 
     def leaf(x: Tensor) -> Tensor:
         return x.clone().requires_grad_()
@@ -392,6 +393,20 @@ def operator_samples() -> dict[str, list[tuple]]:
             (grad, channels, P)
             for grad in (skip, skip.to(memory_format=torch.channels_last), skip[:, :, ::2, ::2])
             for channels, P in ((5, 1), (3, 1), (2, 2))
+        ],
+        "split_linear": [
+            (logits, ops.split_weight(normal(5, 7).float()), None),
+            (logits[::2], ops.split_weight(normal(5, 7).float()), normal(5).float()),
+        ],
+        "stem": [
+            (images, kernel, shift, 2, dtype)
+            for images in (a[:, :1], (a[:, :1].abs() * 50).to(torch.uint8))
+            for dtype in (torch.float32, torch.bfloat16)
+        ],
+        "reconstruct": [
+            (a, point, shift[:1], b[:, :1], 2),
+            (last[0].half(), point, shift[:1], (b[:, :1].abs() * 50).to(torch.uint8), 2),
+            (a.view(8, 3, 2, 2), point, shift[:1], b[:, 1:2], 2),
         ],
     }
 

@@ -54,7 +54,7 @@ def test_compiled_shortcut_draws_anew_at_every_call() -> None:
 # --- errors ---------------------------------------------------------------------------------------
 
 Z = torch.zeros
-X, MAP = Z(2, 4), Z(1, 1, 2, 4)
+X, MAP, KERNEL = Z(2, 4), Z(1, 1, 2, 4), Z(2, 1, 3, 3)
 attend = ops.neighbourhood_attention
 # What is said, by which call.
 ERRORS: dict[str, Callable[[], Tensor]] = {
@@ -146,6 +146,46 @@ ERRORS: dict[str, Callable[[], Tensor]] = {
     ),
     "skip is [4, 3, 4, 8]; [1, S, 8, 16] would fit": (
         lambda: ops.upsample_concat(MAP.expand(4, 1, 2, 4), Z(4, 3, 4, 8), num_patch=2)
+    ),
+    "images are [2, 4]; they must be [B, Cin, H, W].": lambda: ops.stem(X, KERNEL, Z(2), 1),
+    "images are torch.int64; uint8 or a floating-point dtype fits.": (
+        lambda: ops.stem(MAP.long(), KERNEL, Z(2), 1)
+    ),
+    "num_patch is 3 and images are 2 x 4; it must divide their sides.": (
+        lambda: ops.stem(MAP, KERNEL, Z(2), 3)
+    ),
+    "weight is [2, 1, 1, 1]; [F, 1, 3, 3] would fit these images.": (
+        lambda: ops.stem(MAP, KERNEL[..., :1, :1], Z(2), 2)
+    ),
+    "bias is [3]; [2] would fit this weight.": lambda: ops.stem(MAP, KERNEL, Z(3), 2),
+    "dtype is torch.int8; a floating-point dtype is needed.": (
+        lambda: ops.stem(MAP, KERNEL, Z(2), 2, torch.int8)
+    ),
+    "stem is given a tensor that requires a gradient": (
+        lambda: ops.stem(MAP, KERNEL, Z(2).requires_grad_(), 2)
+    ),
+    "x is [1, 1, 2, 4]; [1, F, 4, 4] or, of patches, [4, F, 2, 2] would fit images [1, 1, 4, 4].": (
+        lambda: ops.reconstruct(MAP, Z(1, 1, 1, 1), Z(1), Z(1, 1, 4, 4), 2)[0]
+    ),
+    "weight is [1, 2, 1, 1] and bias [1]; [1, 1, 1, 1] and [1] would fit.": (
+        lambda: ops.reconstruct(MAP, Z(1, 2, 1, 1), Z(1), MAP, 2)[0]
+    ),
+    "x is torch.int64; a floating": lambda: ops.reconstruct(MAP.long(), KERNEL, Z(1), MAP, 2)[0],
+    "x is [2, 4] and weight [2, 4]; they must be [..., T] and [2, S, T].": (
+        lambda: ops.split_linear(X, X)
+    ),
+    "bias is [3]; [5] would fit this weight.": lambda: ops.split_linear(X, Z(2, 5, 4), Z(3)),
+    "x is torch.float16; torch.float32 is needed.": (
+        lambda: ops.split_linear(X.half(), Z(2, 5, 4))
+    ),
+    "bias is torch.float64; torch.float32 is needed.": (
+        lambda: ops.split_linear(X, Z(2, 5, 4), Z(5).double())
+    ),
+    "split_linear is given a tensor that requires a gradient": (
+        lambda: ops.split_linear(X, Z(2, 5, 4).requires_grad_())
+    ),
+    "reconstruct is given a tensor that requires a gradient": (
+        lambda: ops.reconstruct(MAP, Z(1, 1, 1, 1).requires_grad_(), Z(1), MAP, 2)[0]
     ),
 }
 
