@@ -117,3 +117,16 @@ def serves_masked_shortcut(inpainted: Tensor) -> bool:
 def serves_neighbourhood_attention(query: Tensor) -> bool:
     """Whether a kernel attends from this query [B, N, C]."""
     return _serves(query)
+
+
+def serves_convolution(x: Tensor, weights: Tensor) -> bool:
+    """Whether a kernel convolves maps [B, C, H, W] with weights [.., U, V, C, P, Q, D].
+
+    In half precision only: in float32 cuDNN has the better tiles. Channels fill the tiles of tensor
+    cores, and the product of a cell is not wider than two of them.
+    """
+    columns = weights.shape[5:].numel()
+    fits = all(n in (16, 32, 64, 128, 256) for n in (x.shape[1], weights.shape[7], columns))
+    # Places within an image are counted in 31 bits.
+    small = max(x[0].numel(), 4 * columns * x.shape[2] * x.shape[3]) < 2**31 if len(x) else False
+    return _serves(x) and x.dtype != torch.float32 and fits and small
