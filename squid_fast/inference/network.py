@@ -10,11 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..modules import SQUID, InpaintBlock
-from ..modules.unet import DoubleConv, Down, Up, to_image, to_patches
+from ..modules.unet import DoubleConv, Down, OutConv, Up, to_image, to_patches
+from .cells import CellConv
 from .convolution import FoldedConv, ResizedConv, SplitConv, cast, fold
 from .quantization import QuantizedConv, QuantParams, Range
 from .scores import Quantization
 
+_NARROW = 32  # output channels up to which a convolution has a kernel of its own on a GPU
 _SMALL = 8  # side of the maps up to which ``ResizedConv`` is faster, measured on AVX512
 
 
@@ -64,18 +66,42 @@ class Stage(nn.Module):
             self.first = cast(first, self.source, layout, onednn)
         self.second = cast(second, dtype, layout, onednn)
         self.third = cast(third, dtype, layout, onednn)
+        self.cells = nn.ModuleDict()
+        if dtype != torch.float32 and layout == torch.channels_last and not onednn:
+            if side is not None and not concat:
+                self.cells["first"] = CellConv(first, dtype, side)
+            if third.weight.shape[0] <= _NARROW:
+                self.cells["second"] = CellConv(second, dtype)
+                self.cells["third"] = CellConv(third, dtype)
 
-    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
-        """Maps, and the skip to concatenate in front of their channels."""
+    def forward(self, x: Tensor, skip: Tensor | None = None, head: OutConv | None = None) -> Tensor:
+        """Maps, and the skip to concatenate in front of their channels; to maps, or to ``head``'s.
+
+        The head's output is in float32.
+        """
         x = x.to(self.source)
         if skip is not None:
             skip = skip.to(self.source)
-        if isinstance(self.first, ResizedConv):
-            a = self.first(x, skip)
+        first = self._chosen("first", x)
+        if isinstance(first, ResizedConv | CellConv):  # these resize by themselves
+            a = first(x, skip)
         else:
             x = _resized(x) if self.resizes else x
-            a = self.first(x if skip is None else torch.cat([skip, x], dim=1)).to(self.dtype)
-        return self.third(self.second(a), residual=a)
+            a = first(x if skip is None else torch.cat([skip, x], dim=1)).to(self.dtype)
+        b = self._chosen("second", a)(a)
+        third = self._chosen("third", b)
+        if isinstance(third, CellConv) and head is not None:
+            return third(b, residual=a, head=head.conv)
+        x = third(b, residual=a)
+        return x if head is None else head(x.float())
+
+    def _chosen(self, name: str, x: Tensor) -> nn.Module:
+        """The convolution of that name for maps like these: by our kernel or by the library."""
+        if name in self.cells:
+            own = self.cells[name]
+            if isinstance(own, CellConv) and own.serves(x):
+                return own
+        return getattr(self, name)
 
 
 class QuantizedStage(nn.Module):
@@ -172,6 +198,9 @@ class FrozenGenerator(nn.Module):
             self.inpaint.freeze()
         self.memories = model.memory_blocks
         self.head = model.out_conv
+        # To a single channel, and with nothing between them, the head belongs to the last stage.
+        plain = isinstance(self.ups[-1], Stage) and isinstance(self.memories[0], nn.Identity)
+        self.headed = plain and model.num_in_ch == 1
         self.requires_grad_(False)
 
     def _quantize(
@@ -226,12 +255,13 @@ class FrozenGenerator(nn.Module):
             deep = self.level - 1 - i
             if self.combine == deep + 1:
                 x = to_image(x, self.num_patch)
-            x = up(x.contiguous(memory_format=self.layout), skips[deep])
+            head = (self.head,) if self.headed and deep == 0 else ()
+            x = up(x.contiguous(memory_format=self.layout), skips[deep], *head)
             if not isinstance(self.memories[deep], nn.Identity):
                 x = self._padded(self.memories[deep], x.float(), B)
         if not self.combine:
             x = to_image(x, self.num_patch)
-        return self.head(x.float())
+        return x if self.headed else self.head(x.float())
 
     def _padded(self, module: nn.Module, x: Tensor, images: int) -> Tensor:
         """The module's output for the maps of so many images, computed for ``least`` at once."""

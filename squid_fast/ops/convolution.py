@@ -1,4 +1,7 @@
-"""Convolutions that make cells of outputs from windows of inputs: operator, PyTorch, weights."""
+"""Convolutions that make cells of outputs from windows: operator, PyTorch implementation, weights.
+
+See ``squid_fast.kernels.convolution`` for what they are good for.
+"""
 
 from __future__ import annotations
 
@@ -140,8 +143,8 @@ def convolution(
 
     Args:
         x: [B, C, H, W], fastest in channels-last.
-        weights: [kinds, kinds, U, V, C, P, Q, D] of the dtype of x: along both axes 1 kind of cells;
-            2, the first and the last; or 3, the first, inner ones and the last.
+        weights: [kinds, kinds, U, V, C, P, Q, D] of the dtype of x: along each axis 1 kind of
+            cells; 2, the first and the last; or 3, the first, inner ones and the last.
         bias: [D], in float32.
         step: S, T.
         residual: of the shape and dtype of the result.
