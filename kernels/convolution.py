@@ -73,7 +73,7 @@ def _pixels(image, y, x, cell, height, width, CELL_Y: tl.constexpr, CELL_X: tl.c
 
 
 @triton.jit
-def _convolution_forward_kernel(
+def _cell_convolution_forward_kernel(
     in_ptr, weights_ptr, bias_ptr, residual_ptr, head_weight_ptr, head_bias_ptr, out_ptr,
     B, H, W, cells_y, cells_x, height, width, C: tl.constexpr, D: tl.constexpr,
     KINDS_Y: tl.constexpr, KINDS_X: tl.constexpr, WINDOW_Y: tl.constexpr, WINDOW_X: tl.constexpr,
@@ -180,8 +180,9 @@ class Config:
         tile_x = min(power_of_2(cells[1]), 16)
         tile_y = min(power_of_2(cells[0]), BLOCK_M // tile_x)
         # Three programs side by side, or two wide ones, hide each other's waiting. What shared
-        # memory they leave is L1, which has to hold the pixels of their windows, 22 KB each.
-        stages = 3 if wide and not card.is_amd else 2
+        # memory they leave is L1, which has to hold the pixels of their windows, 22 KB each: two
+        # steps a program. On sm_90 Triton holds as many as there are stages, before it one fewer.
+        stages = 2 if card.is_amd or (card.arch == "sm_90" and not wide) else 3
         # Up to 8 bytes at a time NVIDIA's asynchronous copies go through L1; 16 pass it by, and
         # would read every pixel from L2 as often as there are windows around it.
         run = 8 if card.is_amd else 4
@@ -231,7 +232,7 @@ def forward(
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
     with on_device(x):
-        _convolution_forward_kernel[(programs,)](
+        _cell_convolution_forward_kernel[(programs,)](
             x, weights.contiguous(), bias, residual, head_weight, head_bias, out,
             B, H, W, *cells, height, width, C=C, D=D,
             KINDS_Y=kinds_y, KINDS_X=kinds_x, WINDOW_Y=window_y, WINDOW_X=window_x,

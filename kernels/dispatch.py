@@ -119,7 +119,7 @@ def serves_neighbourhood_attention(query: Tensor) -> bool:
     return _serves(query)
 
 
-def serves_convolution(x: Tensor, weights: Tensor) -> bool:
+def serves_cell_convolution(x: Tensor, weights: Tensor) -> bool:
     """Whether a kernel convolves maps [B, C, H, W] with weights [.., U, V, C, P, Q, D].
 
     In half precision only, for which the tiles are made, and with channels that fill them.
@@ -138,7 +138,7 @@ def serves_phases(x: Tensor, weights: Tensor) -> bool:
     the last two stages' first convolutions, bound by shared memory; resize and convolution apart
     are 0.74 (found on an H200). On small maps the border is most of the map, and the resize cheap.
     """
-    return serves_convolution(x, weights) and min(x.shape[2:]) >= 16
+    return serves_cell_convolution(x, weights) and min(x.shape[2:]) >= 16
 
 
 def serves_narrow_convolution(x: Tensor, weights: Tensor) -> bool:
@@ -148,4 +148,4 @@ def serves_narrow_convolution(x: Tensor, weights: Tensor) -> bool:
     ms, bound by shared memory; cuDNN's is about 0.32 (found on an H200). From 64 channels on, its
     tiles are full, and it is the better one.
     """
-    return serves_convolution(x, weights) and weights.shape[7] <= 32
+    return serves_cell_convolution(x, weights) and weights.shape[7] <= 32

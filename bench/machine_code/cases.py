@@ -147,7 +147,7 @@ def _convolution(kernels: Any) -> Iterator[Case]:
         head = (_meta(D), _meta(1)) if "head" in rest else (None, None)
         label = f"[{B * N}, {C}, {side}, {side}] {' '.join((of, *rest))} {_name(dtype)}"
         call = partial(kernels.forward, x, weights, _meta(D), step, residual, *head)
-        yield Case(f"convolution.forward {label}", call)
+        yield Case(f"cell_convolution.forward {label}", call)
 
 
 OPERATIONS = {

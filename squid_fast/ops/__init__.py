@@ -13,13 +13,13 @@ Symbols: B images, N patches of an image, M memory slots, C slot width, k = ``to
 
 from .attention import neighbourhood_attention
 from .common import DECOMPOSITIONS
-from .convolution import convolution
+from .convolution import cell_convolution
 from .lookup import gumbel_shrinkage, hard_shrinkage, memory_lookup
 from .shortcut import masked_shortcut
 
 __all__ = [
     "DECOMPOSITIONS",
-    "convolution",
+    "cell_convolution",
     "gumbel_shrinkage",
     "hard_shrinkage",
     "masked_shortcut",

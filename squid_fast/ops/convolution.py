@@ -34,7 +34,7 @@ def kinds_along(kinds: int, size: int) -> list[slice]:
     return [slice(0, 1), *inner, slice(size - 1, size)]
 
 
-def _convolution_cpu(
+def _cell_convolution_cpu(
     x: Tensor, weights: Tensor, bias: Tensor, step: list[int],
     residual: Tensor | None, head_weight: Tensor | None, head_bias: Tensor | None,
 ) -> Tensor:  # fmt: skip
@@ -63,18 +63,18 @@ def _convolution_cpu(
     return torch.sigmoid(maps @ head_weight + head_bias)[:, None]
 
 
-@operator(_convolution_cpu)
-def _convolution(
+@operator(_cell_convolution_cpu)
+def _cell_convolution(
     x: Tensor, weights: Tensor, bias: Tensor, step: list[int],
     residual: Tensor | None, head_weight: Tensor | None, head_bias: Tensor | None,
 ) -> Tensor:  # fmt: skip
     rest = (weights, bias, step, residual, head_weight, head_bias)
-    if dispatch.serves_convolution(x, weights):
+    if dispatch.serves_cell_convolution(x, weights):
         return kernels("convolution").forward(x, *rest)
-    return _convolution_cpu(x, *rest)
+    return _cell_convolution_cpu(x, *rest)
 
 
-@_convolution.register_fake
+@_cell_convolution.register_fake
 def _(x, weights, bias, step, residual, head_weight, head_bias):  # type: ignore[no-untyped-def]
     size = (x.shape[0], *output_size(x, weights, step))
     if head_weight is None:
@@ -83,7 +83,7 @@ def _(x, weights, bias, step, residual, head_weight, head_bias):  # type: ignore
 
 
 def cell_weights(weight: Tensor, columns: int = 2) -> Tensor:
-    """Weights of ``convolution`` for a 3 x 3 convolution [D, C, 3, 3], in cells of 1 x ``columns``.
+    """Weights of ``cell_convolution`` for a 3 x 3 convolution [D, C, 3, 3], in cells of 1 x ``columns``.
 
     [1, 1, 3, 2 + columns, C, 1, columns, D]: every output uses its own three columns of the window.
 
@@ -116,7 +116,7 @@ def _resized_taps(size: int) -> Tensor:
 
 
 def resized_weights(weight: Tensor, height: int, width: int) -> Tensor:
-    """Weights of ``convolution`` for the bilinear resize to twice the side and a 3 x 3 behind it.
+    """Weights of ``cell_convolution`` for a bilinear resize to twice the side and a 3 x 3 behind it.
 
     Args:
         weight: of the convolution, [D, C, 3, 3], which pads with zeros.
@@ -129,7 +129,7 @@ def resized_weights(weight: Tensor, height: int, width: int) -> Tensor:
     return torch.einsum("ipku,jqlv,dckl->ijuvcpqd", rows, columns, weight.double()).contiguous()
 
 
-def convolution(
+def cell_convolution(
     x: Tensor, weights: Tensor, bias: Tensor, step: tuple[int, int] = (1, 1),
     *, residual: Tensor | None = None, head: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
@@ -158,10 +158,10 @@ def convolution(
         ValueError: shapes or dtypes that do not fit, or a gradient is asked for.
 
     >>> weight, x = torch.ones(1, 1, 3, 3), torch.ones(1, 1, 2, 2)
-    >>> convolution(x, cell_weights(weight), torch.zeros(1), (1, 2))
+    >>> cell_convolution(x, cell_weights(weight), torch.zeros(1), (1, 2))
     tensor([[[[4., 4.],
               [4., 4.]]]])
-    >>> convolution(x, resized_weights(weight, 2, 2).float(), torch.zeros(1))[0, 0]
+    >>> cell_convolution(x, resized_weights(weight, 2, 2).float(), torch.zeros(1))[0, 0]
     tensor([[4., 6., 6., 4.],
             [6., 9., 9., 6.],
             [6., 9., 9., 6.],
@@ -169,7 +169,7 @@ def convolution(
     """
     _check(x, weights, bias, step, residual, head)
     head_weight, head_bias = head or (None, None)
-    return _convolution(x, weights, bias, list(step), residual, head_weight, head_bias)
+    return _cell_convolution(x, weights, bias, list(step), residual, head_weight, head_bias)
 
 
 def _check(

@@ -7,18 +7,19 @@ import pytest
 import torch
 
 from squid_fast import kernels
-from squid_fast.ops import attention, lookup, shortcut
+from squid_fast.ops import attention, convolution, lookup, shortcut
 
 # Triton is published for Linux only.
 collect_ignore_glob = [] if find_spec("triton") else ["test_*.py"]
 
 IMPLEMENTATIONS = [
     (module, name)
-    for module in (attention, lookup, shortcut)
+    for module in (attention, convolution, lookup, shortcut)
     for name in vars(module)
     if name.endswith("_cpu")
 ]
-assert len(IMPLEMENTATIONS) == 10  # forward and backward of the five operations
+# Forward and backward of the five operations, and the convolution, which has no backward.
+assert len(IMPLEMENTATIONS) == 11
 
 
 @pytest.fixture(autouse=True)
