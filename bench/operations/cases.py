@@ -15,7 +15,9 @@ OPERATIONS = (
     "masked_shortcut",
     "neighbourhood_attention",
     "inpaint_block",
+    "cell_convolution",
 )
+SCORING = ("cell_convolution",)  # which have no backward
 CONTENDERS = ("eager", "squid_fast", "compiled")  # reference eager, ours, reference compiled
 SELECTIONS = ("tiny", "core", "all")
 DIRECTIONS = ("forward", "forward_backward", "forward_backward_slots")
@@ -63,6 +65,13 @@ def _sizes(operation: str, tiny: bool) -> Iterator[dict[str, Any]]:
         if operation == "neighbourhood_attention":
             yield {"B": B, "N": 4, "C": C}
             yield {"B": B, "N": 9, "C": C // 2}
+        elif operation == "cell_convolution":
+            C, side = (16, 8) if tiny else (32, 128)
+            for behind in ("nothing", "residual", "residual, head"):
+                yield {"B": B, "C": C, "D": C, "side": side, "resized": False, "behind": behind}
+            for deep in (2, 4):  # the last stages of the decoder
+                sizes = {"B": B, "C": C * deep, "D": C * deep // 2, "side": side // deep}
+                yield sizes | {"resized": True, "behind": "nothing"}
         elif operation == "masked_shortcut":
             for layout, affine in (
                 ("contiguous", False), ("channels_last", False), ("channels_last", True),
@@ -78,15 +87,19 @@ def _sizes(operation: str, tiny: bool) -> Iterator[dict[str, Any]]:
                     yield {"B": B, "N": 4, "M": M, "C": C, "k": 5} | wide
 
 
+def _directions(operation: str) -> tuple[str, ...]:
+    if operation in SCORING:
+        return DIRECTIONS[:1]
+    return DIRECTIONS if operation == "memory_lookup" else DIRECTIONS[:2]
+
+
 def cases(device: torch.device, selection: str = "core") -> list[Case]:
     """All cases of a selection ("tiny", "core" or "all") on a device."""
     dtypes = ("bfloat16", "float32") if device.type == "cuda" else ("float32",)
     return [
         Case(operation, direction, dtype, tuple(sizes.items()))
         for operation in OPERATIONS
-        for dtype, direction in itertools.product(
-            dtypes, DIRECTIONS if operation == "memory_lookup" else DIRECTIONS[:2]
-        )
+        for dtype, direction in itertools.product(dtypes, _directions(operation))
         for sizes in _sizes(operation, selection == "tiny")
         if selection != "core" or _is_core(operation, dtype, device, sizes)
     ]

@@ -12,7 +12,7 @@ from .convolution import FoldedConv
 
 
 class CellConv(nn.Module):
-    """``ReLU(conv(x) + residual)`` of a 3 x 3 convolution by the kernel of ``ops.cell_convolution``.
+    """``ReLU(conv(x) + residual)`` of 3 x 3 by the kernel of ``ops.cell_convolution``.
 
     Stands beside the library's convolution, which takes its place where it does not serve. On CPUs
     that is everywhere: of oneDNN's convolutions behind a resize, only that of 64 to 32 channels and

@@ -83,7 +83,7 @@ def _(x, weights, bias, step, residual, head_weight, head_bias):  # type: ignore
 
 
 def cell_weights(weight: Tensor, columns: int = 2) -> Tensor:
-    """Weights of ``cell_convolution`` for a 3 x 3 convolution [D, C, 3, 3], in cells of 1 x ``columns``.
+    """Weights of ``cell_convolution`` for a 3 x 3 [D, C, 3, 3], in cells of 1 x ``columns``.
 
     [1, 1, 3, 2 + columns, C, 1, columns, D]: every output uses its own three columns of the window.
 
@@ -116,10 +116,10 @@ def _resized_taps(size: int) -> Tensor:
 
 
 def resized_weights(weight: Tensor, height: int, width: int) -> Tensor:
-    """Weights of ``cell_convolution`` for a bilinear resize to twice the side and a 3 x 3 behind it.
+    """Weights of ``cell_convolution`` for the resize to twice the side and a 3 x 3 behind it.
 
     Args:
-        weight: of the convolution, [D, C, 3, 3], which pads with zeros.
+        weight: of the convolution, [D, C, 3, 3], which pads with zeros; the resize is bilinear.
         height, width: of the maps before they are resized, on which the kinds of cells depend.
 
     Returns:
