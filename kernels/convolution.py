@@ -115,7 +115,7 @@ def _cell_convolution_forward_kernel(
     top, left = y * STEP_Y - 1, x * STEP_X - 1
     in_ptr += first.to(tl.int64) * (H * W * C)
     window = (((image * H + top) * W + left) * C)[:, None]
-    weights_ptrs = weights_ptr + kind.to(tl.int64) * (WINDOW_Y * ROW * N) + n[None, :]
+    weights_ptrs = weights_ptr + kind * (WINDOW_Y * ROW * N) + n[None, :]
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for step in range(WINDOW_Y * (ROW // BLOCK_K)):
         u = step // (ROW // BLOCK_K)

@@ -134,9 +134,9 @@ def serves_cell_convolution(x: Tensor, weights: Tensor) -> bool:
 def serves_phases(x: Tensor, weights: Tensor) -> bool:
     """Whether the resize of these maps and the convolution behind it are one product.
 
-    Predicted for 256 images of ``zhanglab`` on an H100, not yet measured: 0.27 ms each of
-    the last two stages' first convolutions, bound by shared memory; resize and convolution apart
-    are 0.74 (found on an H200). On small maps the border is most of the map, and the resize cheap.
+    Predicted for 256 images of ``zhanglab`` on an H100, not yet measured: 0.27 and 0.29 ms for the
+    last two stages' first convolutions, bound by shared memory; resize and convolution apart are
+    0.74 on average (found on an H200). Small maps are mostly border, and cheap to resize.
     """
     return serves_cell_convolution(x, weights) and min(x.shape[2:]) >= 16
 
@@ -144,7 +144,7 @@ def serves_phases(x: Tensor, weights: Tensor) -> bool:
 def serves_narrow_convolution(x: Tensor, weights: Tensor) -> bool:
     """Whether these maps' 3 x 3 convolution of few output channels is made in cells of 1 x 2.
 
-    Predicted for 32 channels at full resolution and 256 images on an H100, not yet measured: 0.27
+    Predicted for 32 channels at full resolution and 256 images on an H100, not yet measured: 0.25
     ms, bound by shared memory; cuDNN's is about 0.32 (found on an H200). From 64 channels on, its
     tiles are full, and it is the better one.
     """

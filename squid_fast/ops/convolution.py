@@ -205,10 +205,10 @@ def _check(
                 f"{name} is {shape(parameter)} of {parameter.dtype}; it must be [{size}] of "
                 f"{accurate}."
             )
-    size = [x.shape[0], D, *output_size(x, weights, step)]
-    if residual is not None and (list(residual.shape) != size or residual.dtype != x.dtype):
+    wanted = [x.shape[0], D, *output_size(x, weights, step)]
+    if residual is not None and (list(residual.shape) != wanted or residual.dtype != x.dtype):
         raise ValueError(
-            f"residual is {shape(residual)} of {residual.dtype}; it must be {size} of {x.dtype}."
+            f"residual is {shape(residual)} of {residual.dtype}; it must be {wanted} of {x.dtype}."
         )
     tensors = [x, weights, bias, residual, *(head or ())]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
