@@ -198,9 +198,10 @@ class FrozenGenerator(nn.Module):
             self.inpaint.freeze()
         self.memories = model.memory_blocks
         self.head = model.out_conv
-        # To a single channel, and with nothing between them, the head belongs to the last stage.
-        plain = isinstance(self.ups[-1], Stage) and isinstance(self.memories[0], nn.Identity)
-        self.headed = plain and model.num_in_ch == 1
+        # With nothing between them, a head of one channel is the end of our own last convolution.
+        last, between = self.ups[-1], self.memories[0]
+        own = isinstance(last, Stage) and "third" in last.cells
+        self.headed = own and isinstance(between, nn.Identity) and model.num_in_ch == 1
         self.requires_grad_(False)
 
     def _quantize(

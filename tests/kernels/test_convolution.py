@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from squid_fast import kernels, ops
-from squid_fast.inference.network import Stage
+from squid_fast.inference.network import FrozenGenerator, Stage
 from squid_fast.kernels import convolution, dispatch
 from squid_fast.modules.unet import DoubleConv, OutConv
 from squid_fast.ops.convolution import cell_weights, resized_weights
+from tests.factories import SIDE, tiny_squid
 from tests.kernels.devices import DEVICE, ON_GPU, tensors
 from tests.ops.samples import (
     LAST,
@@ -166,6 +167,27 @@ def test_a_stage_of_the_network(side: int | None) -> None:
             assert not any(own.cells[name].serves(half) for name in own.cells)
             found = own(half, head=out.to(DEVICE))
         assert_close(found.cpu(), exact(x, head=out.cpu()), 4e-3)
+
+
+def test_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel makes its last stage, with the head behind it, and the result is the same."""
+    model = tiny_squid(features_root=16, memory_channel=576).eval()
+    images = torch.rand(1, 1, SIDE, SIDE, device=DEVICE)
+    exact, own = (
+        FrozenGenerator(model, dtype, LAST).to(DEVICE) for dtype in (torch.float32, torch.float16)
+    )
+    calls = []
+    forward = convolution.forward
+    monkeypatch.setattr(
+        convolution, "forward", lambda *given: calls.append(given) or forward(*given)
+    )
+    with torch.inference_mode():
+        expected, found = exact(images), own(images)
+    assert [given[3] for given in calls] == [[1, 2]] * 6 + [[1, 1]] + [[1, 2]] * 2
+    assert [given[5] is not None for given in calls] == [False] * 8 + [True]
+    assert found.dtype == torch.float32
+    assert expected.std() > 1e-3
+    assert (found - expected).abs().max() < 0.1 * expected.std()
 
 
 @pytest.mark.parametrize(
