@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from squid_fast.ops.convolution import cell_weights
+
 # N memories of M slots of width C, and the shrinkage that people use there.
 MEMORIES = {
     (4, 200, 2048): ("gumbel", "hard", "raw"),  # zhanglab, chexpert: the queue
@@ -73,6 +75,20 @@ IMAGES = (  # P, side, F; of grey images
 ATTENTIONS = ((4, 2048), (9, 1024), (9, 128))  # N, C; of 8 heads
 DISCRIMINATORS = (128, 96, 48, 256)  # image sides: chest radiographs, digit_anatomy, small; large
 WIDTHS = (16, 32, 64, 128, 128)  # and channels
+CONVOLUTIONS = (  # N maps of C channels, S x S, to D; behind a resize; residual and head behind it
+    (4, 32, 32, 64, "plain", ()),  # zhanglab, chexpert: the first stage's second and third
+    (4, 32, 32, 64, "plain", ("residual",)),
+    (1, 128, 64, 32, "resized", ()),  # and the last two of the decoder
+    (1, 64, 32, 64, "resized", ()),
+    (1, 32, 32, 128, "plain", ()),
+    (1, 32, 32, 128, "plain", ("residual",)),
+    (1, 32, 32, 128, "plain", ("residual", "head")),
+    (9, 32, 32, 32, "plain", ()),  # digit_anatomy
+    (1, 64, 32, 48, "resized", ()),
+    (1, 32, 32, 96, "plain", ("residual", "head")),
+    (1, 32, 16, 24, "resized", ()),  # small
+    (1, 16, 16, 48, "plain", ("residual", "head")),
+)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -234,8 +250,25 @@ def _split_linear(kernels: Any) -> Iterator[Case]:
             yield Case(f"split_linear.forward [{B * N}, {T}] to {S}", call)
 
 
+def _convolution(kernels: Any) -> Iterator[Case]:
+    for (N, C, D, side, of, rest), B, dtype in itertools.product(CONVOLUTIONS, BATCHES, DTYPES[1:]):
+        resized = of == "resized"
+        weight = _meta(D, C, 3, 3, dtype=dtype)
+        weights = _meta(3, 3, 3, 3, C, 2, 2, D, dtype=dtype)
+        step = [1, 1]
+        if not resized:
+            weights, step = cell_weights(weight), [1, 2]
+        x = _meta(B * N, C, side, side, dtype=dtype).to(memory_format=torch.channels_last)
+        residual = x if "residual" in rest else None
+        head = (_meta(D), _meta(1)) if "head" in rest else (None, None)
+        label = f"[{B * N}, {C}, {side}, {side}] {' '.join((of, *rest))} {_name(dtype)}"
+        call = partial(kernels.forward, x, weights, _meta(D), step, residual, *head)
+        yield Case(f"cell_convolution.forward {label}", call)
+
+
 OPERATIONS = {
     "batch_norm": _batch_norm,
+    "convolution": _convolution,
     "discriminator": _discriminator,
     "gumbel_shrinkage": _gumbel_shrinkage,
     "masked_shortcut": _masked_shortcut,

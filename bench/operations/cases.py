@@ -19,9 +19,10 @@ OPERATIONS = (
     "inpaint_block",
     "stem",
     "reconstruct",
+    "cell_convolution",
     "discriminator_score",
 )
-SCORING = OPERATIONS[-3:]  # without gradients, the last one in float32 alone
+SCORING = OPERATIONS[-4:]  # without gradients, the last one in float32 alone
 CONTENDERS = ("eager", "squid_fast", "compiled")  # reference eager, ours, reference compiled
 SELECTIONS = ("tiny", "core", "all")
 DIRECTIONS = ("forward", "forward_backward", "forward_backward_slots")
@@ -88,6 +89,13 @@ def _sizes(operation: str, tiny: bool) -> Iterator[dict[str, Any]]:
             for images in ("uint8", "float32"):
                 sizes = {"B": B, "P": 2, "side": 16 if tiny else 128, "F": 8 if tiny else 32}
                 yield sizes | {"images": images}
+        elif operation == "cell_convolution":
+            C, side = (16, 8) if tiny else (32, 128)
+            for behind in ("nothing", "residual", "residual, head"):
+                yield {"B": B, "C": C, "D": C, "side": side, "resized": False, "behind": behind}
+            for deep in (2, 4):  # the last stages of the decoder
+                sizes = {"B": B, "C": C * deep, "D": C * deep // 2, "side": side // deep}
+                yield sizes | {"resized": True, "behind": "nothing"}
         elif operation == "masked_shortcut":
             for layout, affine in (
                 ("contiguous", False), ("channels_last", False), ("channels_last", True),

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from squid_fast import modules, ops, reference
 from squid_fast.inference.discriminator import FrozenDiscriminator
+from squid_fast.ops.convolution import cell_weights, resized_weights
 
 from .cases import Case
 
@@ -283,6 +284,39 @@ def _reconstruct(case: Case, device: torch.device) -> Problem:
     return Problem([x, weight, torch.randn(1, device=device)], [], plain, ours)
 
 
+def _cell_convolution(case: Case, device: torch.device) -> Problem:
+    """Weights are rounded and laid out beforehand, as a frozen network has them."""
+    s, dtype = dict(case.sizes), getattr(torch, case.dtype)
+    B, C, D, side = (s[name] for name in ("B", "C", "D", "side"))
+    weight = torch.randn(D, C, 3, 3, device=device) / math.sqrt(9 * C)
+    bias = torch.randn(D, device=device)
+    step, weights = (1, 2), cell_weights(weight).to(dtype)
+    if s["resized"]:
+        step, weights = (1, 1), resized_weights(weight, side, side).to(dtype)
+    weight = weight.to(dtype)
+    head = (
+        (torch.randn(D, device=device) / math.sqrt(D), bias[:1]) if "head" in s["behind"] else None
+    )
+    shapes = [(B, C, side, side)] + [(B, D, side, side)] * ("residual" in s["behind"])
+    maps = [torch.randn(shape, device=device) for shape in shapes]
+
+    def plain(x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if s["resized"]:
+            x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+        x = F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype), padding=1)
+        x = torch.relu(x if residual is None else x + residual)
+        if head is None:
+            return x
+        x = x if x.dtype == torch.float64 else x.float()
+        return torch.sigmoid(F.conv2d(x, head[0].to(x)[None, :, None, None], head[1].to(x)))
+
+    def ours(x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return ops.cell_convolution(x, weights, bias, step, residual=residual, head=head)
+
+    last = [x.contiguous(memory_format=torch.channels_last) for x in maps]
+    return Problem(last, [], plain, ours)
+
+
 BUILDERS = {
     "discriminator_score": _discriminator_score,
     "memory_lookup": _memory_lookup,
@@ -296,6 +330,7 @@ BUILDERS = {
     "inpaint_block": _inpaint_block,
     "stem": _stem,
     "reconstruct": _reconstruct,
+    "cell_convolution": _cell_convolution,
 }
 
 

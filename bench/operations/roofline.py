@@ -221,6 +221,21 @@ def reconstruct(
     return Work(moved, 2 * F * pixels)
 
 
+def cell_convolution(
+    B: int, C: int, D: int, side: int, resized: bool, behind: str, e: int,
+    backward: bool = False,
+) -> Work:  # fmt: skip
+    """3 x 3 of maps [B, C, side, side] to D channels, resized to twice the side before; forward.
+
+    Reads the maps, 9 C D weights and the residual, writes the result; or, with a head, one number
+    in float32 for each pixel. 9 C D products for each pixel of the result, and D of the head.
+    """
+    pixels, head = B * side * side, "head" in behind
+    out = pixels * (4 if resized else 1)
+    numbers = pixels * C + 9 * C * D + out * D * (("residual" in behind) + (not head))
+    return Work(numbers * e + 4 * out * head, 2 * out * D * (9 * C + head))
+
+
 COUNTS: dict[str, Callable[..., Work]] = {
     "memory_lookup": memory_lookup,
     "gumbel_shrinkage": gumbel_shrinkage,
@@ -232,6 +247,7 @@ COUNTS: dict[str, Callable[..., Work]] = {
     "discriminator_score": discriminator_score,
     "stem": stem,
     "reconstruct": reconstruct,
+    "cell_convolution": cell_convolution,
 }
 
 

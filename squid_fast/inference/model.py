@@ -20,7 +20,8 @@ from .compiler import compiled
 from .convolution import FoldedConv, cast, has_cudnn, has_onednn, use_cudnn
 from .discriminator import FrozenDiscriminator
 from .graphs import Function, Graphs, portions
-from .network import FrozenGenerator, split_linears
+from .inpainting import split_linears
+from .network import FrozenGenerator
 from .scores import PAPER_SCORE, Quantization
 
 LOGITS: dict[str, tuple[Literal["reconstruction", "image"], ScoreMode]] = {

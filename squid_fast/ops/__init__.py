@@ -14,6 +14,7 @@ Symbols: B images, N patches of an image, M memory slots, C slot width, k = ``to
 
 from .attention import neighbourhood_attention
 from .common import DECOMPOSITIONS
+from .convolution import cell_convolution
 from .discriminator import discriminator_score, pack_discriminator
 from .images import reconstruct, stem
 from .linear import split_linear, split_weight
@@ -25,6 +26,7 @@ from .upsample import upsample_concat
 __all__ = [
     "DECOMPOSITIONS",
     "batch_norm",
+    "cell_convolution",
     "discriminator_score",
     "gumbel_shrinkage",
     "hard_shrinkage",

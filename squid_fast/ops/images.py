@@ -46,14 +46,19 @@ def _(images, weight, bias, num_patch, dtype):  # type: ignore[no-untyped-def]
     return images.new_empty(sizes, dtype=dtype).permute(0, 3, 1, 2)
 
 
+def patch_errors(recon: Tensor, images: Tensor, num_patch: int) -> Tensor:
+    """Mean squared errors of patches [B, N] of reconstructions, both images [B, Cin, H, W]."""
+    squares = to_patches((recon - as_floats(images, recon.dtype)).square(), num_patch)
+    return squares.mean(dim=(1, 2, 3)).view(-1, num_patch * num_patch)
+
+
 def _reconstruct_cpu(
     x: Tensor, weight: Tensor, bias: Tensor, images: Tensor, num_patch: int
 ) -> tuple[Tensor, Tensor]:
     if x.shape[3] != images.shape[3]:
         x = to_image(x, num_patch)
     recon = torch.sigmoid(F.conv2d(wide(x), weight, bias)).contiguous()
-    squares = to_patches((recon - as_floats(images, recon.dtype)).square(), num_patch)
-    return recon, squares.mean(dim=(1, 2, 3)).view(-1, num_patch * num_patch)
+    return recon, patch_errors(recon, images, num_patch)
 
 
 @operator(_reconstruct_cpu)

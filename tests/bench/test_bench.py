@@ -52,6 +52,19 @@ def tiny(operation: str, direction: str = "forward") -> Case:
     return found[0]
 
 
+def test_roofline_of_a_convolution_by_hand() -> None:
+    # 2 images of 4 x 4: 32 pixels of 3 channels, 9 * 3 * 5 weights, 32 pixels of 5 channels.
+    sizes = {"B": 2, "C": 3, "D": 5, "side": 4, "e": 2}
+    plain = roofline.cell_convolution(**sizes, resized=False, behind="nothing")
+    assert plain == Work(2 * (96 + 135 + 160), 2 * 32 * 135)
+    # A residual is read; with a head one number in float32 is written for each pixel.
+    headed = roofline.cell_convolution(**sizes, resized=False, behind="residual, head")
+    assert headed == Work(2 * (96 + 135 + 160) + 4 * 32, 2 * 32 * (135 + 5))
+    # The result has four times the pixels.
+    resized = roofline.cell_convolution(**sizes, resized=True, behind="nothing")
+    assert resized == Work(2 * (96 + 135 + 640), 2 * 128 * 135)
+
+
 def test_roofline_of_a_lookup_by_hand() -> None:
     # Query and answer of 2 images, 3 patches, 5 wide: 30 numbers each; memory 3 x 7 x 5 = 105.
     # Scores: 2 * 3 * 7 dot products of 5: 210 multiplications; two kept rows: 2 * 3 * 2 * 5 = 60.

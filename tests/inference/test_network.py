@@ -21,13 +21,9 @@ from squid_fast.inference.convolution import (
     has_onednn,
 )
 from squid_fast.inference.discriminator import FrozenDiscriminator
-from squid_fast.inference.network import (
-    FrozenGenerator,
-    PlaceConv,
-    SplitLinear,
-    Stem,
-    split_linears,
-)
+from squid_fast.inference.ends import Stem
+from squid_fast.inference.inpainting import PlaceConv, SplitLinear, split_linears
+from squid_fast.inference.network import FrozenGenerator
 from squid_fast.modules import ScoreMode
 from squid_fast.ops.patches import to_patches
 from tests.factories import decoder_memory, trained_discriminator, trained_squid

@@ -12,9 +12,10 @@ from squid_fast import Bundle, calibrate
 from squid_fast.inference import AGREEMENT
 from squid_fast.inference import calibration as calibration_module
 from squid_fast.inference.convolution import FoldedConv
-from squid_fast.inference.network import FrozenGenerator, QuantizedStage
+from squid_fast.inference.network import FrozenGenerator
 from squid_fast.inference.quantization import MinMaxObserver, QuantizedConv, QuantParams, has_int8
 from squid_fast.inference.scores import PAPER_SCORE, Calibration, Quantization
+from squid_fast.inference.stages import QuantizedStage
 from tests.factories import scorer_of, smooth_image_set, trained_discriminator, trained_squid
 from tests.inference.test_network import CONFIGS
 from tests.processor import needs_int8

@@ -7,11 +7,13 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
 
 from squid_fast import ops, reference
 from squid_fast.ops import norm
+from squid_fast.ops.convolution import cell_weights, resized_weights
 from tests.tolerances import assert_close
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -283,6 +285,38 @@ def plain_discriminator_score(
     return x.flatten(1) @ regressor + regressor_bias
 
 
+# --- convolution ----------------------------------------------------------------------------------
+
+LAST = torch.channels_last
+
+
+def resized_convolution(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None, head: Any = None
+) -> Tensor:
+    """The resize to twice the side, the 3 x 3 behind it, ReLU and head, one after the other."""
+    x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+    return plain_convolution(x, weight, bias, residual, head)
+
+
+def plain_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None = None,
+    head: Any = None,
+    stride: int = 1,
+) -> Tensor:
+    x = F.conv2d(x, weight, bias, stride, padding=1)
+    x = (x if residual is None else x + residual).relu()
+    return x if head is None else F.conv2d(x, head[0][None, :, None, None], head[1]).sigmoid()
+
+
+def convolution_inputs(B: int, C: int, D: int, height: int, width: int) -> list[Tensor]:
+    """Maps in channels-last, weights of a size at which results are about 1, and the bias."""
+    weight = normal(D, C, 3, 3, scale=(9 * C) ** -0.5, seed=1)
+    return [normal(B, C, height, width).to(memory_format=LAST), weight, normal(D, seed=2)]
+
+
 # --- all operators --------------------------------------------------------------------------------
 
 
@@ -295,6 +329,11 @@ def operator_samples() -> dict[str, list[tuple]]:
     scale, shift = normal(3, seed=2).float(), normal(3, seed=3).float()
     attention = [x.float() for x in attention_inputs(2, 2, 4)]
     kernel, point = normal(3, 1, 3, 3, seed=4).float(), normal(1, 3, 1, 1, seed=5).float()
+
+    # In half precision, which the kernel serves.
+    image, weight, bias = (x.half() for x in convolution_inputs(2, 16, 16, 3, 5))
+    bias, head = bias.float(), (normal(16, seed=4).float(), normal(1, seed=5).float())
+    resized, cells = resized_weights(weight, 3, 5).half(), cell_weights(weight)
 
     def leaf(x: Tensor) -> Tensor:
         return x.clone().requires_grad_()
@@ -312,6 +351,12 @@ def operator_samples() -> dict[str, list[tuple]]:
         scoring += [(images, *lists, *rest), (images.half().mT.contiguous().mT, *lists, *rest)]
     return {
         "discriminator_score": scoring,
+        "cell_convolution": [
+            (image, resized, bias, [1, 1], None, None, None),
+            (image.contiguous(), cells, bias, [1, 2], image, None, None),
+            (image, cells, bias, [1, 2], image.contiguous(), *head),
+            (image, cell_weights(weight, 1), bias, [2, 2], None, *head),
+        ],
         "gumbel_shrinkage": [
             (leaf(logits), 3),
             (logits[:, ::2], 2),

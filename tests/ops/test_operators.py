@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from shutil import which
 
 import pytest
@@ -56,6 +57,8 @@ def test_compiled_shortcut_draws_anew_at_every_call() -> None:
 Z = torch.zeros
 X, MAP, KERNEL = Z(2, 4), Z(1, 1, 2, 4), Z(2, 1, 3, 3)
 attend = ops.neighbourhood_attention
+W = Z(1, 1, 3, 3, 2, 1, 1, 3)  # of a 3 x 3 convolution of 2 to 3 channels
+convolve = partial(ops.cell_convolution, Z(1, 2, 4, 5))
 # What is said, by which call.
 ERRORS: dict[str, Callable[[], Tensor]] = {
     "top_k is 0, but there are 4 memory slots; it must lie between 1 and 4.": (
@@ -126,6 +129,31 @@ ERRORS: dict[str, Callable[[], Tensor]] = {
         lambda: attend(Z(1, 4, 2), Z(1, 4, 3), Z(1, 4, 2), X[0], X[0], 1)
     ),
     "N is 5; a square grid": lambda: attend(*[Z(1, 5, 2)] * 3, X[0], X[0], 1),
+    "x is torch.int64; a floating-point": lambda: ops.cell_convolution(
+        Z(1, 2, 4, 5).long(), W, Z(3)
+    ),
+    "x is [2, 4] and weights [1, 1, 3, 3, 2, 1, 1, 3]; they must be [B, C, H, W] and [kinds": (
+        lambda: ops.cell_convolution(X, W, Z(3))
+    ),
+    "x is [1, 2, 4, 5] and weights [3, 2, 3, 3]": lambda: convolve(Z(3, 2, 3, 3), Z(3)),
+    "x is torch.float32 and weights torch.float64": lambda: convolve(W.double(), Z(3)),
+    "step is (0, 1); it must lie between 1 and the window's (3, 3).": (
+        lambda: convolve(W, Z(3), (0, 1))
+    ),
+    "step is (1, 4)": lambda: convolve(W, Z(3), (1, 4)),
+    "weights are of 2 x 3 kinds of cells; maps of 4 x 5 cells have 1 or 3 and 1 or 3.": (
+        lambda: convolve(W.expand(2, 3, *W.shape[2:]), Z(3))
+    ),
+    "bias is [2] of torch.float32; it must be [3] of torch.float32.": lambda: convolve(W, Z(2)),
+    "bias is [3] of torch.float64": lambda: convolve(W, Z(3).double()),
+    "residual is [1, 3, 4, 4] of torch.float32; it must be [1, 3, 4, 5] of torch.float32.": (
+        lambda: convolve(W, Z(3), residual=Z(1, 3, 4, 4))
+    ),
+    "the head's weight is [1] of": lambda: convolve(W, Z(3), head=(Z(1), Z(1))),
+    "the head's bias is [3] of": lambda: convolve(W, Z(3), head=(Z(3), Z(3))),
+    "an input requires a gradient, which this convolution does not have.": (
+        lambda: convolve(W, Z(3).requires_grad_())
+    ),
     "C is 4 and num_heads 3; the heads must divide C.": (
         lambda: attend(*[Z(1, 4, 4)] * 3, X[0], X[0], 3)
     ),
