@@ -54,8 +54,8 @@ class SplitLinear(nn.Module):
 def freeze_inpainting(block: nn.Module, layout: torch.memory_format, onednn: bool) -> None:
     """Fold the norms of an ``InpaintBlock``, and project its slots; other modules stay as they are.
 
-    What the codes of places add becomes a bias, but with oneDNN, which convolves, adds and activates
-    in one call and takes codes as channels.
+    What the codes of places add becomes a bias, but with oneDNN, which convolves, adds and
+    activates in one call and takes codes as channels.
     """
     if not isinstance(block, InpaintBlock):
         return

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from squid_fast import kernels, ops
+from squid_fast.inference.cells import CellConv
+from squid_fast.inference.ends import Head
 from squid_fast.inference.network import FrozenGenerator
 from squid_fast.inference.stages import Stage
 from squid_fast.kernels import convolution, dispatch
@@ -159,15 +161,20 @@ def test_a_stage_of_the_network(side: int | None) -> None:
     own = stage(block, side)
     x = torch.rand(1, 16, side or 9, side or 9).to(memory_format=LAST)
     half = x.to(DEVICE, torch.float16)
-    served = [name for name in own.cells if own._chosen(name, half) is own.cells[name]]
-    assert served == ["first"] * (side is not None) + ["second", "third"]
+    parts = {name: part for name, part in own.named_children() if isinstance(part, CellConv)}
+    assert list(parts) == ["first"] * (side is not None) + ["second", "third"]
+    assert all(part.serves(half) for part in parts.values())
+    images = torch.rand(1, 1, *exact(x).shape[2:])
     with torch.inference_mode():
         assert_close(own(half).cpu(), exact(x))
-        assert_close(own(half, head=out.to(DEVICE)).cpu(), exact(x, head=out.cpu()), 4e-3)
-        with kernels.use("off"):
-            assert not any(own.cells[name].serves(half) for name in own.cells)
-            found = own(half, head=out.to(DEVICE))
-        assert_close(found.cpu(), exact(x, head=out.cpu()), 4e-3)
+        expected = exact.end(x, None, 1, Head(out, 1), images)
+        found = own.end(half, None, 1, Head(out.to(DEVICE), 1), images.to(DEVICE))
+        for value, wanted in zip(found, expected, strict=True):
+            assert_close(value.cpu(), wanted.cpu(), 4e-3)
+        if side is None:  # the resize has a kernel of its own
+            with kernels.use("off"):
+                assert not any(part.serves(half) for part in parts.values())
+                assert_close(own(half).cpu(), exact(x))
 
 
 def test_a_network(monkeypatch: pytest.MonkeyPatch) -> None:

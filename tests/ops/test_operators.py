@@ -27,7 +27,8 @@ def test_these_are_all_operators() -> None:
         for schema in torch._C._jit_get_all_schemas()
         if schema.name.startswith("squid_fast::")
     }
-    assert registered == set(operator_samples())
+    # cuDNN's, of ``squid_fast.inference``, is tested there.
+    assert registered - {"cudnn_convolution"} == set(operator_samples())
 
 
 no_compiler = pytest.mark.skipif(
@@ -164,7 +165,7 @@ ERRORS: dict[str, Callable[[], Tensor]] = {
         lambda: ops.upsample_concat(X)
     ),
     "x is [1, 0, 2, 4]; it must be": lambda: ops.upsample_concat(MAP[:, :0]),
-    "x is torch.int64; a floating-point": lambda: ops.upsample_concat(MAP.long()),
+    "x is torch.int64; a floating-point dtype": lambda: ops.upsample_concat(MAP.long()),
     "num_patch is 0 and x [1, 1, 2, 4]": lambda: ops.upsample_concat(MAP, num_patch=0),
     "num_patch is 2 and x [6, 1, 2, 4]; num_patch must be at least 1, and its square must divide": (
         lambda: ops.upsample_concat(MAP.expand(6, 1, 2, 4), num_patch=2)
