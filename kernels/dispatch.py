@@ -78,12 +78,17 @@ def _is_able(device: torch.device) -> bool:
 
 
 def _serves(x: Tensor) -> bool:
-    # float64 is for checking gradients, where PyTorch is itself the reference. An empty
-    # tensor needs no launch.
-    if _setting == "off" or x.dtype not in DTYPES or not x.numel() or not _has_triton():
+    # An empty tensor needs no launch.
+    return bool(x.numel()) and _runs(x.dtype, x.device)
+
+
+@torch.compiler.assume_constant_result  # where it is asked outside an operator
+def _runs(dtype: torch.dtype, device: torch.device) -> bool:
+    # float64 is for checking gradients, where PyTorch is itself the reference.
+    if _setting == "off" or dtype not in DTYPES or not _has_triton():
         return False
-    if x.device.type != "cpu":
-        return x.is_cuda and _is_able(x.device)
+    if device.type != "cpu":
+        return device.type == "cuda" and _is_able(device)
     if _setting == "interpret" and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError(
             "kernels are to serve a tensor of the CPU, but TRITON_INTERPRET is "
@@ -121,11 +126,6 @@ def serves_masked_shortcut(inpainted: Tensor) -> bool:
 def serves_neighbourhood_attention(query: Tensor) -> bool:
     """Whether a kernel attends from this query [B, N, C]."""
     return _serves(query)
-
-
-def interprets() -> bool:
-    """Whether kernels serve tensors of the CPU."""
-    return _setting == "interpret"
 
 
 def serves_batch_norm(x: Tensor, parameter: Tensor | None) -> bool:

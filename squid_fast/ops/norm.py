@@ -151,7 +151,7 @@ def _batch_norm_of_pytorch(
     residual: Tensor | None, negative_slope: float, shift: Tensor | None,
     momentum: float | None, eps: float,
 ) -> Tensor:  # fmt: skip
-    """The same by PyTorch's own batch norm, and what follows in place; the fastest on a CPU."""
+    """PyTorch's own batch norm, and what follows in place: the fastest where no kernel serves."""
     share = 0.0
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
@@ -182,7 +182,7 @@ def batch_norm(
     Paper section 3.1. Mean and variance are those of the batch, of every channel. The running
     statistics move as those of ``nn.BatchNorm2d`` do, gradients wanted or not: towards the mean and
     the unbiased variance. On GPUs in one operation, whose backward keeps nothing but ``x``, the
-    statistics and, with a residual, the result.
+    statistics and, with a residual, the result; elsewhere PyTorch's own.
 
     Args:
         x: [B, C, H, W]; the result has its dtype and, channels-last or contiguous, its layout.
@@ -205,7 +205,7 @@ def batch_norm(
     running = running_mean, running_var, num_batches_tracked
     _check(x, weight, bias, running, residual, negative_slope, shift)
     negative_slope, shift = float(negative_slope), None if shift is None else shift.detach()
-    if x.device.type == "cpu" and not dispatch.interprets():
+    if not dispatch.serves_batch_norm(x, weight):
         return _batch_norm_of_pytorch(
             x, weight, bias, *running, residual, negative_slope, shift, momentum, eps
         )
