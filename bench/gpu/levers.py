@@ -44,7 +44,12 @@ def convolution_with_epilogue(
 def stage_with_resize(resize: Callable[[Tensor, Tensor | None], Tensor]) -> Callable[..., Tensor]:
     """``Stage.forward`` with another resize."""
 
-    def forward(self: network.Stage, x: Tensor, skip: Tensor | None = None) -> Tensor:
+    def forward(
+        self: network.Stage,
+        x: Tensor,
+        skip: Tensor | None = None,
+        head: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
         x = x.to(self.source)
         skip = None if skip is None else skip.to(self.source)
         if self.resizes:
@@ -52,7 +57,8 @@ def stage_with_resize(resize: Callable[[Tensor, Tensor | None], Tensor]) -> Call
         elif skip is not None:
             x = torch.cat([skip, x], dim=1)
         a = self.first(x).to(self.dtype)
-        return self.third(self.second(a), residual=a)
+        x = self.third(self.second(a), residual=a)
+        return x if head is None else head(x.float())
 
     return forward
 
