@@ -94,11 +94,12 @@ def _cell_convolution_forward_kernel(
     tile = tl.program_id(0) // (N // BLOCK_N)
     n = tl.program_id(0) % (N // BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
 
-    kind, total, before = 0, 0, 0
+    # Tiles are counted kind by kind: this one's comes behind all kinds that end before it.
+    kind, end, before = 0, 0, 0
     for other in tl.static_range(KINDS_Y * KINDS_X):
-        total += _tiles(other, B, cells_y, cells_x, KINDS_Y, KINDS_X, TILE_Y, TILE_X, BLOCK_M)
-        kind += (tile >= total).to(tl.int32)
-        before = tl.where(tile >= total, total, before)
+        end += _tiles(other, B, cells_y, cells_x, KINDS_Y, KINDS_X, TILE_Y, TILE_X, BLOCK_M)
+        kind += (tile >= end).to(tl.int32)
+        before = tl.where(tile >= end, end, before)
     tile -= before
     first_y, rows, tile_y = _stretch(kind // KINDS_X, KINDS_Y, cells_y, TILE_Y)
     first_x, columns, tile_x = _stretch(kind % KINDS_X, KINDS_X, cells_x, TILE_X)
@@ -108,7 +109,7 @@ def _cell_convolution_forward_kernel(
     x = tile % across * tile_x + lane % tile_x  # [BLOCK_M]
     y = tile // across % down * tile_y + lane // tile_x % tile_y
     first = tile // (across * down) * (BLOCK_M // (tile_y * tile_x))
-    image = lane // (tile_y * tile_x)  # behind the first one
+    image = lane // (tile_y * tile_x)  # counted from the first
     inside = (first + image < B) & (y < rows) & (x < columns)
     y, x = first_y + y, first_x + x
 
