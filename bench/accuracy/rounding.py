@@ -5,6 +5,11 @@ bits, or for some products to TF32, with 11. Sums of products are in float32, as
 Each rounding is made alone, left out alone, and joined with others as in the ways of scoring that
 there are. *Noise* is the deviation of the difference to float32, in deviations of the score.
 Figures go to ``rounding.json``; a run that was cut goes on with the rows that are missing.
+
+A GPU has been compared with float32 by random weights only. With these the emulation comes near, on
+32 smooth fields: to a noise of 0.277 with PyTorch's operations, where an H200 had 0.272, and of
+0.219 with cuDNN's epilogue, where it had 0.239; to rank correlations of 0.946 and 0.967, where it
+had 0.954 and 0.971.
 """
 
 from __future__ import annotations
