@@ -39,7 +39,8 @@ class FoldedConv(nn.Module):
         return F.relu(x if residual is None else x + residual)
 
 
-@torch.library.custom_op("squid_fast::cudnn_convolution", mutates_args=())
+# Not among the operators of ``squid_fast.ops``: it has no CPU implementation.
+@torch.library.custom_op("squid_fast_cudnn::convolution", mutates_args=())
 def _cudnn_convolution(
     x: Tensor,
     weight: Tensor,

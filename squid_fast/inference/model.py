@@ -115,7 +115,8 @@ class FrozenModel(nn.Module):
         """Measurements for the scores named, and reconstructions [B, 1, H, W] on the device.
 
         Images [B, 1, H, W] are float in [0, 1], or uint8, of which 255 is 1. Those that the model
-        cannot take raise ValueError. The discriminator runs for names of ``LOGITS`` alone.
+        cannot take raise ValueError. The discriminator runs for names of ``LOGITS`` alone. Without
+        ``reconstruction`` there is None in place of the reconstructions.
         """
         names = tuple(name for name in LOGITS if name in names)
         images = self._received(images)

@@ -191,6 +191,8 @@ def test_scores_of_graphs_are_the_scores(cuda: Cuda) -> None:
     for name, values in plain.raw_scores(images).items():
         torch.testing.assert_close(ours.raw_scores(images)[name], values, rtol=1e-4, atol=1e-5)
     assert ours.score(batch[:0]).raw.shape == (0,)
+    for scorer in (plain, ours):
+        assert scorer.measure(batch, plain.score_names, reconstruction=False)[1] is None
 
 
 def test_a_batch_is_waited_for_once(cuda: Cuda) -> None:
