@@ -27,8 +27,7 @@ def test_these_are_all_operators() -> None:
         for schema in torch._C._jit_get_all_schemas()
         if schema.name.startswith("squid_fast::")
     }
-    # cuDNN's, of ``squid_fast.inference``, is tested there.
-    assert registered - {"cudnn_convolution"} == set(operator_samples())
+    assert registered == set(operator_samples())
 
 
 no_compiler = pytest.mark.skipif(
