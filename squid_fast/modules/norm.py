@@ -46,6 +46,11 @@ def freeze_cancelled_biases(module: nn.Module) -> None:
     They get none in training either way. It has to be said where something waits for the gradient
     of every parameter, as ``DistributedDataParallel`` does, and where other layers' batch norm,
     such as the synchronised one, would compute the rounding noise in it.
+
+    >>> sequence = NormSequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    >>> freeze_cancelled_biases(sequence)
+    >>> [name for name, p in sequence.named_parameters() if p.requires_grad]
+    ['0.weight', '1.weight', '1.bias']
     """
     for sequence in module.modules():
         if isinstance(sequence, NormSequential):

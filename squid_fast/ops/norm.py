@@ -199,8 +199,8 @@ def batch_norm(
             running statistics are given, or there is only one value per channel.
 
     >>> x = torch.tensor([1.0, 3.0]).view(2, 1, 1, 1)
-    >>> batch_norm(x, torch.ones(1), torch.zeros(1), negative_slope=0.0, eps=0.0).flatten()
-    tensor([0., 1.])
+    >>> batch_norm(x, torch.ones(1), torch.zeros(1), negative_slope=0.5).flatten()
+    tensor([-0.5000,  1.0000])
     """
     running = running_mean, running_var, num_batches_tracked
     _check(x, weight, bias, running, residual, negative_slope, shift)
