@@ -33,7 +33,7 @@ from .card import Card, card_of, on_device, power_of_2
 from .dispatch import LARGEST_SCORED
 from .gumbel_shrinkage import shrink, shrink_backward
 from .matrix_product import multiply, multiply_in_parts
-from .tiles import NEVER, floored, keep_above, kth_largest, multiply_tile
+from .tiles import NEVER, floored, keep_above, kth_largest, multiply_tile, softmax_above
 
 
 @triton.jit
@@ -58,9 +58,10 @@ def _memory_lookup_forward_kernel(
         rows, slots.to(tl.int64), B, M, C, 0, tl.cdiv(C, BLOCK_C), BLOCK_C, "ieee",
     )  # fmt: skip
     scores = tl.where((slots < M)[None, :], scores, NEVER)
-    exponentials = tl.exp(scores - tl.max(scores, axis=1)[:, None])
-    p = exponentials / tl.sum(exponentials, axis=1)[:, None]
-    kept = keep_above(p, kth_largest(p, K)[:, None])
+    kth, maximum = kth_largest(scores, K), tl.max(scores, axis=1)
+    total = tl.sum(tl.exp(scores - maximum[:, None]), axis=1)
+    p = softmax_above(scores, kth[:, None], maximum[:, None], total[:, None])
+    kept = keep_above(p, (tl.exp(kth - maximum) / total)[:, None])
     weights = kept / floored(tl.sum(kept, axis=1))[:, None]
     weights = weights.to(values_ptr.dtype.element_ty)
 

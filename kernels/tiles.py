@@ -36,6 +36,17 @@ def keep_above(values, threshold):
 
 
 @triton.jit
+def softmax_above(logits, kth, maximum, total):
+    """Softmax of the logits [R, M] that exceed the k-th largest ``kth``, 0 for the others.
+
+    Selection compares logits, numbers that are the same wherever they are read. An exponential need
+    not be: worked out again for another layout it may differ in its last place, which alone would
+    keep the k-th slot at almost its full weight. A NaN in ``total`` reaches the whole row.
+    """
+    return tl.where(logits <= kth, 0.0, tl.exp(logits - maximum)) / total
+
+
+@triton.jit
 def floored(total):
     """max(total, eps) that passes NaN on."""
     return tl.where(total < EPSILON, EPSILON, total)
