@@ -41,6 +41,12 @@ MAPS = (  # N maps of C channels, H x W places, to an image
     (9, 64, 16, 16),
     (9, 128, 2, 2),  # small
 )
+WINDOWS = (  # a map's channels and side, its grid of windows, M, maps to an image
+    (256, 8, (2, 2), 200, 4),  # zhanglab
+    (128, 16, (2, 2), 200, 4),
+    (256, 8, (1, 1), 200, 1),  # digit_anatomy, of which a map is a window
+    (64, 16, (1, 1), 500, 9),  # more slots, and all of one memory
+)
 ATTENTIONS = ((4, 2048), (9, 1024), (9, 128))  # N, C; of 8 heads
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -106,6 +112,17 @@ def _masked_shortcut(kernels: Any) -> Iterator[Case]:
         yield Case(f"masked_shortcut.backward {label}", backward)
 
 
+def _window_lookup(kernels: Any) -> Iterator[Case]:
+    for (c, side, grid, M, per_image), B, dtype in itertools.product(WINDOWS, BATCHES, DTYPES[1:]):
+        maps = _meta(B * per_image, c, side, side, dtype=dtype)
+        maps = maps.to(memory_format=torch.channels_last)
+        windows = grid[0] * grid[1]
+        slots = _meta(3, windows, M, maps[0].numel() // windows, dtype=dtype)
+        label = f"[{len(maps)}, {c}, {side}, {side}] {windows} windows M={M} {_name(dtype)}"
+        call = partial(kernels.forward, maps, slots, 5, *grid)
+        yield Case(f"window_lookup.forward {label}", call)
+
+
 def _neighbourhood_attention(kernels: Any) -> Iterator[Case]:
     for (N, C), B, dtype in itertools.product(ATTENTIONS, BATCHES, DTYPES):
         query, pad = _meta(B, N, C, dtype=dtype), _meta(C, dtype=dtype)
@@ -123,6 +140,7 @@ OPERATIONS = {
     "masked_shortcut": _masked_shortcut,
     "memory_lookup": _memory_lookup,
     "neighbourhood_attention": _neighbourhood_attention,
+    "window_lookup": _window_lookup,
 }
 
 

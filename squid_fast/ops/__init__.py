@@ -15,6 +15,7 @@ from .attention import neighbourhood_attention
 from .common import DECOMPOSITIONS
 from .lookup import gumbel_shrinkage, hard_shrinkage, memory_lookup
 from .shortcut import masked_shortcut
+from .windows import split_slots, window_lookup
 
 __all__ = [
     "DECOMPOSITIONS",
@@ -23,4 +24,6 @@ __all__ = [
     "masked_shortcut",
     "memory_lookup",
     "neighbourhood_attention",
+    "split_slots",
+    "window_lookup",
 ]

@@ -7,18 +7,18 @@ import pytest
 import torch
 
 from squid_fast import kernels
-from squid_fast.ops import attention, lookup, shortcut
+from squid_fast.ops import attention, lookup, shortcut, windows
 
 # Triton is published for Linux only.
 collect_ignore_glob = [] if find_spec("triton") else ["test_*.py"]
 
 IMPLEMENTATIONS = [
     (module, name)
-    for module in (attention, lookup, shortcut)
+    for module in (attention, lookup, shortcut, windows)
     for name in vars(module)
     if name.endswith("_cpu")
 ]
-assert len(IMPLEMENTATIONS) == 10  # forward and backward of the five operations
+assert len(IMPLEMENTATIONS) == 11  # forward and backward of five operations, one for scoring alone
 
 
 @pytest.fixture(autouse=True)
