@@ -14,6 +14,7 @@ from ..modules.unet import DoubleConv, Down, Up, to_image, to_patches
 from .convolution import FoldedConv, ResizedConv, SplitConv, cast, fold
 from .quantization import QuantizedConv, QuantParams, Range
 from .scores import Quantization
+from .windows import WindowMemory
 
 _SMALL = 8  # side of the maps up to which ``ResizedConv`` is faster, measured on AVX512
 
@@ -171,6 +172,11 @@ class FrozenGenerator(nn.Module):
                 setattr(self.inpaint, name, cast(fold(conv, norm), torch.float32, layout, onednn))
             self.inpaint.freeze()
         self.memories = model.memory_blocks
+        self.windows = nn.ModuleDict()  # the same memories, for maps that stay in bf16 on a GPU
+        for i, block in enumerate(self.memories):
+            if dtype == torch.bfloat16 and not onednn and WindowMemory.fits(block):
+                channels = model.config["features_root"] << i
+                self.windows[str(i)] = WindowMemory(block, channels, dtype)
         self.head = model.out_conv
         self.requires_grad_(False)
 
@@ -228,10 +234,16 @@ class FrozenGenerator(nn.Module):
                 x = to_image(x, self.num_patch)
             x = up(x.contiguous(memory_format=self.layout), skips[deep])
             if not isinstance(self.memories[deep], nn.Identity):
-                x = self._padded(self.memories[deep], x.float(), B)
+                x = self._answered(deep, x, B)
         if not self.combine:
             x = to_image(x, self.num_patch)
         return self.head(x.float())
+
+    def _answered(self, deep: int, x: Tensor, images: int) -> Tensor:
+        """The answers of the memory of a level to the maps of so many images."""
+        if str(deep) in self.windows and self.windows[str(deep)].serves(x):
+            return self.windows[str(deep)](x)
+        return self._padded(self.memories[deep], x.float(), images)
 
     def _padded(self, module: nn.Module, x: Tensor, images: int) -> Tensor:
         """The module's output for the maps of so many images, computed for ``least`` at once."""

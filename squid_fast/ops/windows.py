@@ -32,13 +32,14 @@ def split_slots(memory: Tensor, dtype: torch.dtype = torch.bfloat16, parts: int 
 
 def _window_lookup_cpu(maps: Tensor, slots: Tensor, top_k: int, rows: int, columns: int) -> Tensor:
     """The answers [B, c, H, W], channels-last, of ``rows`` x ``columns`` windows to a map."""
-    (B, c, H, W), N = maps.shape, slots.shape[1]
+    (B, c, H, W), (_, N, _, C) = maps.shape, slots.shape
+    h, run = H // rows, W // columns * c
     memory = wide(slots).sum(dim=0)
-    x = maps.permute(0, 2, 3, 1).reshape(B, rows, H // rows, columns, W // columns * c)
-    query = x.transpose(2, 3).reshape(B, N, -1).to(memory.dtype)
+    x = maps.permute(0, 2, 3, 1).reshape(B, rows, h, columns, run)
+    query = x.transpose(2, 3).reshape(B, N, C).to(memory.dtype)
     answer = lookup._memory_lookup_cpu(query, memory, None, "gumbel", top_k, 0.0, False)[0]
-    answer = answer.to(maps.dtype).view(B, rows, columns, H // rows, -1).transpose(2, 3)
-    return answer.reshape(B, H, W, c).permute(0, 3, 1, 2)
+    answer = answer.to(maps.dtype).view(B, rows, columns, h, run).transpose(2, 3)
+    return answer.reshape(B, H, W, c).contiguous().permute(0, 3, 1, 2)
 
 
 @operator(_window_lookup_cpu)

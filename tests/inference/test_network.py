@@ -20,6 +20,7 @@ from squid_fast.inference.convolution import (
     fold_discriminator,
 )
 from squid_fast.inference.network import FrozenGenerator
+from squid_fast.inference.windows import WindowMemory
 from tests.factories import decoder_memory, trained_squid
 from tests.processor import needs_bf16, needs_onednn
 
@@ -63,6 +64,38 @@ def test_bf16_stays_close_to_the_model(onednn: bool) -> None:
         expected, found = model(images)["recon"], frozen(images)
     error = (found - expected).square().mean().sqrt()
     assert 0 < error < 0.2 * expected.std()
+
+
+@pytest.mark.parametrize("kind", ["published shape", "nine patches", "whole map"])
+def test_memories_of_maps_in_bf16_are_those_of_maps_in_float32(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = {"decoder_memory": decoder_memory("MemoryMatrixBlockV4", 256, 4)}
+    model = trained_squid(**CONFIGS.get(kind, whole))
+    images = images_for(model)
+    frozen = FrozenGenerator(model, torch.bfloat16, torch.channels_last)
+    assert list(frozen.windows) == ["1"]
+    assert not any("windows" in name for name in frozen.state_dict())
+    with torch.inference_mode():
+        exact, expected = model(images)["recon"], frozen(images)
+        # As on a GPU, but by PyTorch, which adds up the parts of the slots again.
+        monkeypatch.setattr(WindowMemory, "serves", lambda self, x: x.dtype == torch.bfloat16)
+        monkeypatch.setattr(frozen, "memories", nn.ModuleList([nn.Identity(), nn.Flatten()]))
+        found = frozen(images)
+    # The others' slots are turned, so that their products are added up in another order.
+    rounding = (expected - exact).square().mean().sqrt()
+    bound = 0 if kind == "published shape" else rounding / 10
+    assert (found - expected).square().mean().sqrt() <= bound
+
+
+def test_only_gumbel_shrinkage_has_windows() -> None:
+    for thres, fits in ((3, True), (0, False), (0.5, False)):
+        memory = decoder_memory("MemoryMatrixBlock", 64, 4)
+        model = trained_squid(shrink_thres=thres, decoder_memory=memory)
+        assert [*map(WindowMemory.fits, model.memory_blocks)] == [False, fits]
+        frozen = FrozenGenerator(model, torch.bfloat16, torch.channels_last)
+        assert len(frozen.windows) == fits
+        assert not FrozenGenerator(model, torch.float32).windows
 
 
 def test_what_is_frozen_does_not_change_with_the_model_nor_the_model_with_it() -> None:

@@ -10,10 +10,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from squid_fast import ops
+from squid_fast.inference.windows import WindowMemory
 from squid_fast.kernels import card, dispatch, window_lookup
+from squid_fast.modules.memory import (
+    MemoryMatrixBlock,
+    MemoryMatrixBlockV3,
+    MemoryMatrixBlockV4,
+)
 from tests.kernels.devices import DEVICE, DTYPES, drawn, tensors
 from tests.ops.samples import SEEDS, looked_up_windows, normal, survivors, tied, up_to, window_maps
 from tests.tolerances import TOLERANCES, assert_close
@@ -190,6 +196,30 @@ def test_same_inputs_same_bits() -> None:
 
 
 @pytest.mark.parametrize(
+    ("block", "c", "side"),
+    [
+        (MemoryMatrixBlock(12, 3 * 4, 4, 4), 3, 4),
+        (MemoryMatrixBlockV3(12, 6 * 4, 4, 4), 6, 2),
+        (MemoryMatrixBlockV4(12, 3 * 16, 4, 4), 3, 4),
+    ],
+    ids=lambda block: type(block).__name__,
+)
+def test_windows_of_a_frozen_memory_are_those_of_its_block(
+    block: nn.Module, c: int, side: int
+) -> None:
+    block.memory.slots.data = 8 * normal(*block.memory.slots.shape).float()
+    block.to(DEVICE).eval().requires_grad_(False)
+    (x,) = tensors([normal(8, c, side, side)], torch.float16)
+    x = x.contiguous(memory_format=torch.channels_last)
+    windows = WindowMemory(block, c, torch.float16)
+    assert windows.serves(x)
+    assert not windows.serves(x.float())
+    answer = windows(x)
+    assert answer.is_contiguous(memory_format=torch.channels_last)
+    assert_close(answer, block(x.float()), TOLERANCES[torch.float16])
+
+
+@pytest.mark.parametrize(
     ("served", "changes"),
     [
         (True, {}),
@@ -197,13 +227,15 @@ def test_same_inputs_same_bits() -> None:
         (False, {"top_k": 65}),
         (False, {"M": 513}),
         (False, {"B": 0}),
+        (False, {"side": 2400}),
     ],
 )
 def test_the_rules(served: bool, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    how = {"dtype": torch.float16, "top_k": 5, "M": 99, "B": 2} | changes
-    maps = torch.zeros(how["B"], 3, 2, 2, dtype=how["dtype"])
-    slots = torch.zeros(1, 1, how["M"], 12, dtype=how["dtype"])
+    how = {"dtype": torch.float16, "top_k": 5, "M": 99, "B": 2, "side": 2} | changes
+    B, M, side = how["B"], how["M"], how["side"]
+    maps = torch.zeros((), dtype=how["dtype"]).expand(B, 3, side, side)
+    slots = torch.zeros((), dtype=how["dtype"]).expand(1, 1, M, 3 * side * side)
     assert dispatch.serves_window_lookup(maps, slots, how["top_k"]) == served
 
 
