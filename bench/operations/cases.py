@@ -15,10 +15,13 @@ OPERATIONS = (
     "masked_shortcut",
     "neighbourhood_attention",
     "inpaint_block",
+    "window_lookup",
 )
 CONTENDERS = ("eager", "squid_fast", "compiled")  # reference eager, ours, reference compiled
 SELECTIONS = ("tiny", "core", "all")
 DIRECTIONS = ("forward", "forward_backward", "forward_backward_slots")
+# How many of them an operation has, where it is not the first two.
+DIRECTED = {"memory_lookup": 3, "window_lookup": 1}
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,10 @@ def _sizes(operation: str, tiny: bool) -> Iterator[dict[str, Any]]:
         if operation == "neighbourhood_attention":
             yield {"B": B, "N": 4, "C": C}
             yield {"B": B, "N": 9, "C": C // 2}
+        elif operation == "window_lookup":
+            for c, side in ((4, 4),) if tiny else ((256, 8), (128, 16)):
+                sizes = {"B": B, "N": 4, "c": c, "side": side, "grid": 2}
+                yield sizes | {"M": 7 if tiny else 200, "k": 5}
         elif operation == "masked_shortcut":
             for layout, affine in (
                 ("contiguous", False), ("channels_last", False), ("channels_last", True),
@@ -84,9 +91,7 @@ def cases(device: torch.device, selection: str = "core") -> list[Case]:
     return [
         Case(operation, direction, dtype, tuple(sizes.items()))
         for operation in OPERATIONS
-        for dtype, direction in itertools.product(
-            dtypes, DIRECTIONS if operation == "memory_lookup" else DIRECTIONS[:2]
-        )
+        for dtype, direction in itertools.product(dtypes, DIRECTIONS[: DIRECTED.get(operation, 2)])
         for sizes in _sizes(operation, selection == "tiny")
         if selection != "core" or _is_core(operation, dtype, device, sizes)
     ]

@@ -140,12 +140,24 @@ def inpaint_block(
     return Work(moved * e, products + lookup + attention)
 
 
+def window_lookup(B: int, N: int, c: int, side: int, grid: int, M: int, k: int, e: int) -> Work:
+    """Gumbel lookup of the grid x grid windows of B N maps [c, side, side], for scoring.
+
+    Reads maps and slots, these in float32, writes the answers. The products are those of
+    ``memory_lookup``, counted once, though exact ones of half precision with float32 take three.
+    """
+    numbers = c * side * side  # of a map, and of one slot of every window
+    moved = 2 * B * N * numbers * e + M * numbers * 4
+    return Work(moved, 2 * B * N * numbers * (M + max(k - 1, 0)))
+
+
 COUNTS: dict[str, Callable[..., Work]] = {
     "memory_lookup": memory_lookup,
     "gumbel_shrinkage": gumbel_shrinkage,
     "masked_shortcut": masked_shortcut,
     "neighbourhood_attention": neighbourhood_attention,
     "inpaint_block": inpaint_block,
+    "window_lookup": window_lookup,
 }
 
 
@@ -156,6 +168,8 @@ def work_of(case: Case) -> Work:
         s["slots"] = case.direction == "forward_backward_slots"
     if case.operation == "gumbel_shrinkage":
         del s["k"]
+    if case.operation == "window_lookup":
+        del s["backward"]
     if case.operation == "masked_shortcut":
         del s["layout"]
         s["B"] *= s.pop("N")

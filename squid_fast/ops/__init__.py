@@ -1,4 +1,4 @@
-"""The five operations of SQUID as PyTorch custom operators, one file per operation.
+"""The operations of SQUID as PyTorch custom operators, one file per operation.
 
 Each public function checks its arguments and calls an operator ``torch.ops.squid_fast.<name>``.
 Beside the operator stand its PyTorch implementation ``_<name>_cpu``, a fake implementation (so that
@@ -6,7 +6,8 @@ Beside the operator stand its PyTorch implementation ``_<name>_cpu``, a fake imp
 runs the Triton kernel of its name where ``kernels.dispatch`` says that it serves, else the PyTorch
 implementation: on every CPU, in float64, and for the shapes that it gives its reasons for. Nothing
 synchronises with the host. Results are contiguous, but for those of the masked shortcut, which keep
-their layout. NaN stays within its row. Double backward is not supported.
+their layout, and of the window lookup, which are channels-last and have no gradient. NaN stays
+within its row. Double backward is not supported.
 
 Symbols: B images, N patches of an image, M memory slots, C slot width, k = ``top_k``.
 """

@@ -32,6 +32,7 @@ from squid_fast.utils import machine
 from tests.factories import image_set
 
 CPU = torch.device("cpu")
+SLOTS_LEARNED = ("memory_lookup", "forward_backward_slots")
 
 
 @pytest.fixture
@@ -78,6 +79,13 @@ def test_roofline_of_the_other_operations_by_hand() -> None:
     assert attention == Work(2 * (4 * 64 + 16), 2 * 2 * 2 * 8 * 16)
 
 
+def test_roofline_of_the_windows_by_hand() -> None:
+    # 2 * 3 maps of 5 * 4 * 4 = 80 numbers, in and out; 7 slots of as many in all windows.
+    # Scores 6 * 80 * 7 multiplications, two slots kept 6 * 80 * 2.
+    found = roofline.window_lookup(2, 3, 5, 4, 2, 7, 3, 2)
+    assert found == Work(2 * 2 * 480 + 4 * 560, 2 * 480 * (7 + 2))
+
+
 def test_roofline_of_the_block_is_that_of_its_parts() -> None:
     # Width 8, 2 narrow channels on one place: C = 2. Four patches, code of 3 bits.
     weights = 8 * 2 + (2 + 3) * 8 + 4 * 4 + 0
@@ -107,6 +115,16 @@ def test_ceilings_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("direction", ["forward", "forward_backward"])
 @pytest.mark.parametrize("operation", OPERATIONS)
+def test_every_operation_is_timed_in_its_directions(operation: str, direction: str) -> None:
+    scoring = operation == "window_lookup"
+    timed = any((c.operation, c.direction) == (operation, direction) for c in cases(CPU, "tiny"))
+    assert timed == (direction == "forward" or not scoring)
+
+
+@pytest.mark.parametrize(
+    ("operation", "direction"),
+    sorted({(c.operation, c.direction) for c in cases(CPU, "tiny")} - {SLOTS_LEARNED}),
+)
 def test_right_contenders_pass_and_wrong_ones_are_refused(operation: str, direction: str) -> None:
     case = tiny(operation, direction)
     made = problem(case, CPU)
