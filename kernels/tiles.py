@@ -107,3 +107,16 @@ def add_to_softmax(maximum, total, tile):
     rescaled = tl.where(maximum == NEVER, 0.0, total * tl.exp(maximum - larger))
     shift = tl.where(larger == NEVER, 0.0, larger)
     return larger, rescaled + tl.sum(tl.exp(tile - shift[:, None]), axis=1)
+
+
+@triton.jit
+def window(maps_ptr, n, stride_h, height, run, across):
+    """Where window n of the first map begins, of ``across`` windows beside each other."""
+    return maps_ptr + (n // across) * height * stride_h + (n % across) * run
+
+
+@triton.jit
+def columns_of(step, run, BLOCK_C: tl.constexpr):
+    """The row of a window that a step of BLOCK_C numbers lies in, and their places in that row."""
+    steps = tl.cdiv(run, BLOCK_C)
+    return step // steps, (step % steps) * BLOCK_C + tl.arange(0, BLOCK_C)

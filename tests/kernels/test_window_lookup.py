@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from squid_fast import ops
 from squid_fast.inference.windows import WindowMemory
-from squid_fast.kernels import card, dispatch, window_lookup
+from squid_fast.kernels import card, dispatch, kept_slots, window_lookup
 from squid_fast.modules.memory import (
     MemoryMatrixBlock,
     MemoryMatrixBlockV3,
@@ -142,10 +142,8 @@ def test_scores_are_split_over_the_width(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_answers_are_shared_among_programs(shares: int, monkeypatch: pytest.MonkeyPatch) -> None:
     maps, memory = window_maps(70, 3, 2, 2, 9, (2, 1))  # three tiles of maps
     (maps,) = tensors([maps], torch.float16)
-    choose = window_lookup.Config.choose
-    monkeypatch.setattr(
-        window_lookup.Config, "choose", lambda *s: replace(choose(*s), shares=shares)
-    )
+    choose = kept_slots.Config.choose
+    monkeypatch.setattr(kept_slots.Config, "choose", lambda *s: replace(choose(*s), shares=shares))
     assert_right(maps, memory, 4, (2, 1))
 
 
