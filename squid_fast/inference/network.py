@@ -172,11 +172,11 @@ class FrozenGenerator(nn.Module):
                 setattr(self.inpaint, name, cast(fold(conv, norm), torch.float32, layout, onednn))
             self.inpaint.freeze()
         self.memories = model.memory_blocks
-        self.windows = nn.ModuleDict()  # the same memories, for maps that stay in bf16 on a GPU
-        for i, block in enumerate(self.memories):
-            if dtype == torch.bfloat16 and not onednn and WindowMemory.fits(block):
-                channels = model.config["features_root"] << i
-                self.windows[str(i)] = WindowMemory(block, channels, dtype)
+        self.windows = nn.ModuleList()  # the same memories, for maps that stay in bf16 on a GPU
+        for i, memory in enumerate(self.memories):
+            split = dtype == torch.bfloat16 and not onednn and WindowMemory.fits(memory)
+            width = model.config["features_root"] << i
+            self.windows.append(WindowMemory(memory, width, dtype) if split else nn.Identity())
         self.head = model.out_conv
         self.requires_grad_(False)
 
@@ -241,8 +241,9 @@ class FrozenGenerator(nn.Module):
 
     def _answered(self, deep: int, x: Tensor, images: int) -> Tensor:
         """The answers of the memory of a level to the maps of so many images."""
-        if str(deep) in self.windows and self.windows[str(deep)].serves(x):
-            return self.windows[str(deep)](x)
+        windows = self.windows[deep]
+        if isinstance(windows, WindowMemory) and windows.serves(x):
+            return windows(x)
         return self._padded(self.memories[deep], x.float(), images)
 
     def _padded(self, module: nn.Module, x: Tensor, images: int) -> Tensor:

@@ -9,12 +9,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..kernels import dispatch
-from ..modules.memory import (
-    MemoryMatrixBlock,
-    MemoryMatrixBlockV3,
-    MemoryMatrixBlockV4,
-    _MemoryBlock,
-)
+from ..modules.memory import MemoryMatrixBlockV3, MemoryMatrixBlockV4, _MemoryBlock
 
 
 class WindowMemory(nn.Module):
@@ -31,9 +26,10 @@ class WindowMemory(nn.Module):
     slots: Tensor  # [parts, N, M, C]
 
     def __init__(
-        self, block: _MemoryBlock, channels: int, dtype: torch.dtype = torch.bfloat16
+        self, block: nn.Module, channels: int, dtype: torch.dtype = torch.bfloat16
     ) -> None:
         super().__init__()
+        assert isinstance(block, _MemoryBlock)
         assert self.fits(block)
         self.top_k = int(block.memory.shrink_thres)
         slots, side = block.memory.slots.detach(), math.isqrt(block.num_memory)
@@ -50,10 +46,9 @@ class WindowMemory(nn.Module):
     @staticmethod
     def fits(block: nn.Module) -> bool:
         """Whether that is a memory with Gumbel shrinkage, which the windows' lookup has."""
-        known = isinstance(block, MemoryMatrixBlock | MemoryMatrixBlockV3)
-        return (
-            known and isinstance(block.memory.shrink_thres, int) and block.memory.shrink_thres > 0
-        )
+        if not isinstance(block, _MemoryBlock):
+            return False
+        return isinstance(block.memory.shrink_thres, int) and block.memory.shrink_thres > 0
 
     def serves(self, x: Tensor) -> bool:
         """Whether kernels look these maps up; if not, the block itself is the better way."""
