@@ -8,8 +8,10 @@ raw       weights = logits
 
 A program owns a few rows and reads them twice, the second time from the cache: once for the sums
 and, with Gumbel, the k largest logits; once to write. Only entries of that list exceed the k-th
-largest, so the list gives the sum of h as well. Ties need no special case: whatever equals the k-th
-largest has p - t = 0. A NaN makes its row's sum NaN, and with it the whole row.
+largest, so the list gives the sum of h as well. What is kept is decided by comparing logits with
+the k-th largest, or with the threshold of hard shrinkage, and both times they are the same numbers,
+so that the passes agree and ties need no special case. A NaN makes its row's sum NaN, and with it
+the whole row.
 
 The memory lookup uses the same kernels, on scores that come in parts to be added.
 """
@@ -24,12 +26,25 @@ import triton.language as tl
 from torch import Tensor
 
 from .card import on_device, power_of_2
-from .tiles import EPSILON, NEVER, add_to_softmax, floored, insert_best, keep_above, no_best
+from .tiles import (
+    EPSILON,
+    NEVER,
+    add_to_softmax,
+    floored,
+    insert_best,
+    keep_above,
+    no_best,
+    softmax_above,
+)
 
 
 @triton.jit
 def load_rows(parts_ptr, parts, stride_part, offsets, mask, fill):
-    """Sum [BLOCK_R, BLOCK_M] of the parts in float32, ``fill`` outside the mask."""
+    """Sum [BLOCK_R, BLOCK_M] of the parts in float32, ``fill`` outside the mask.
+
+    The same bits at every call, in any layout: the parts are added in one order, and between a load
+    and an addition there is no product that a compiler might join with it.
+    """
     total = tl.load(parts_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     for _ in range(1, parts):
         parts_ptr += stride_part
@@ -66,12 +81,14 @@ def _shrinkage_forward_kernel(
                 best, places = insert_best(best, places, tile, start)
             else:
                 total += tl.sum(keep_above(tile, threshold[:, None]), axis=1)
-    norm = floored(total)
+    norm, kth = floored(total), threshold
     if MODE == "gumbel":
         spare = tl.arange(0, K_TILE)[None, :] >= K
-        p_best = tl.exp(best - maximum[:, None]) / total[:, None]  # [BLOCK_R, K_TILE]
-        threshold = tl.min(p_best, axis=1)
-        norm = floored(tl.sum(tl.where(spare, 0.0, keep_above(p_best, threshold[:, None])), axis=1))
+        kth = tl.min(best, axis=1)
+        threshold = tl.exp(kth - maximum) / total
+        p_best = softmax_above(best, kth[:, None], maximum[:, None], total[:, None])
+        kept = tl.where(spare, 0.0, keep_above(p_best, threshold[:, None]))  # [BLOCK_R, K_TILE]
+        norm = floored(tl.sum(kept, axis=1))
 
     for start in range(0, M, BLOCK_M):
         inside = (rows < R)[:, None] & (start + columns < M)[None, :]
@@ -79,7 +96,7 @@ def _shrinkage_forward_kernel(
         if KEEP_SCORES:
             tl.store(scores_ptr + offsets + start, tile, mask=inside)
         if MODE == "gumbel":
-            p = tl.exp(tile - maximum[:, None]) / total[:, None]
+            p = softmax_above(tile, kth[:, None], maximum[:, None], total[:, None])
             tile = keep_above(p, threshold[:, None]) / norm[:, None]
         if MODE == "hard":
             tile = keep_above(tile, threshold[:, None]) / norm[:, None]

@@ -8,12 +8,13 @@ Three ways forward, by the number of slots and of rows:
 
 one pass    Up to 256 slots and rows enough to fill the card: a program computes the scores of a row
             block into registers, shrinks them there and multiplies the weights with the memory.
-in steps    Few rows, which alone would leave most multiprocessors idle: scores in parts, shrinkage
-            that adds them up, product. What is written in between is small enough to be read from
-            the cache again. This is also the way of calls that keep their scores
-            for a backward, which writes them anyway; of the backward, since two row blocks of
-            scores do not fit into registers; of float32, which takes three pieces there; and of
-            hard shrinkage and raw scores, as one pass of the former spills.
+in steps    Few rows, which alone would leave most multiprocessors idle: scores in parts, which the
+            next kernel adds up; then the few slots kept, see ``kept_slots``, or else shrinkage and
+            a product. What is written in between is small enough to be read from the cache again.
+            This is also the way of calls that keep their scores for a backward, which writes them
+            anyway; of the backward, since two row blocks of scores do not fit into registers; of
+            float32, which takes three pieces there; and of hard shrinkage and raw scores, as one
+            pass of the former spills.
 search      Many slots: see ``memory_search``.
 
 Sums are taken in one order, whatever the timing: the same inputs give the same bits.
@@ -32,8 +33,9 @@ from . import memory_search
 from .card import Card, card_of, on_device, power_of_2
 from .dispatch import LARGEST_SCORED
 from .gumbel_shrinkage import shrink, shrink_backward
+from .kept_slots import FEW, answer_from_kept
 from .matrix_product import multiply, multiply_in_parts
-from .tiles import NEVER, floored, keep_above, kth_largest, multiply_tile
+from .tiles import NEVER, floored, keep_above, kth_largest, multiply_tile, softmax_above
 
 
 @triton.jit
@@ -58,9 +60,10 @@ def _memory_lookup_forward_kernel(
         rows, slots.to(tl.int64), B, M, C, 0, tl.cdiv(C, BLOCK_C), BLOCK_C, "ieee",
     )  # fmt: skip
     scores = tl.where((slots < M)[None, :], scores, NEVER)
-    exponentials = tl.exp(scores - tl.max(scores, axis=1)[:, None])
-    p = exponentials / tl.sum(exponentials, axis=1)[:, None]
-    kept = keep_above(p, kth_largest(p, K)[:, None])
+    kth, maximum = kth_largest(scores, K), tl.max(scores, axis=1)
+    total = tl.sum(tl.exp(scores - maximum[:, None]), axis=1)
+    p = softmax_above(scores, kth[:, None], maximum[:, None], total[:, None])
+    kept = keep_above(p, (tl.exp(kth - maximum) / total)[:, None])
     weights = kept / floored(tl.sum(kept, axis=1))[:, None]
     weights = weights.to(values_ptr.dtype.element_ty)
 
@@ -134,6 +137,9 @@ def forward(
             )  # fmt: skip
             return answer, scores
         parts = multiply_in_parts(query.transpose(0, 1), memory.transpose(1, 2))
+        if mode == "gumbel" and top_k <= FEW and not keep_scores and values.stride(2) == 1:
+            answer_from_kept(parts, values[None], top_k, answer[:, None], 1, N)
+            return answer, scores
         whole = len(parts) == 1
         added = scores if keep_scores and not whole else None
         weights = shrink(parts, mode, top_k, threshold, memory.dtype, added)

@@ -15,7 +15,16 @@ import triton.language as tl
 from torch import Tensor
 
 from .card import Card, card_of, power_of_2
-from .tiles import NEVER, add_to_softmax, floored, insert_best, keep_above, multiply_tile, no_best
+from .tiles import (
+    NEVER,
+    add_to_softmax,
+    floored,
+    insert_best,
+    keep_above,
+    multiply_tile,
+    no_best,
+    softmax_above,
+)
 
 # --- kernels: search ------------------------------------------------------------------------------
 
@@ -91,8 +100,9 @@ def _gather_forward_kernel(
     left = best
     for _ in range(1, K):
         left = tl.where(entries == tl.argmax(left, axis=0), NEVER, left)
-    threshold = tl.exp(tl.max(left, axis=0) - maximum) / total
-    kept = keep_above(tl.exp(best - maximum) / total, threshold)  # [PARTS * K_TILE]
+    kth = tl.max(left, axis=0)
+    p = softmax_above(best, kth, maximum, total)  # [PARTS * K_TILE]
+    kept = keep_above(p, tl.exp(kth - maximum) / total)
     norm = floored(tl.sum(kept, axis=0))
 
     answer = tl.zeros([BLOCK_C], tl.float32) + (total - total)  # NaN if the row holds one

@@ -36,6 +36,17 @@ def keep_above(values, threshold):
 
 
 @triton.jit
+def softmax_above(logits, kth, maximum, total):
+    """Softmax of the logits [R, M] that exceed the k-th largest ``kth``, 0 for the others.
+
+    Selection compares logits, numbers that are the same wherever they are read. An exponential need
+    not be: worked out again for another layout it may differ in its last place, which alone would
+    keep the k-th slot at almost its full weight. A NaN in ``total`` reaches the whole row.
+    """
+    return tl.where(logits <= kth, 0.0, tl.exp(logits - maximum)) / total
+
+
+@triton.jit
 def floored(total):
     """max(total, eps) that passes NaN on."""
     return tl.where(total < EPSILON, EPSILON, total)
@@ -106,3 +117,15 @@ def map_at(position, channel, S, stride_b, stride_c, stride_s):
     """
     image, place = (position // S).to(tl.int64), (position % S).to(tl.int64)
     return (image * stride_b + place * stride_s)[:, None] + channel.to(tl.int64) * stride_c
+
+
+def window(maps_ptr, n, stride_h, height, run, across):
+    """Where window n of the first map begins, of ``across`` windows beside each other."""
+    return maps_ptr + (n // across) * height * stride_h + (n % across) * run
+
+
+@triton.jit
+def columns_of(step, run, BLOCK_C: tl.constexpr):
+    """The row of a window that a step of BLOCK_C numbers lies in, and their places in that row."""
+    steps = tl.cdiv(run, BLOCK_C)
+    return step // steps, (step % steps) * BLOCK_C + tl.arange(0, BLOCK_C)

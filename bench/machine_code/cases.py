@@ -72,6 +72,12 @@ IMAGES = (  # P, side, F; of grey images
     (3, 96, 32),  # digit_anatomy
     (3, 48, 16),  # small
 )
+WINDOWS = (  # a map's channels and side, its grid of windows, M, maps to an image
+    (256, 8, (2, 2), 200, 4),  # zhanglab
+    (128, 16, (2, 2), 200, 4),
+    (256, 8, (1, 1), 200, 1),  # digit_anatomy, of which a map is a window
+    (64, 16, (1, 1), 500, 9),  # more slots, and all of one memory
+)
 ATTENTIONS = ((4, 2048), (9, 1024), (9, 128))  # N, C; of 8 heads
 DISCRIMINATORS = (128, 96, 48, 256)  # image sides: chest radiographs, digit_anatomy, small; large
 WIDTHS = (16, 32, 64, 128, 128)  # and channels
@@ -151,6 +157,17 @@ def _masked_shortcut(kernels: Any) -> Iterator[Case]:
         inpainted = x if affine else None
         backward = partial(kernels.backward, x, inpainted, *how)
         yield Case(f"masked_shortcut.backward {label}", backward)
+
+
+def _window_lookup(kernels: Any) -> Iterator[Case]:
+    for (c, side, grid, M, per_image), B, dtype in itertools.product(WINDOWS, BATCHES, DTYPES[1:]):
+        maps = _meta(B * per_image, c, side, side, dtype=dtype)
+        maps = maps.to(memory_format=torch.channels_last)
+        windows = grid[0] * grid[1]
+        slots = _meta(3, windows, M, maps[0].numel() // windows, dtype=dtype)
+        label = f"[{len(maps)}, {c}, {side}, {side}] {windows} windows M={M} {_name(dtype)}"
+        call = partial(kernels.forward, maps, slots, 5, *grid)
+        yield Case(f"window_lookup.forward {label}", call)
 
 
 def _neighbourhood_attention(kernels: Any) -> Iterator[Case]:
@@ -278,6 +295,7 @@ OPERATIONS = {
     "split_linear": _split_linear,
     "stem": _stem,
     "upsample_concat": _upsample_concat,
+    "window_lookup": _window_lookup,
 }
 
 

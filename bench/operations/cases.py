@@ -19,10 +19,11 @@ OPERATIONS = (
     "inpaint_block",
     "stem",
     "reconstruct",
+    "window_lookup",
     "cell_convolution",
     "discriminator_score",
 )
-SCORING = OPERATIONS[-4:]  # without gradients, the last one in float32 alone
+SCORING = OPERATIONS[-5:]  # without gradients, the last one in float32 alone
 CONTENDERS = ("eager", "squid_fast", "compiled")  # reference eager, ours, reference compiled
 SELECTIONS = ("tiny", "core", "all")
 DIRECTIONS = ("forward", "forward_backward", "forward_backward_slots")
@@ -96,6 +97,10 @@ def _sizes(operation: str, tiny: bool) -> Iterator[dict[str, Any]]:
             for deep in (2, 4):  # the last stages of the decoder
                 sizes = {"B": B, "C": C * deep, "D": C * deep // 2, "side": side // deep}
                 yield sizes | {"resized": True, "behind": "nothing"}
+        elif operation == "window_lookup":
+            for c, side in ((4, 4),) if tiny else ((256, 8), (128, 16)):
+                sizes = {"B": B, "N": 4, "c": c, "side": side, "grid": 2}
+                yield sizes | {"M": 7 if tiny else 200, "k": 5}
         elif operation == "masked_shortcut":
             for layout, affine in (
                 ("contiguous", False), ("channels_last", False), ("channels_last", True),

@@ -107,6 +107,31 @@ def _projected_lookup(case: Case, device: torch.device) -> Problem:
     return made
 
 
+def _window_lookup(case: Case, device: torch.device) -> Problem:
+    """Windows of channels-last maps, and their slots in three parts that add up to float32."""
+    s = dict(case.sizes)
+    B, c, side, grid, M, k = s["B"] * s["N"], *(s[name] for name in ("c", "side", "grid", "M", "k"))
+    N, C, cut = grid**2, c * (side // grid) ** 2, side // grid
+    memory = torch.nn.functional.normalize(torch.randn(N, M, C, device=device), dim=-1)
+    planted = _planted(torch.randn(B, N, C, device=device) / math.sqrt(C), memory, k)
+
+    def turned(windows: Tensor) -> Tensor:
+        """Windows [B, N, (row, column, channel)] as maps [B, c, side, side], channels-last."""
+        x = windows.view(B, grid, grid, cut, cut, c).transpose(2, 3)
+        return x.reshape(B, side, side, c).permute(0, 3, 1, 2)
+
+    def plain(maps: Tensor, slots: Tensor) -> Tensor:
+        x, parts = (z if z.dtype == torch.float64 else z.float() for z in (maps, slots))
+        windows = x.permute(0, 2, 3, 1).view(B, grid, cut, grid, cut, c).transpose(2, 3)
+        answer = reference.memory_lookup(windows.reshape(B, N, C), parts.sum(dim=0), k)
+        return turned(answer).to(maps.dtype)
+
+    def ours(maps: Tensor, slots: Tensor) -> Tensor:
+        return ops.window_lookup(maps, slots, k, (grid, grid))
+
+    return Problem([turned(planted), ops.split_slots(memory)], [], plain, ours)
+
+
 def _shrinkage(case: Case, device: torch.device) -> Problem:
     """Logits [B, N, M] of which k stand clear of the others."""
     s = dict(case.sizes)
@@ -331,6 +356,7 @@ BUILDERS = {
     "stem": _stem,
     "reconstruct": _reconstruct,
     "cell_convolution": _cell_convolution,
+    "window_lookup": _window_lookup,
 }
 
 

@@ -236,6 +236,17 @@ def cell_convolution(
     return Work(numbers * e + 4 * out * head, 2 * out * D * (9 * C + head))
 
 
+def window_lookup(B: int, N: int, c: int, side: int, grid: int, M: int, k: int, e: int) -> Work:
+    """Gumbel lookup of the grid x grid windows of B N maps [c, side, side], for scoring.
+
+    Reads maps and slots, these in float32, writes the answers. The products are those of
+    ``memory_lookup``, counted once, though exact ones of half precision with float32 take three.
+    """
+    numbers = c * side * side  # of a map, and of one slot of every window
+    moved = 2 * B * N * numbers * e + M * numbers * 4
+    return Work(moved, 2 * B * N * numbers * (M + max(k - 1, 0)))
+
+
 COUNTS: dict[str, Callable[..., Work]] = {
     "memory_lookup": memory_lookup,
     "gumbel_shrinkage": gumbel_shrinkage,
@@ -248,6 +259,7 @@ COUNTS: dict[str, Callable[..., Work]] = {
     "stem": stem,
     "reconstruct": reconstruct,
     "cell_convolution": cell_convolution,
+    "window_lookup": window_lookup,
 }
 
 
@@ -258,6 +270,8 @@ def work_of(case: Case) -> Work:
         s["slots"] = case.direction == "forward_backward_slots"
     if case.operation == "gumbel_shrinkage":
         del s["k"]
+    if case.operation == "window_lookup":
+        del s["backward"]
     if case.operation == "masked_shortcut":
         del s["layout"]
     if case.operation in ("masked_shortcut", "batch_norm"):

@@ -17,6 +17,7 @@ from .inpainting import freeze_inpainting
 from .quantization import QuantParams, Range
 from .scores import Quantization
 from .stages import QuantizedStage, Stage
+from .windows import WindowMemory
 
 
 class FrozenGenerator(nn.Module):
@@ -66,6 +67,11 @@ class FrozenGenerator(nn.Module):
         self.inpaint = model.inpaint_block
         freeze_inpainting(self.inpaint, layout, onednn)
         self.memories = model.memory_blocks
+        if dtype == torch.bfloat16 and not onednn:
+            for i, block in enumerate(self.memories):
+                if WindowMemory.fits(block):
+                    width = model.config["features_root"] << i
+                    self.memories[i] = WindowMemory(block, width, dtype)
         self.head = Head(model.out_conv, self.num_patch)
         self.requires_grad_(False)
 
@@ -132,7 +138,9 @@ class FrozenGenerator(nn.Module):
             if not deep and plain and isinstance(up, Stage):
                 return up.end(x, skips[deep], patches, self.head, images)
             x = up(x, skips[deep], patches)
-            if not plain:
+            if isinstance(self.memories[deep], WindowMemory):
+                x = self.memories[deep](x)
+            elif not plain:
                 x = self._padded(self.memories[deep], x.float(), B)
         return self.head(x, images)
 

@@ -2,12 +2,13 @@
 
 Each public function checks its arguments and calls an operator ``torch.ops.squid_fast.<name>``.
 Beside the operator stand its PyTorch implementation ``_<name>_cpu``, a fake implementation (so that
-``torch.compile`` and export see through it) and a gradient, which is an operator too; ``stem``,
-``reconstruct`` and ``split_linear``, which serve scoring alone, have none. An operator
+``torch.compile`` and export see through it) and a gradient, which is an operator too. An operator
 runs the Triton kernel of its name where ``kernels.dispatch`` says that it serves, else the PyTorch
 implementation: on every CPU, in float64, and for the shapes that it gives its reasons for. Nothing
-synchronises with the host. Results are contiguous, but for those of the masked shortcut and of the
-upsampling, which keep their layout. NaN stays within its row. Double backward is not supported.
+synchronises with the host. NaN stays within its row, or its image. Double backward is not supported.
+
+Scoring has operations of its own, without a gradient: ``stem``, ``split_linear``, ``window_lookup``,
+``cell_convolution``, ``reconstruct`` and ``discriminator_score``.
 
 Symbols: B images, N patches of an image, M memory slots, C slot width, k = ``top_k``.
 """
@@ -22,6 +23,7 @@ from .lookup import gumbel_shrinkage, hard_shrinkage, memory_lookup
 from .norm import batch_norm
 from .shortcut import masked_shortcut
 from .upsample import upsample_concat
+from .windows import split_slots, window_lookup
 
 __all__ = [
     "DECOMPOSITIONS",
@@ -36,7 +38,9 @@ __all__ = [
     "pack_discriminator",
     "reconstruct",
     "split_linear",
+    "split_slots",
     "split_weight",
     "stem",
     "upsample_concat",
+    "window_lookup",
 ]

@@ -32,6 +32,7 @@ from squid_fast.utils import machine
 from tests.factories import image_set
 
 CPU = torch.device("cpu")
+SLOTS_LEARNED = ("memory_lookup", "forward_backward_slots")
 
 
 @pytest.fixture
@@ -104,6 +105,13 @@ def test_roofline_of_the_discriminator_by_hand() -> None:
     assert running == Work(4 * numbers, 2 * 7 * (9 * 50 + 4 * 150 + 12))
     norm = roofline.discriminator_score(7, 5, 4, norm=True, widths=(2, 3))
     assert norm == running + Work(4 * 3, 0)
+
+
+def test_roofline_of_the_windows_by_hand() -> None:
+    # 2 * 3 maps of 5 * 4 * 4 = 80 numbers, in and out; 7 slots of as many in all windows.
+    # Scores 6 * 80 * 7 multiplications, two slots kept 6 * 80 * 2.
+    found = roofline.window_lookup(2, 3, 5, 4, 2, 7, 3, 2)
+    assert found == Work(2 * 2 * 480 + 4 * 560, 2 * 480 * (7 + 2))
 
 
 def test_roofline_of_the_block_is_that_of_its_parts() -> None:

@@ -24,6 +24,7 @@ from squid_fast.inference.discriminator import FrozenDiscriminator
 from squid_fast.inference.ends import Stem
 from squid_fast.inference.inpainting import PlaceConv, SplitLinear, split_linears
 from squid_fast.inference.network import FrozenGenerator
+from squid_fast.inference.windows import WindowMemory
 from squid_fast.modules import ScoreMode
 from squid_fast.ops.patches import to_patches
 from tests.factories import decoder_memory, trained_discriminator, trained_squid
@@ -134,6 +135,38 @@ def test_split_linears_are_those_of_the_block(mixing: str) -> None:
     assert not any(type(module) is nn.Linear for module in block.modules())
     assert not torch.equal(found, expected)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.std()))
+
+
+@pytest.mark.parametrize("kind", ["published shape", "nine patches", "whole map"])
+def test_memories_of_maps_in_bf16_are_those_of_maps_in_float32(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = {"decoder_memory": decoder_memory("MemoryMatrixBlockV4", 256, 4)}
+    model = trained_squid(**CONFIGS.get(kind, whole))
+    images = images_for(model)
+    frozen = FrozenGenerator(model, torch.bfloat16, torch.channels_last)
+    assert [isinstance(memory, WindowMemory) for memory in frozen.memories] == [False, True]
+    assert not any(name.endswith("slots") for name in frozen.state_dict())
+    with torch.inference_mode():
+        exact, expected = model(images)["recon"], frozen(images)
+        # As on a GPU, but by PyTorch, which adds up the parts of the slots again.
+        monkeypatch.setattr(WindowMemory, "serves", lambda self, x: x.dtype == torch.bfloat16)
+        frozen.memories[1].block = nn.Flatten()  # which nobody asks
+        found = frozen(images)
+    # The others' slots are turned, so that their products are added up in another order.
+    rounding = (expected - exact).square().mean().sqrt()
+    bound = 0 if kind == "published shape" else rounding / 10
+    assert (found - expected).square().mean().sqrt() <= bound
+
+
+def test_only_gumbel_shrinkage_has_windows() -> None:
+    for thres, fits in ((3, True), (0, False), (0.5, False)):
+        memory = decoder_memory("MemoryMatrixBlock", 64, 4)
+        model = trained_squid(shrink_thres=thres, decoder_memory=memory)
+        assert [*map(WindowMemory.fits, model.memory_blocks)] == [False, fits]
+        frozen = FrozenGenerator(model, torch.bfloat16, torch.channels_last)
+        assert isinstance(frozen.memories[1], WindowMemory) == fits
+        assert not isinstance(FrozenGenerator(model).memories[1], WindowMemory)
 
 
 def test_what_is_frozen_does_not_change_with_the_model_nor_the_model_with_it() -> None:

@@ -67,6 +67,20 @@ def test_neighbouring_floats_are_told_apart() -> None:
     assert weights[0].tolist() == [0, 0, pytest.approx(1, abs=1e-6), 0]
 
 
+@pytest.mark.usefixtures("inexact_exponentials")
+@pytest.mark.parametrize(("M", "k"), [(33, 5), (200, 5), (200, 64), (3000, 5)])
+def test_the_kth_is_never_kept(M: int, k: int) -> None:
+    logits = logits_on_device(40 if M < 3000 else 8, M)
+    weights = ops.gumbel_shrinkage(logits, k)
+    assert torch.equal(weights > 0, survivors(logits, k))
+
+
+def test_logits_of_one_probability_have_no_weight() -> None:
+    # In float32 all of them have the probability 1/8, and so no distance from the k-th.
+    logits = 1e-9 * torch.arange(8.0, device=DEVICE)[None]
+    assert (ops.gumbel_shrinkage(logits, 3) == 0).all()
+
+
 @pytest.mark.parametrize("kind", LAYOUTS)
 def test_any_layout(kind: str) -> None:
     assert_right(LAYOUTS[kind](logits_on_device(6, 10)), 3)

@@ -23,6 +23,8 @@ from tests.ops.samples import (
     exact_memories,
     looked_up_values,
     normal,
+    separated,
+    survivors,
     up_to,
     with_gradients,
 )
@@ -115,6 +117,17 @@ def assert_values(
     assert_close(answer.cpu(), expected, floor=1.0)
 
 
+def assert_kth_is_never_kept(M: int, k: int, dtype: torch.dtype = torch.float32) -> None:
+    """The answer from values that name their slots is the weights, of k - 1 slots in every row."""
+    rows = torch.linspace(0.5, 1.5, 24).double()
+    query, memory = rows[:, None, None], separated(1, M)[..., None]
+    (values,) = tensors([torch.eye(M)[None]], dtype)
+    weights = ops.memory_lookup(*tensors([query, memory], dtype), k, values=values)[:, 0].cpu()
+    scores = (query.to(dtype) * memory.to(dtype).mT).double()[:, 0]
+    assert torch.equal(weights > 0, survivors(scores, k))
+    assert_close(weights.float().sum(dim=1), torch.ones(24), TOLERANCES[dtype])
+
+
 def assert_nan_stays(mode: dict[str, Any], M: int = 20, dtype: torch.dtype = torch.float32) -> None:
     query, memory = memories(5, 2, M, 8, dtype=dtype)
     lookup = partial(ops.memory_lookup, memory=memory, **mode)
@@ -204,6 +217,12 @@ def test_values_in_place_of_slots(V: int, mode: dict[str, Any]) -> None:
     assert_values(V, mode)
 
 
+@pytest.mark.usefixtures("parts", "inexact_exponentials")
+@pytest.mark.parametrize("k", [2, 5, 64])
+def test_the_kth_is_never_kept(k: int) -> None:
+    assert_kth_is_never_kept(200, k)
+
+
 # --- one pass -------------------------------------------------------------------------------------
 
 
@@ -238,6 +257,12 @@ def test_one_pass_keeps_nan_within_its_row() -> None:
     assert_nan_stays({"top_k": 4}, dtype=torch.float16)
 
 
+@pytest.mark.usefixtures("tiny_card", "inexact_exponentials")
+@pytest.mark.parametrize("k", [2, 5])
+def test_one_pass_never_keeps_the_kth(k: int) -> None:
+    assert_kth_is_never_kept(100, k, torch.float16)
+
+
 # --- more slots than registers hold ---------------------------------------------------------------
 
 
@@ -257,6 +282,12 @@ def test_search_by_one_program_alone() -> None:
 
 def test_search_of_values() -> None:
     assert_values(9, {"top_k": 5}, M=600)
+
+
+@pytest.mark.usefixtures("inexact_exponentials")
+@pytest.mark.parametrize("k", [2, 5])
+def test_search_never_keeps_the_kth(k: int) -> None:
+    assert_kth_is_never_kept(600, k)
 
 
 def test_search_that_keeps_its_scores() -> None:

@@ -125,6 +125,27 @@ def looked_up_values(query: Tensor, memory: Tensor, values: Tensor, **mode: Any)
     return reference.memory_lookup(longer, torch.cat([memory, values], dim=2), **mode)[..., -V:]
 
 
+def window_maps(
+    B: int, c: int, H: int, W: int, M: int, grid: tuple[int, int], seed: int = 0
+) -> list[Tensor]:
+    """Maps [B, c, H, W], exact in float16, and a memory [N, M, C] in float32; scores near one."""
+    N, C = grid[0] * grid[1], c * H * W // (grid[0] * grid[1])
+    maps = normal(B, c, H, W, seed=seed).half().double()
+    return [maps, (2 * normal(N, M, C, seed=seed + 1) / C**0.5).float()]
+
+
+def looked_up_windows(maps: Tensor, memory: Tensor, top_k: int, grid: tuple[int, int]) -> Tensor:
+    """The reference's answers [B, c, H, W], window by window, cut out and laid flat."""
+    (_, _, H, W), (rows, columns) = maps.shape, grid
+    h, w, out = H // rows, W // columns, torch.empty_like(maps)
+    for n in range(rows * columns):
+        i, j = n // columns * h, n % columns * w
+        window = maps[:, :, i : i + h, j : j + w].permute(0, 2, 3, 1)
+        answer = reference.memory_lookup(window.flatten(1), memory[n], top_k)
+        out[:, :, i : i + h, j : j + w] = answer.view(window.shape).permute(0, 3, 1, 2)
+    return out
+
+
 # --- masked shortcut ------------------------------------------------------------------------------
 
 
@@ -383,6 +404,11 @@ def operator_samples() -> dict[str, list[tuple]]:
             for mode in ("gumbel", "hard", "raw")
             for wanted in (True, False)
             for scores in (query.new_empty(0), normal(2, 3, 5, seed=2).float())
+        ],
+        "window_lookup": [
+            (a.half(), normal(1, 4, 5, 12).half(), 3, 2, 2),
+            (last[0].half(), normal(3, 2, 5, 24).half(), 3, 1, 2),
+            (strided.half(), normal(3, 2, 5, 24).half(), 1, 2, 1),
         ],
         "masked_shortcut": [
             (leaf(a), leaf(b), 0.5, seed, None, None),

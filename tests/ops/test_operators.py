@@ -92,6 +92,23 @@ ERRORS: dict[str, Callable[[], Tensor]] = {
     "values are given while query, memory or values require a gradient": (
         lambda: ops.memory_lookup(X[:, None], X[None], 1, values=X[None].clone().requires_grad_())
     ),
+    "maps is [2, 4] and slots [2, 4]; they must be [B, c, H, W] and [parts, N, M, C].": (
+        lambda: ops.window_lookup(X, X, 1)
+    ),
+    "memory is torch.int64": lambda: ops.split_slots(X.long()),
+    "slots is torch.bfloat16 and maps torch.float32; they must agree.": (
+        lambda: ops.window_lookup(MAP, MAP.bfloat16(), 1)
+    ),
+    "grid is 1 x 3; it must divide maps of 2 x 4.": (
+        lambda: ops.window_lookup(MAP, Z(1, 3, 2, 1), 1, (1, 3))
+    ),
+    "slots is [1, 2, 3, 8]; [parts, 2, M, 4] would fit 1 x 2 windows of maps [1, 1, 2, 4].": (
+        lambda: ops.window_lookup(MAP, Z(1, 2, 3, 8), 1, (1, 2))
+    ),
+    "top_k is 4, but there are 3 memory slots": (lambda: ops.window_lookup(MAP, Z(1, 1, 3, 8), 4)),
+    "maps or slots require a gradient, which this lookup does not have": (
+        lambda: ops.window_lookup(MAP, Z(1, 1, 3, 8).requires_grad_(), 2)
+    ),
     "inpainted is [1, 2, 3, 3] and shortcut [1, 2, 3, 4]": (
         lambda: ops.masked_shortcut(Z(1, 2, 3, 3), Z(1, 2, 3, 4), 0.5)
     ),
