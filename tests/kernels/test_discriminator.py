@@ -67,12 +67,18 @@ def test_equals_the_formula(
 @pytest.mark.parametrize("on", [A100, H100, MI300X, SMALL_CARD], ids=["a100", "h100", "amd", "2"])
 @norms
 def test_tiles_of_every_card(on: Card, norm: bool) -> None:
-    # Five images are more than there are multiprocessors on the smallest, so that programs take
-    # several; maps of 575 places are more than a block on AMD's, and 144 are none too many.
+    # Five images are more than the smallest has multiprocessors, so that programs take several;
+    # a map of 25 x 23 places is more than one block on AMD's.
     with card.assume(on):
         for B, side in ((5, 24), (1, 97)):
             images = normal(B, 1, side, side - 5).to(DEVICE, torch.float32)
             assert_right(images, discriminator_parameters((2, 3, 5), side, side - 5, norm))
+
+
+@norms
+def test_more_images_than_multiprocessors(norm: bool) -> None:
+    images = normal(400, 1, 9, 11).to(DEVICE, torch.float32)
+    assert_right(images, discriminator_parameters((2, 3, 4), 9, 11, norm))
 
 
 @norms
