@@ -211,14 +211,15 @@ def main(options: Namespace) -> None:
         begun = time.monotonic()
         left = options.limit - (begun - started)
         print(f"\n== {step.name}", flush=True)
-        code = run(step, left, log) if left > 5 else _OUT_OF_TIME
+        code, failed = _OUT_OF_TIME, []
+        if left > 5:
+            code = run(step, left, log)
+            failed = failed_tests(log, step.name) if code else []
+            print("\n".join(failed), flush=True)
         seconds = round(time.monotonic() - begun, 1)
         rows[:] = [row for row in rows if row["step"] != step.name]
         row = {"step": step.name, "exit_code": code, "seconds": seconds}
-        if failed := failed_tests(log, step.name) if code else []:
-            row["failed"] = failed
-            print("\n".join(["failed:", *failed]), flush=True)
-        rows.append(row)
+        rows.append(row | ({"failed": failed} if failed else {}))
         summary.write()
     print()
     asked = {step.name for step in steps}

@@ -116,6 +116,17 @@ def test_tests_that_failed_are_named_whatever_ended_the_run(tmp_path: Path) -> N
     ]
 
 
+def test_a_stage_without_time_is_said_to_have_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["gpu", "contact", "--device=cpu", f"--output={tmp_path}", "--limit=1"])
+    assert ended.value.code == 1
+    assert "FAILED: out of time" in capsys.readouterr().out
+    (row,) = json.loads((tmp_path / "summary.json").read_text())["steps"]
+    assert row["exit_code"] == 124
+
+
 def test_a_rehearsal_has_what_a_bare_gpu_machine_has(tmp_path: Path) -> None:
     lacking = "import importlib.util as u; assert u.find_spec('pydicom') is None; import {}"
     for name in ("pydicom", "pydantic", "ray"):
