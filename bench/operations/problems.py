@@ -129,7 +129,7 @@ def _window_lookup(case: Case, device: torch.device) -> Problem:
     def ours(maps: Tensor, slots: Tensor) -> Tensor:
         return ops.window_lookup(maps, slots, k, (grid, grid))
 
-    return Problem([turned(planted), ops.split_slots(memory)], [], plain, ours)
+    return Problem([turned(planted), ops.split(memory, 3)], [], plain, ours)
 
 
 def _shrinkage(case: Case, device: torch.device) -> Problem:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # SyncBatchNorm is no subclass of BatchNorm2d
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from .. import ops
 from ..modules import Discriminator
 
 
@@ -170,20 +171,15 @@ class SplitConv(nn.Module):
 
     def __init__(self, conv: FoldedConv, layout: torch.memory_format) -> None:
         super().__init__()
-        high, low = _split(conv.weight)
+        high, low = ops.split(conv.weight, 2)
         weight = torch.cat([high, high, low], dim=1)
         wider = FoldedConv(weight, conv.bias, conv.stride, conv.padding)
         self.conv = cast(wider, torch.bfloat16, layout, onednn=True)
 
     def forward(self, images: Tensor) -> Tensor:
         """float32 [B, Cin, H, W] to bfloat16 [B, Cout, ...]."""
-        high, low = _split(images)
+        high, low = ops.split(images, 2)
         return self.conv(torch.cat([high, low, high], dim=1))
-
-
-def _split(x: Tensor) -> tuple[Tensor, Tensor]:
-    high = x.bfloat16()
-    return high, (x - high.float()).bfloat16()
 
 
 class ResizedConv(nn.Module):

@@ -43,7 +43,7 @@ class SplitLinear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
-        self.register_buffer("weight", ops.split_weight(weight.detach()))
+        self.register_buffer("weight", ops.split(weight, 2))
         self.register_buffer("bias", bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:

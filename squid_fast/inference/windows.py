@@ -42,7 +42,7 @@ class WindowMemory(nn.Module):
         elif isinstance(block, MemoryMatrixBlockV3):  # a map is a window, (channel, row, column)
             slots = slots.unflatten(2, (channels, -1)).transpose(2, 3).flatten(2)
             self.grid, self.stacked = (block.num_memory, 1), block.num_memory
-        self.register_buffer("slots", ops.split_slots(slots, dtype), persistent=False)
+        self.register_buffer("slots", ops.split(slots, 3, dtype), persistent=False)
 
     @staticmethod
     def fits(block: nn.Module) -> bool:

@@ -54,6 +54,24 @@ def as_floats(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return images.to(dtype) / 255 if images.dtype == torch.uint8 else images.to(dtype)
 
 
+def split(x: Tensor, parts: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Numbers [parts, ...] of ``dtype`` that add up to those of ``x`` [...], or nearly so.
+
+    Each part is what is left of the ones before it, rounded. In bfloat16, which has the range of
+    float32 and a third of its bits, three parts make up float32 exactly.
+
+    >>> split(torch.tensor([1.0, 1 + 2**-10]), parts=2).float()
+    tensor([[1.0000e+00, 1.0000e+00],
+            [0.0000e+00, 9.7656e-04]])
+    """
+    check_floating("x", x)
+    found, rest = [], x.detach()
+    for _ in range(parts):
+        found.append(rest.to(dtype))
+        rest = rest - found[-1].to(rest.dtype)
+    return torch.stack(found)
+
+
 def shape(x: Tensor) -> str:
     """The shape as errors show it: [2, 3]."""
     return "[" + ", ".join(str(s) for s in x.shape) + "]"

@@ -27,16 +27,6 @@ def _(x, weight, bias):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape[0], weight.shape[1])
 
 
-def split_weight(weight: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Two parts [2, S, T] of a weight [S, T], whose sum it nearly is; for ``split_linear``.
-
-    >>> split_weight(torch.tensor([[1.01]])).float().flatten()
-    tensor([1.0078, 0.0022])
-    """
-    high = weight.to(dtype)
-    return torch.stack([high, (weight - high.to(weight.dtype)).to(dtype)])
-
-
 def split_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``linear(x, weight, bias)`` in float32, by a GPU in three products of half precision.
 
@@ -46,13 +36,14 @@ def split_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
 
     Args:
         x: [..., T], float32.
-        weight: [2, S, T], from ``split_weight``.
+        weight: [2, S, T], from ``split``.
         bias: [S], float32.
 
     Raises:
         ValueError: a shape or dtype does not fit, or a gradient is asked for.
 
-    >>> weight = split_weight(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    >>> from squid_fast.ops import split
+    >>> weight = split(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), parts=2)
     >>> split_linear(torch.tensor([1.0, 10.0]), weight)
     tensor([21., 43.])
     """

@@ -12,24 +12,6 @@ from . import lookup
 from .common import check_floating, check_top_k, kernels, operator, shape, wide
 
 
-def split_slots(memory: Tensor, dtype: torch.dtype = torch.bfloat16, parts: int = 3) -> Tensor:
-    """Numbers [parts, ...] of ``dtype`` that add up to those of ``memory`` [...].
-
-    Each part is what is left of the ones before it, rounded. In bfloat16, which has the range of
-    float32 and a third of its bits, three parts make up float32 exactly.
-
-    >>> split_slots(torch.tensor([1.0, 1 + 2**-10]), parts=2).float()
-    tensor([[1.0000e+00, 1.0000e+00],
-            [0.0000e+00, 9.7656e-04]])
-    """
-    check_floating("memory", memory)
-    found, rest = [], memory.detach()
-    for _ in range(parts):
-        found.append(rest.to(dtype))
-        rest = rest - found[-1].to(rest.dtype)
-    return torch.stack(found)
-
-
 def _window_lookup_cpu(maps: Tensor, slots: Tensor, top_k: int, rows: int, columns: int) -> Tensor:
     """The answers [B, c, H, W], channels-last, of ``rows`` x ``columns`` windows to a map."""
     (B, c, H, W), (_, N, _, C) = maps.shape, slots.shape
@@ -66,8 +48,8 @@ def window_lookup(
 
     Args:
         maps: [B, c, H, W].
-        slots: [parts, N, M, C] of the maps' dtype, which add up to the memories, see
-            ``split_slots``; N is rows * columns, and C a window's numbers in the order (row,
+        slots: [parts, N, M, C] of the maps' dtype, which add up to the memories, see ``split``;
+            N is rows * columns, and C a window's numbers in the order (row,
             column, channel).
         grid: rows and columns of windows, which divide the maps.
 

@@ -28,7 +28,7 @@ def product(
     x, weight = normal(R, T).float(), normal(S, T, seed=1).float()
     added = normal(S, seed=2).float() if bias else None
     expected = x.double() @ weight.double().T + (0 if added is None else added)
-    parts = ops.split_weight(weight, dtype)
+    parts = ops.split(weight, 2, dtype)
     return [None if z is None else z.to(DEVICE) for z in (x, parts, added)], expected
 
 

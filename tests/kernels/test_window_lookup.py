@@ -47,7 +47,7 @@ def assert_right(
     maps: Tensor, memory: Tensor, k: int, grid: tuple[int, int], parts: int = 3
 ) -> Tensor:
     """The answer to half-precision maps is the reference's from the unsplit memory."""
-    slots = ops.split_slots(memory.to(DEVICE), maps.dtype, parts)
+    slots = ops.split(memory.to(DEVICE), parts, maps.dtype)
     answer = ops.window_lookup(maps, slots, k, grid)
     assert answer.dtype == maps.dtype
     assert answer.is_contiguous(memory_format=torch.channels_last)
@@ -116,7 +116,7 @@ def test_split_slots_are_as_good_as_float32() -> None:
     expected = looked_up_windows(maps.cpu().double(), memory.double(), 2, (2, 2))
 
     def answer(parts: int) -> Tensor:
-        slots = ops.split_slots(memory.to(DEVICE), torch.float16, parts)
+        slots = ops.split(memory.to(DEVICE), parts, torch.float16)
         return ops.window_lookup(maps, slots, 2, (2, 2)).cpu()
 
     assert_close(answer(3), expected)
@@ -175,7 +175,7 @@ def weights_of(logits: Tensor, k: int) -> Tensor:
 def test_nan_stays_within_its_window() -> None:
     maps, memory = window_maps(5, 6, 4, 4, 20, (2, 2))
     (maps,) = tensors([maps], torch.float16)
-    slots = ops.split_slots(memory.to(DEVICE), torch.float16)
+    slots = ops.split(memory.to(DEVICE), 3, torch.float16)
     for k in (1, 4):
         clean = ops.window_lookup(maps, slots, k, (2, 2))
         spoilt = maps.clone()

@@ -466,8 +466,8 @@ def operator_samples() -> dict[str, list[tuple]]:
             for channels, P in ((5, 1), (3, 1), (2, 2))
         ],
         "split_linear": [
-            (logits, ops.split_weight(normal(5, 7).float()), None),
-            (logits[::2], ops.split_weight(normal(5, 7).float()), normal(5).float()),
+            (logits, ops.split(normal(5, 7).float(), 2), None),
+            (logits[::2], ops.split(normal(5, 7).float(), 2), normal(5).float()),
         ],
         "stem": [
             (images, kernel, shift, 2, dtype)

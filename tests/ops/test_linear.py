@@ -15,7 +15,7 @@ from tests.tolerances import assert_close
 )
 def test_two_parts_are_the_weight_in_twice_the_bits(dtype: torch.dtype, bound: float) -> None:
     weight = normal(50, 70).float()
-    parts = ops.split_weight(weight, dtype)
+    parts = ops.split(weight, 2, dtype)
     assert parts.dtype == dtype
     high, low = parts.double()
     assert ((high + low - weight).abs() <= bound * weight.abs() + 2**-25).all()
@@ -26,7 +26,7 @@ def test_two_parts_are_the_weight_in_twice_the_bits(dtype: torch.dtype, bound: f
 @pytest.mark.parametrize("shape", [(7,), (3, 7), (2, 5, 7), (0, 7)], ids=str)
 def test_equals_a_linear_layer(shape: tuple[int, ...], wide: torch.dtype) -> None:
     x, weight, bias = normal(*shape).to(wide), normal(4, 7, seed=1), normal(4, seed=2).to(wide)
-    parts = ops.split_weight(weight)
+    parts = ops.split(weight, 2)
     for added in (bias, None):
         expected = x.double() @ weight.T + (0 if added is None else added)
         found = ops.split_linear(x, parts, added)

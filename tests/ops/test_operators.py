@@ -95,7 +95,7 @@ ERRORS: dict[str, Callable[[], Tensor]] = {
     "maps is [2, 4] and slots [2, 4]; they must be [B, c, H, W] and [parts, N, M, C].": (
         lambda: ops.window_lookup(X, X, 1)
     ),
-    "memory is torch.int64": lambda: ops.split_slots(X.long()),
+    "x is torch.int64; a floating-point dtype is": lambda: ops.split(X.long(), 3),
     "slots is torch.bfloat16 and maps torch.float32; they must agree.": (
         lambda: ops.window_lookup(MAP, MAP.bfloat16(), 1)
     ),

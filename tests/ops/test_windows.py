@@ -23,9 +23,7 @@ def test_equals_the_reference(
 ) -> None:
     maps, memory = window_maps(B, c, grid[0] * height, grid[1] * width, M, grid, seed)
     expected = looked_up_windows(maps, memory.double(), min(k, M), grid)
-    answer = ops.window_lookup(
-        maps, ops.split_slots(memory.double(), torch.float64), min(k, M), grid
-    )
+    answer = ops.window_lookup(maps, ops.split(memory.double(), 3, torch.float64), min(k, M), grid)
     assert answer.permute(0, 2, 3, 1).is_contiguous()
     assert_close(answer, expected, floor=1.0)
 
@@ -33,7 +31,7 @@ def test_equals_the_reference(
 def test_bfloat16_is_float32_rounded() -> None:
     maps, memory = window_maps(6, 8, 4, 6, 20, (2, 3))
     maps = maps.bfloat16()
-    answer = ops.window_lookup(maps, ops.split_slots(memory), 4, (2, 3))
+    answer = ops.window_lookup(maps, ops.split(memory, 3), 4, (2, 3))
     exact = looked_up_windows(maps.float(), memory, 4, (2, 3)).bfloat16()
     assert answer.dtype == torch.bfloat16
     assert_close(answer, exact, 2**-8)
@@ -42,12 +40,12 @@ def test_bfloat16_is_float32_rounded() -> None:
 
 def test_three_parts_of_bfloat16_are_float32() -> None:
     x = normal(1000).float() * 10.0 ** torch.linspace(-20, 20, 1000)
-    parts = ops.split_slots(x)
+    parts = ops.split(x, 3)
     assert (parts.shape, parts.dtype) == ((3, 1000), torch.bfloat16)
     assert torch.equal(parts.double().sum(dim=0), x.double())
     assert torch.equal(parts.float().sum(dim=0), x)
     for count, bits in ((1, 8), (2, 16)):
-        left = ops.split_slots(x, parts=count).double().sum(dim=0) - x.double()
+        left = ops.split(x, count).double().sum(dim=0) - x.double()
         assert (left.abs() <= 2.0**-bits * x.double().abs()).all()
 
 
@@ -59,7 +57,7 @@ def test_scores_of_split_slots_rank_as_those_of_float32(C: int) -> None:
     exact = maps.double() @ memory.double().T
 
     def scores(parts: int) -> Tensor:
-        split = ops.split_slots(memory, parts=parts).float()
+        split = ops.split(memory, parts).float()
         return sum((maps.float() @ part.T for part in split), torch.zeros(64, 200))
 
     def error(found: Tensor) -> float:
@@ -86,7 +84,7 @@ def test_nan_stays_within_its_window() -> None:
 def test_compiled_equals_eager() -> None:
     torch.compiler.reset()
     maps, memory = window_maps(3, 2, 4, 4, 10, (2, 2))
-    slots = ops.split_slots(memory)
+    slots = ops.split(memory, 3)
 
     def call(x: Tensor) -> Tensor:
         return ops.window_lookup(x, slots, 4, (2, 2)) + 1
