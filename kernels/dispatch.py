@@ -82,7 +82,6 @@ def _serves(x: Tensor) -> bool:
     return bool(x.numel()) and _runs(x.dtype, x.device)
 
 
-@torch.compiler.assume_constant_result  # where it is asked outside an operator
 def _runs(dtype: torch.dtype, device: torch.device) -> bool:
     # float64 is for checking gradients, where PyTorch is itself the reference.
     if _setting == "off" or dtype not in DTYPES or not _has_triton():
@@ -95,6 +94,10 @@ def _runs(dtype: torch.dtype, device: torch.device) -> bool:
             f"{os.environ.get('TRITON_INTERPRET')!r}; it must be '1' before Triton is imported."
         )
     return _setting == "interpret"
+
+
+# As ``torch.compiler.assume_constant_result`` does, which would import the compiler, for seconds.
+_runs._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def serves_gumbel_shrinkage(logits: Tensor, top_k: int = 1) -> bool:

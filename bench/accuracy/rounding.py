@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from squid_fast import Bundle, Scorer, load_bundle
+from squid_fast import Bundle, Scorer, load_bundle, ops
 from squid_fast.data import ImageSet, find_records
 from squid_fast.inference.calibration import rank_correlation
 from squid_fast.inference.convolution import FoldedConv, fold
@@ -140,9 +140,8 @@ class RoundedUp(nn.Module):
         self.conv = RoundedDoubleConv(up.conv, chosen, output=output)
         self.concat, self.chosen = up.op == "concat", chosen
 
-    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        x = F.interpolate(x, size=skip.shape[-2:], mode="bilinear", align_corners=False)
-        x = rounded(x, "resize", self.chosen)
+    def forward(self, x: Tensor, skip: Tensor, num_patch: int = 1) -> Tensor:
+        x = rounded(ops.upsample_concat(x, num_patch=num_patch), "resize", self.chosen)
         return self.conv(torch.cat([skip, x], dim=1) if self.concat else x)
 
 
