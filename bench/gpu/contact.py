@@ -29,6 +29,8 @@ _SECONDS = 75  # for a case
 _SIDE_BY_SIDE = 8  # cases
 _LOOKUP = {"N": 4, "M": 200, "C": 2048, "k": 5}
 _MAPS = {"N": 4, "C": 512, "side": 4, "layout": "channels_last"}
+_CELLS = {"C": 32, "side": 64, "behind": "nothing"}
+_BEHIND = {"behind": "residual, head"}
 _BOTH, _SLOTS = "forward_backward", "forward_backward_slots"
 _OPERATIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("gumbel_shrinkage", _BOTH, {"N": 4, "M": 200, "k": 5}),
@@ -40,7 +42,26 @@ _OPERATIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("masked_shortcut", _BOTH, _MAPS | {"affine": True}),
     ("neighbourhood_attention", _BOTH, {"N": 4, "C": 2048}),
     ("neighbourhood_attention", _BOTH, {"N": 9, "C": 1024}),
+    ("upsample_concat", _BOTH, {"N": 4, "P": 1, "C": 256, "S": 128, "side": 8}),
+    ("upsample_concat", _BOTH, {"N": 1, "P": 2, "C": 128, "S": 0, "side": 16}),
+    ("batch_norm", _BOTH, {"N": 4, "C": 32, "side": 64, "residual": False}),
+    ("batch_norm", _BOTH, {"N": 4, "C": 32, "side": 64, "residual": True}),
+    ("stem", "forward", {"P": 2, "side": 128, "F": 32, "images": "uint8"}),
+    ("reconstruct", "forward", {"P": 2, "side": 128, "F": 32, "images": "uint8"}),
+    ("window_lookup", "forward", {"N": 4, "c": 256, "side": 8, "grid": 2, "M": 200, "k": 5}),
+    ("window_lookup", "forward", {"N": 4, "c": 128, "side": 16, "grid": 2, "M": 200, "k": 5}),
+    ("cell_convolution", "forward", _CELLS | {"D": 32, "resized": False}),
+    ("cell_convolution", "forward", _CELLS | {"D": 32, "resized": False} | _BEHIND),
+    ("cell_convolution", "forward", _CELLS | {"D": 16, "resized": True}),
+    ("discriminator_score", "forward", {"side": 128, "mode": "instance"}),
+    ("discriminator_score", "forward", {"side": 128, "mode": "running"}),
 )
+# In place of both: kernels of one dtype.
+_DTYPES = {
+    "window_lookup": ("bfloat16",),
+    "cell_convolution": ("bfloat16",),
+    "discriminator_score": ("float32",),
+}
 _TINY = {"B": 2, "M": 20, "C": 64}  # in place of these sizes, where there is no GPU
 
 
@@ -50,7 +71,7 @@ def cases(device: torch.device) -> dict[str, Case]:
     chosen = [
         (operation, direction, dtype, {"B": B} | sizes)
         for operation, direction, sizes in _OPERATIONS
-        for dtype, B in product((bf16, float32), (16, 512))
+        for dtype, B in product(_DTYPES.get(operation, (bf16, float32)), (16, 512))
     ]
     extra = [(bf16, 16, 10_000), (float32, 16, 10_000), (bf16, 4096, 200), ("float16", 512, 200)]
     for dtype, B, M in extra:

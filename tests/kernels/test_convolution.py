@@ -115,7 +115,7 @@ def test_head(residual: bool, convolution_: Convolution) -> None:
         (CELLS, (1, 32, 32, 17, 37)),  # several tiles, the last ones cut off
         (CELLS, (2, 16, 16, 9, 8)),
     ],
-    ids=str,
+    ids=lambda value: value[0] if isinstance(value[0], str) else str(value),
 )
 def test_tiles(convolution_: Convolution, shape: tuple[int, int, int, int, int]) -> None:
     check(convolution_, shape, torch.float16)
