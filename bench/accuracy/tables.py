@@ -145,7 +145,7 @@ def contamination(found: dict[str, Any]) -> str:
 def ways(found: dict[str, Any]) -> str:
     """What ways of scoring on a GPU do to the ranking, by emulation."""
     rows = [
-        [name, f"{row['rank_correlation']:.4f}", f"{row['noise']:.3f}", f"{row['auroc']:.4f}"]
+        [name, f"{row['rank_correlation']:.4f}", f"{row['noise']:.4f}", f"{row['auroc']:.4f}"]
         for name, row in (found["scorers"] | found["ways"]).items()
     ]
     about = found["about"]
@@ -162,11 +162,11 @@ def roundings(found: dict[str, Any]) -> str:
     rows = []
     for name, meaning in ROUNDINGS.items():
         kinds = (found["alone"][name], found["without"][name])
-        cells = [(f"{row['noise']:.3f}", f"{row['rank_correlation']:.4f}") for row in kinds]
+        cells = [(f"{row['noise']:.4f}", f"{row['rank_correlation']:.4f}") for row in kinds]
         rows.append([f"`{name}`: {meaning}", *cells[0], *cells[1]])
     every = found["ways"][PLAIN]
-    rows.append(["all", f"{every['noise']:.3f}", f"{every['rank_correlation']:.4f}", "", ""])
-    head = ["rounding", "alone: noise", "rank correlation", "all others: noise", "rank correlation"]
+    rows.append(["all", f"{every['noise']:.4f}", f"{every['rank_correlation']:.4f}", "", ""])
+    head = ["rounding", "alone: noise", "rank correlation", "all but it: noise", "rank correlation"]
     return table(head, rows)
 
 

@@ -178,4 +178,4 @@ def test_the_results_can_be_resumed_and_shown(
     assert f"| {rounding.PLAIN} |" in tables.TABLES["ways"]()
     assert "`tiny` after epoch 3" in tables.TABLES["ways"]()
     noise = found["alone"]["bias"]["noise"]
-    assert f"| `bias`: {ROUNDINGS['bias']} | {noise:.3f} |" in tables.TABLES["roundings"]()
+    assert f"| `bias`: {ROUNDINGS['bias']} | {noise:.4f} |" in tables.TABLES["roundings"]()
