@@ -58,14 +58,7 @@ def _cudnn_convolution(
 
 
 @_cudnn_convolution.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    residual: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-) -> Tensor:
+def _(x, weight, bias, residual, stride, padding):  # type: ignore[no-untyped-def]
     # PyTorch's own two have no such description, and ``torch.compile`` would call them to find out.
     return F.conv2d(x, weight, bias, stride, padding)
 

@@ -10,10 +10,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..ops.patches import to_image, to_patches
 from ..presets import preset
 from .inpaint import InpaintBlock, check_variant
 from .memory import BLOCKS, describe_shrinkage
-from .unet import Down, InConv, OutConv, Up, to_image, to_patches
+from .unet import Down, InConv, OutConv, Up
 
 MAX_LEVEL = 5
 _log = logging.getLogger("squid_fast")

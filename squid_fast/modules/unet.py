@@ -1,4 +1,4 @@
-"""Encoder, decoder and patches (paper section 3.1), named as in published checkpoints."""
+"""Encoder and decoder (paper section 3.1), named as in published checkpoints."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..ops.patches import to_image as to_image
-from ..ops.patches import to_patches as to_patches
 from .norm import NormSequential
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from squid_fast import PRESETS, SQUID, InpaintBlock, reference
-from squid_fast.modules.unet import to_image, to_patches
+from squid_fast.ops.patches import to_image, to_patches
 from tests.factories import TINY, open_masks
 from tests.modules.published import assert_same_gradients, gradients, published, update_queues
 from tests.tolerances import assert_close, error

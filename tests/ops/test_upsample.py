@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from squid_fast import ops, reference
-from squid_fast.modules.unet import Up, to_patches
+from squid_fast.modules.unet import Up
 from squid_fast.ops import upsample
+from squid_fast.ops.patches import to_patches
 from tests.ops.samples import DTYPES, Resize, normal, resize_inputs, with_gradients
 from tests.tolerances import TOLERANCES, assert_close
 
