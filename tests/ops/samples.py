@@ -202,7 +202,7 @@ def compare_attention(inputs: list[Tensor], heads: int, **how: Any) -> list[Tens
 def norm_inputs(shape: tuple[int, ...], residual: bool = False, seed: int = 0) -> list[Tensor]:
     """A map whose channels have means and spreads of their own, weight, bias, a residual."""
     C = shape[1]
-    spread, middle = normal(C, seed=seed + 1).exp(), 3 * normal(C, seed=seed + 2)
+    spread, middle = (normal(C, seed=seed + 1) / 2).exp(), 3 * normal(C, seed=seed + 2)
     x = normal(*shape, seed=seed) * spread[:, None, None] + middle[:, None, None]
     inputs = [x, *(normal(C, seed=seed + s) for s in (3, 4))]
     return inputs + [normal(*shape, seed=seed + 5)] * residual
