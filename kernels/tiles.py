@@ -119,6 +119,7 @@ def map_at(position, channel, S, stride_b, stride_c, stride_s):
     return (image * stride_b + place * stride_s)[:, None] + channel.to(tl.int64) * stride_c
 
 
+@triton.jit
 def window(maps_ptr, n, stride_h, height, run, across):
     """Where window n of the first map begins, of ``across`` windows beside each other."""
     return maps_ptr + (n // across) * height * stride_h + (n % across) * run

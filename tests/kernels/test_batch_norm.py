@@ -62,7 +62,9 @@ def assert_right(inputs: list[Tensor], slope: float, grad: Tensor) -> list[Tenso
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @residuals
 @layouts
-@pytest.mark.parametrize(("shape", "slope"), zip(SHAPES, [0.0, 0.2, 1.0] * 2, strict=True), ids=str)
+@pytest.mark.parametrize(
+    ("shape", "slope"), [*zip(SHAPES, [0.0, 0.2, 1.0] * 2, strict=True)], ids=str
+)
 def test_equals_the_reference(
     shape: tuple[int, ...], slope: float, layout: Layout, residual: bool, dtype: torch.dtype
 ) -> None:
