@@ -68,10 +68,10 @@ class FrozenGenerator(nn.Module):
         freeze_inpainting(self.inpaint, layout, onednn)
         self.memories = model.memory_blocks
         if dtype == torch.bfloat16 and not onednn:
-            for i, block in enumerate(self.memories):
-                if WindowMemory.fits(block):
+            for i, memory in enumerate(self.memories):
+                if WindowMemory.fits(memory):
                     width = model.config["features_root"] << i
-                    self.memories[i] = WindowMemory(block, width, dtype)
+                    self.memories[i] = WindowMemory(memory, width, dtype)
         self.head = Head(model.out_conv, self.num_patch)
         self.requires_grad_(False)
 
