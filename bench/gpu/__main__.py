@@ -10,7 +10,7 @@ from ..arguments import add_device, add_option, add_output
 from ..measurements import ROOT
 from .trials import Trials
 
-PROGRAMS = ("contact", "levers", "steps", "peers")
+PROGRAMS = ("contact", "levers", "biases", "steps", "peers")
 
 
 def main() -> None:

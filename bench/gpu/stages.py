@@ -114,9 +114,11 @@ def steps_of(stage: str, options: Namespace) -> list[Step]:
             Step("operations: floors", floors, [[*command, "--floors"]]),
             *(Step(f"operations: {name}", share, [[*each[name], *own]]) for name in each),
         ]
-    seconds = {"levers": 180, "peers": 60}.get(stage, 90)
-    limit = ["--seconds", f"{seconds - 5}"]
-    return [Step(stage, seconds, [[*python, "bench.gpu", stage, *common, *limit]])]
+    seconds = {"levers": {"levers": 180, "biases": 45}, "peers": {"peers": 60}}
+    return [
+        Step(program, most, [[*python, "bench.gpu", program, *common, "--seconds", f"{most - 5}"]])
+        for program, most in seconds.get(stage, {stage: 90}).items()
+    ]
 
 
 def rehearsed() -> dict[str, str]:
