@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pytest
@@ -56,12 +56,27 @@ def test_a_bundle_scores_as_it_did(method: str, score: str, files: Path) -> None
     assert_scores_as_then(files / method, method, score)
 
 
+def cancelled_biases(names: Collection[str]) -> set[str]:
+    """Biases in front of a batch norm, and its running means, which count them."""
+    found = set()
+    for name in names:
+        layer, _, last = name.rpartition(".")
+        parent, _, index = layer.rpartition(".")
+        mean = f"{parent}.{int(index) + 1}.running_mean" if index.isdigit() else ""
+        if last == "bias" and mean in names:
+            found |= {name, mean}
+    return found
+
+
 def assert_same_weights(folder: Path, other: Path) -> None:
+    """Of cancelled biases the earlier version trained the rounding noise; now they stay."""
     for path in other.glob("*.safetensors"):
         found, expected = load_file(folder / path.name), load_file(path)
         assert found.keys() == expected.keys()
-        if same_processor():
-            assert all(torch.equal(found[key], value) for key, value in expected.items())
+        moved = cancelled_biases(expected.keys())
+        assert moved
+        for name, value in expected.items() if same_processor() else ():
+            assert_close(found[name], value, 1e-2 if name in moved else 1e-5)
 
 
 def test_a_stopped_run_ends_as_the_earlier_version_ended_it(files: Path) -> None:
