@@ -76,7 +76,8 @@ def assert_same_weights(folder: Path, other: Path) -> None:
         moved = cancelled_biases(expected.keys())
         assert moved
         for name, value in expected.items() if same_processor() else ():
-            assert_close(found[name], value, 1e-2 if name in moved else 1e-5)
+            # 1e-5 is a tenth of a step of Adam, which magnifies the rounding of small gradients.
+            assert_close(found[name], value, 1e-2 if name in moved else 1e-5, floor=1.0)
 
 
 def test_a_stopped_run_ends_as_the_earlier_version_ended_it(files: Path) -> None:
