@@ -135,8 +135,8 @@ class FrozenGenerator(nn.Module):
             patches = self.num_patch if self.combine == deep + 1 else 1
             x = x.contiguous(memory_format=self.layout)
             plain = isinstance(self.memories[deep], nn.Identity)
-            if not deep and plain and isinstance(up, Stage):
-                return up.end(x, skips[deep], patches, self.head, images)
+            if not deep and plain and isinstance(up, Stage) and up.takes_head:
+                return up(x, skips[deep], patches, self.head, images)
             x = up(x, skips[deep], patches)
             if isinstance(self.memories[deep], WindowMemory):
                 x = self.memories[deep](x)

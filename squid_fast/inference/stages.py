@@ -67,19 +67,26 @@ class Stage(nn.Module):
                 self.second = CellConv(second, self.second, dtype)
                 self.third = CellConv(third, self.third, dtype)
 
-    def forward(self, x: Tensor, skip: Tensor | None = None, num_patch: int = 1) -> Tensor:
+    @property
+    def takes_head(self) -> bool:
+        """Whether the head may be computed in the last convolution."""
+        return isinstance(self.third, CellConv)
+
+    def forward(
+        self,
+        x: Tensor,
+        skip: Tensor | None = None,
+        num_patch: int = 1,
+        head: Head | None = None,
+        images: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Maps, or their patches, and the skip to concatenate in front of their channels.
 
-        A ``Stem`` takes images.
+        A ``Stem`` takes images. With a head the result is the head's, for the images given.
         """
         a, b = self._inner(x, skip, num_patch)
-        return self.third(b, a)
-
-    def end(
-        self, x: Tensor, skip: Tensor | None, num_patch: int, head: Head, images: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The same with the head behind it, which then may be part of the last convolution."""
-        a, b = self._inner(x, skip, num_patch)
+        if head is None or images is None:
+            return self.third(b, a)
         if isinstance(self.third, CellConv) and self.third.serves(b) and images.shape[1] == 1:
             return head.compare(self.third(b, a, head.conv), images)
         return head(self.third(b, a), images)

@@ -26,9 +26,11 @@ from bench.operations.problems import WrongResultError as Wrong
 from bench.operations.problems import call_of, function_of, problem
 from bench.operations.roofline import Ceilings, Work
 from bench.operations.verify import verify
-from bench.scoring import threads
+from bench.scoring import stages, threads
+from squid_fast.experiments.benchmark import random_bundle
 from squid_fast.inference.scores import PAPER_SCORE
 from squid_fast.metrics import evaluate
+from squid_fast.presets import PRESETS
 from squid_fast.utils import machine
 from tests.factories import image_set
 
@@ -427,3 +429,11 @@ def test_busy_processes_end_with_the_block(monkeypatch: pytest.MonkeyPatch) -> N
     with threads.busy(2):
         assert [other.poll() for other in started] == [None, None]
     assert all(other.poll() is not None for other in started)
+
+
+def test_every_stage_of_scoring_is_timed() -> None:
+    found = stages.times(random_bundle(PRESETS["small"]), batch=1, rounds=1)
+    names = {"first stage", "in-painting", "head", "everything else", "total"}
+    names |= {f"{part} {i}" for part in ("encoder", "decoder") for i in (1, 2, 3)}
+    assert {"published", "float32"} <= set(found)
+    assert all(names <= set(times) for times in found.values())

@@ -167,8 +167,8 @@ def test_a_stage_of_the_network(side: int | None) -> None:
     images = torch.rand(1, 1, *exact(x).shape[2:])
     with torch.inference_mode():
         assert_close(own(half).cpu(), exact(x))
-        expected = exact.end(x, None, 1, Head(out, 1), images)
-        found = own.end(half, None, 1, Head(out.to(DEVICE), 1), images.to(DEVICE))
+        expected = exact(x, None, 1, Head(out, 1), images)
+        found = own(half, None, 1, Head(out.to(DEVICE), 1), images.to(DEVICE))
         for value, wanted in zip(found, expected, strict=True):
             assert_close(value.cpu(), wanted.cpu(), 4e-3)
         if side is None:  # the resize has a kernel of its own
