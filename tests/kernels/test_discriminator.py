@@ -101,11 +101,10 @@ def test_the_published_discriminator(height: int, width: int, mode: str) -> None
     images = torch.rand(1 if side > 64 else 3, 1, height, width)
     with torch.no_grad():
         exact = copy.deepcopy(discriminator).double().score(images.double(), mode)
-        plain = discriminator.score(images, mode)
         frozen = FrozenDiscriminator(discriminator, mode, fused=True).to(DEVICE)
         found = frozen(images.to(DEVICE)).cpu()
     size = float(discriminator.regressor.weight.detach().norm())
-    assert_close(plain, exact, 5e-6, floor=size)  # PyTorch in float32, and no less exact:
+    # PyTorch in float32 is off by up to 9e-6 on some processors.
     assert_close(found, exact, 5e-6, floor=size)
 
 
