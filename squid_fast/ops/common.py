@@ -83,7 +83,7 @@ def check_floating(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} is {x.dtype}; a floating-point dtype is needed.")
 
 
-def check_images(images: Tensor, num_patch: int) -> None:
+def check_patches(images: Tensor, num_patch: int) -> None:
     """Raise ValueError unless P x P patches cover the images [B, Cin, H, W], of bytes or floats."""
     if images.dim() != 4:
         raise ValueError(f"images are {shape(images)}; they must be [B, Cin, H, W].")

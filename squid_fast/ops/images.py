@@ -11,8 +11,8 @@ from .common import (
     DECOMPOSITIONS,
     as_floats,
     check_floating,
-    check_images,
     check_no_gradient,
+    check_patches,
     kernels,
     operator,
     shape,
@@ -105,7 +105,7 @@ def stem(
     >>> maps.shape, maps.unique()  # in patches of 2 x 2, every pixel has four neighbours and itself
     (torch.Size([4, 1, 2, 2]), tensor([4.]))
     """
-    check_images(images, num_patch)
+    check_patches(images, num_patch)
     if weight.dim() != 4 or weight.shape[1:] != (images.shape[1], 3, 3):
         fitting = f"[F, {images.shape[1]}, 3, 3]"
         raise ValueError(f"weight is {shape(weight)}; {fitting} would fit these images.")
@@ -142,7 +142,7 @@ def reconstruct(
     >>> recon.unique(), errors
     (tensor([0.5000]), tensor([[0.2500, 0.2500, 0.0000, 0.0000]]))
     """
-    check_images(images, num_patch)
+    check_patches(images, num_patch)
     check_floating("x", x)
     (B, Cin, H, W), P = images.shape, num_patch
     sizes = ((B, H, W), (B * P * P, H // P, W // P))
