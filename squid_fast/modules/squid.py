@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..ops.patches import to_image, to_patches
 from ..presets import preset
+from .distillation import distillation_loss
 from .inpaint import InpaintBlock, check_variant
 from .memory import BLOCKS, describe_shrinkage
 from .unet import Down, InConv, OutConv, Up
@@ -139,10 +140,7 @@ class SQUID(nn.Module):
             teacher_recon, features = self._decode(
                 embedding.detach(), skips, self.teacher_ups, self.teacher_out
             )
-            # Both sides of the distillation learn from it: the published loss stops neither.
-            dist_loss = torch.stack(
-                [_mean_squared(s - t) for s, t in zip(student, features, strict=True)]
-            ).sum()
+            dist_loss = distillation_loss(student, features)
         return {
             "recon": recon,
             "patch": to_patches(recon, self.num_patch),
@@ -185,17 +183,6 @@ class SQUID(nn.Module):
         if self.initial_combine is None:
             x = to_image(x, self.num_patch)
         return head(x), features
-
-
-def _mean_squared(difference: Tensor) -> Tensor:
-    """Mean square [], in float32 at least.
-
-    Under autocast ``mse_loss`` would convert whole maps to float32, a tenth of a training step.
-    """
-    if difference.dtype in (torch.float32, torch.float64):
-        return difference.square().mean()
-    norm = torch.linalg.vector_norm(difference, dtype=torch.float32)
-    return norm.square() / difference.numel()
 
 
 def check_images(images: Tensor, config: dict[str, Any], side: int, training: bool = False) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data import ImageSet
 from ..inference import Scorer
@@ -19,6 +19,7 @@ from ..utils.extras import require
 from .distributed import Processes, synchronise_batch_norm
 from .ema import EMA
 from .graphs import Losses
+from .half_weights import HalfWeights
 from .learner import Learner
 from .state import Settings
 from .step import Trainer, make_optimizers
@@ -68,20 +69,25 @@ class SquidLearner(Learner):
             freeze_cancelled_biases(module)
         self.graphs = graphs and device.type == "cuda" and processes.count == 1
         adams = make_optimizers(model, discriminator, settings.recipe, self.graphs)
-        wrapped_generator, generator_optimizer = self.fabric.setup(model, adams[0])
-        wrapped_discriminator, discriminator_optimizer = self.fabric.setup(discriminator, adams[1])
-        self.optimizers = generator_optimizer, discriminator_optimizer
+        calls: list[nn.Module] = [model, discriminator]
+        if settings.precision == "bf16" and processes.count == 1:
+            # Several exchange the gradient of a weight as soon as it is there, not of all at once.
+            calls = [HalfWeights(module) for module in calls]
+        (generator_call, generator_adam), (discriminator_call, discriminator_adam) = (
+            self.fabric.setup(call, adam) for call, adam in zip(calls, adams, strict=True)
+        )
+        self.optimizers = generator_adam, discriminator_adam
         self.modules = {"generator": model, "discriminator": discriminator}
         self.trained_discriminator = discriminator
         if settings.recipe.ema_decay:
             self.ema = EMA(discriminator, settings.recipe.ema_decay)
             self.modules["average"] = self.trained_discriminator = self.ema.module
         self.trained = {"generator": model, "discriminator": self.trained_discriminator}
-        wrapped = wrapped_generator, wrapped_discriminator
         frozen = self._frozen_discriminator if processes.count > 1 else None
         self.trainer = Trainer(
-            *wrapped, self.optimizers, settings.recipe, self.fabric.backward, self.ema, frozen
-        )
+            generator_call, discriminator_call, self.optimizers, settings.recipe,
+            self.fabric.backward, self.ema, frozen,
+        )  # fmt: skip
 
     def step(self, images: Tensor, number: int) -> Losses:
         return self.trainer.step(images.to(memory_format=self.layout), number)
