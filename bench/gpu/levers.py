@@ -52,6 +52,24 @@ def replaced(pieces: Collection[str]) -> Iterator[None]:
         yield
 
 
+def kernels_used(call: Callable[[], object], asked: bool = False) -> list[str]:
+    """The kernels that serve a call or, with ``asked``, that it asks for."""
+    found: dict[str, None] = {}
+
+    def noting(name: str, rule: Callable[..., bool], *arguments: Any, **options: Any) -> bool:
+        serves = rule(*arguments, **options)
+        if serves or asked:
+            found[name] = None
+        return serves
+
+    with ExitStack() as stack:
+        for name in kernel_names():
+            noted = partial(noting, name, getattr(dispatch, _RULE + name))
+            stack.enter_context(patch.object(dispatch, _RULE + name, noted))
+        call()
+    return list(found)
+
+
 class Levers:
     """Timings and scores of the network on the same images."""
 
@@ -73,21 +91,8 @@ class Levers:
     @torch.inference_mode()
     def pieces(self) -> list[str]:
         """Our pieces that the network makes use of; in a rehearsal, that it asks for."""
-        found: dict[str, None] = {}
-
-        def noting(name: str, rule: Callable[..., bool], *arguments: Any, **options: Any) -> bool:
-            serves = rule(*arguments, **options)
-            if serves or self.run.rehearsal:
-                found[name] = None
-            return serves
-
-        with ExitStack() as stack:
-            for name in kernel_names():
-                rule = getattr(dispatch, _RULE + name)
-                noted = partial(noting, name, rule)
-                stack.enter_context(patch.object(dispatch, _RULE + name, noted))
-            self.network()(self.images[: self.large[0]].to(self.device))
-        return [EPILOGUES, *found]
+        images = self.images[: self.large[0]].to(self.device)
+        return [EPILOGUES, *kernels_used(partial(self.network(), images), self.run.rehearsal)]
 
     @torch.inference_mode()
     def rates(self, net: Network, batches: Sequence[int] = ()) -> dict[int, list[float]]:

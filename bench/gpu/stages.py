@@ -2,7 +2,7 @@
 
 - ``contact``: every operation once at published sizes, against float64;
 - ``levers``: where scoring spends its time, and what each piece of ours gives;
-- ``steps``: where training spends its time;
+- ``steps``: where training spends its time, and what each piece of ours gives;
 - ``tests``: the tests that call kernels, on the device;
 - ``networks``: those of scoring and training, CUDA graphs among them;
 - ``peers``: what TF32, bf16 and ``torch.compile`` give to the published way;
@@ -114,10 +114,15 @@ def steps_of(stage: str, options: Namespace) -> list[Step]:
             Step("operations: floors", floors, [[*command, "--floors"]]),
             *(Step(f"operations: {name}", share, [[*each[name], *own]]) for name in each),
         ]
-    seconds = {"levers": {"levers": 180, "biases": 45}, "peers": {"peers": 60}}
+    seconds = {
+        "contact": {"contact": 90},
+        "levers": {"levers": 180, "biases": 45},
+        "steps": {"steps": 120},
+        "peers": {"peers": 60},
+    }
     return [
         Step(program, most, [[*python, "bench.gpu", program, *common, "--seconds", f"{most - 5}"]])
-        for program, most in seconds.get(stage, {stage: 90}).items()
+        for program, most in seconds[stage].items()
     ]
 
 

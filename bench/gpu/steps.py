@@ -1,8 +1,14 @@
-"""Time, memory and kernels of training steps: the published loop and squid_fast, by batch size."""
+"""Time, memory and kernels of training steps: the published loop and squid_fast, by batch size.
+
+At the published batch also with each of our pieces replaced by what PyTorch has: every kernel that
+serves the step, and the weights that are cast at once.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -14,6 +20,7 @@ from squid_fast.experiments.benchmark import compare
 
 from ..scoring import speed
 from . import trials
+from .levers import kernels_used, replaced
 
 _PUBLISHED, _OURS = "published loop", "squid_fast.Trainer"
 
@@ -27,6 +34,11 @@ def compiled(kind: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
         return network
 
     return construct
+
+
+def weights_cast_one_by_one() -> AbstractContextManager[Any]:
+    """Autocast has to cast weights, in steps that are made inside."""
+    return patch.object(speed, "HalfWeights", lambda module: module)
 
 
 def make(run: trials.Trials) -> None:
@@ -58,9 +70,20 @@ def make(run: trials.Trials) -> None:
         run.attempt(f"published, batch {batch}", rate, _PUBLISHED, batch, rounds)
     for batch in of_both:
         run.attempt(f"kernels of two steps, batch {batch}", kernels, batch)
+    *_, published = of_both
+    of_ours = partial(rate, _OURS, published)
+    with weights_cast_one_by_one():
+        run.attempt(f"weights cast one by one, batch {published}", of_ours)
+    step = speed.training(preset, run.device, published)[_OURS][1]
+    for name in kernels_used(step, run.rehearsal):
+        with replaced([name]):
+            run.attempt(f"without {name}, batch {published}", of_ours)
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+        run.attempt(f"cudnn.benchmark, batch {published}", of_ours)
     if not run.rehearsal:  # where compiling would take minutes
         with (
+            weights_cast_one_by_one(),  # the compiler would take them for others at every step
             patch.object(speed, "SQUID", compiled(SQUID)),
             patch.object(speed, "Discriminator", compiled(Discriminator)),
         ):
-            run.attempt("squid_fast, compiled, batch 16", rate, _OURS, 16)
+            run.attempt("squid_fast, compiled, batch 16", of_ours)

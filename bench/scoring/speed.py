@@ -25,6 +25,7 @@ from squid_fast.presets import Preset
 from squid_fast.training import Trainer, make_optimizers
 from squid_fast.training.ema import EMA
 from squid_fast.training.graphs import Losses, StepGraphs
+from squid_fast.training.half_weights import HalfWeights
 from squid_fast.utils.devices import (
     Backend,
     choose_device,
@@ -94,8 +95,9 @@ def _our_step(preset: Preset, images: Tensor) -> Step:
     on_gpu = device.type == "cuda"
     pair = make_optimizers(model, discriminator, recipe, capturable=on_gpu)
     ema = EMA(discriminator, 0.998)
-    trainer = Trainer(model, discriminator, pair, recipe, lambda loss: loss.backward(), ema)
     bf16 = choose_precision("auto", device) == "bf16"
+    called = [HalfWeights(module) if bf16 else module for module in (model, discriminator)]
+    trainer = Trainer(*called, pair, recipe, lambda loss: loss.backward(), ema)
 
     def step(chosen: Tensor, index: int) -> Losses:
         batch = images[chosen].to(memory_format=layout)
