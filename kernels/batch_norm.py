@@ -12,6 +12,10 @@ of the sum would cancel. The launch that merges also moves the running statistic
 not stored: without a residual it follows from x, with one it is that of y, which the next layer
 keeps anyway, and g is written once, being the residual's gradient. No atomics: the same bits every
 time. Maps are seen as [B, C, S], S = H W, either channels-last or contiguous, all of a call alike.
+
+Of small maps bytes do not count, but launches. One program sees all positions of a few channels,
+and does by itself what follows from sums over them: statistics take one launch instead of two, a
+backward one instead of four.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from .card import card_of, on_device, power_of_2
 from .tiles import map_at
 
 MOST_PARTS = 512  # parts of the positions, which one program merges
+FEW = 4096  # positions that one program goes through by itself
 
 # --- device helpers -------------------------------------------------------------------------------
 
@@ -65,21 +70,16 @@ def _through(grad, z, SLOPE: tl.constexpr):
     return grad
 
 
-# --- kernels --------------------------------------------------------------------------------------
-
-
 @triton.jit
-def _batch_norm_statistics_kernel(
-    x_ptr, partial_ptr, positions, S, C, stride_b, stride_c, stride_s, steps,
+def _moments(
+    x_ptr, first, channel, positions, S, C, stride_b, stride_c, stride_s, steps,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """x: [B, C, S] float32, bfloat16 or float16. partial: float32 [2, parts, C], mean and M2.
+    """Mean and M2 [1, BLOCK_C] of ``steps`` tiles of positions, ``first`` [BLOCK_S] the first.
 
-    positions: B S, of which a part is ``steps`` tiles. Every place of the tile has a mean and an M2
-    of its own (Welford 1962), so that nothing is summed across threads before the end.
+    Every place of the tile has a mean and an M2 of its own (Welford 1962), so that nothing is
+    summed across threads before the end.
     """
-    first = tl.program_id(0) * steps * BLOCK_S + tl.arange(0, BLOCK_S)
-    channel = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
     mean = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
     m2 = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
     for step in range(steps):
@@ -92,33 +92,21 @@ def _batch_norm_statistics_kernel(
         m2 += change * (x - mean)
     # What lies inside comes first, so a place has seen either every step or all but its last ones.
     seen = tl.minimum(tl.maximum(tl.cdiv(positions - first, BLOCK_S), 0), steps)
-    mean, m2 = _merge(seen.to(tl.float32)[:, None], mean, m2)
-    to_mean = tl.program_id(0).to(tl.int64) * C + channel
-    to_m2 = to_mean + tl.num_programs(0).to(tl.int64) * C
-    tl.store(partial_ptr + to_mean, mean, mask=channel < C)
-    tl.store(partial_ptr + to_m2, m2, mask=channel < C)
+    return _merge(seen.to(tl.float32)[:, None], mean, m2)
 
 
 @triton.jit
-def _batch_norm_merge_kernel(
-    partial_ptr, shift_ptr, mean_ptr, rstd_ptr,
-    running_mean_ptr, running_var_ptr, tracked_ptr, positions, per_part, parts, C,
-    EPS: tl.constexpr, MOMENTUM: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+def _finish(
+    mean, m2, block, channel, positions, C,
+    shift_ptr, mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, tracked_ptr,
+    EPS: tl.constexpr, MOMENTUM: tl.constexpr,
 ):  # fmt: skip
-    """partial: float32 [2, parts, C], mean and M2 of ``per_part`` positions, the last of the rest.
+    """Write the statistics and move the running ones, given mean and M2 of all positions.
 
     shift, or None, mean, rstd, running_mean, running_var, or None: float32 [C]. tracked: int64 [],
-    counted up here; not with MOMENTUM None, where it must include this batch already, since every
-    program reads it.
+    counted up by the first block of channels; not with MOMENTUM None, where it must include this
+    batch already, since every program reads it.
     """
-    part = tl.arange(0, BLOCK_P)[:, None]
-    channel = (tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
-    inside = (part < parts) & (channel < C)  # [BLOCK_P, BLOCK_C]
-    at = part * C + channel
-    count = tl.minimum(tl.maximum(positions - part * per_part, 0), per_part).to(tl.float32)
-    mean = tl.load(partial_ptr + at, mask=inside, other=0.0)
-    m2 = tl.load(partial_ptr + parts * C + at, mask=inside, other=0.0)
-    mean, m2 = _merge(count, mean, m2)
     tl.store(mean_ptr + channel, mean, mask=channel < C)
     tl.store(rstd_ptr + channel, 1.0 / tl.sqrt(m2 / positions + EPS), mask=channel < C)
     if running_mean_ptr is not None:
@@ -131,12 +119,93 @@ def _batch_norm_merge_kernel(
             share = 1.0 / tracked.to(tl.float32)
         else:
             share = MOMENTUM
-            if tl.program_id(0) == 0:
+            if block == 0:
                 tl.store(tracked_ptr, tracked + 1)
         running_mean += share * (mean - running_mean)
         running_var += share * (m2 / (positions - 1) - running_var)
         tl.store(running_mean_ptr + channel, running_mean, mask=channel < C)
         tl.store(running_var_ptr + channel, running_var, mask=channel < C)
+
+
+@triton.jit
+def _behind_statistics(
+    grad_ptr, x_ptr, y_ptr, at, inside, mean, scale, bias, SLOPE: tl.constexpr
+):  # fmt: skip
+    """g and x - mean of a tile; the sign of y is that of ``y_ptr`` or follows from x."""
+    g = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    centred = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) - mean
+    if y_ptr is None:
+        g = _through(g, centred * scale + bias, SLOPE)
+    else:
+        y = tl.load(y_ptr + at, mask=inside, other=0.0)
+        g = _through(g, y.to(tl.float32), SLOPE)
+    return g, centred
+
+
+@triton.jit
+def _input_gradient(g, centred, scale, rstd, sum_g, sum_g_normed, positions):
+    """The gradient of x, in float32, given sums over all positions."""
+    share = 1.0 / positions
+    return scale * (g - sum_g * share - centred * (rstd * (sum_g_normed * share)))
+
+
+# --- kernels --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _batch_norm_statistics_kernel(
+    x_ptr, partial_ptr, shift_ptr, mean_ptr, rstd_ptr,
+    running_mean_ptr, running_var_ptr, tracked_ptr,
+    positions, S, C, stride_b, stride_c, stride_s, steps,
+    EPS: tl.constexpr, MOMENTUM: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """x: [B, C, S] float32, bfloat16 or float16. partial: float32 [2, parts, C], mean and M2.
+
+    positions: B S, of which a part is ``steps`` tiles. With partial None the only part is all, and
+    its statistics are written; the other pointers are those of ``_finish``.
+    """
+    first = tl.program_id(0) * steps * BLOCK_S + tl.arange(0, BLOCK_S)
+    channel = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
+    mean, m2 = _moments(
+        x_ptr, first, channel, positions, S, C, stride_b, stride_c, stride_s, steps,
+        BLOCK_S, BLOCK_C,
+    )  # fmt: skip
+    if partial_ptr is None:
+        _finish(
+            mean, m2, tl.program_id(1), channel, positions, C,
+            shift_ptr, mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, tracked_ptr,
+            EPS, MOMENTUM,
+        )  # fmt: skip
+    else:
+        to_mean = tl.program_id(0).to(tl.int64) * C + channel
+        to_m2 = to_mean + tl.num_programs(0).to(tl.int64) * C
+        tl.store(partial_ptr + to_mean, mean, mask=channel < C)
+        tl.store(partial_ptr + to_m2, m2, mask=channel < C)
+
+
+@triton.jit
+def _batch_norm_merge_kernel(
+    partial_ptr, shift_ptr, mean_ptr, rstd_ptr,
+    running_mean_ptr, running_var_ptr, tracked_ptr, positions, per_part, parts, C,
+    EPS: tl.constexpr, MOMENTUM: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """partial: float32 [2, parts, C], mean and M2 of ``per_part`` positions, the last of the rest.
+
+    The other pointers are those of ``_finish``.
+    """
+    part = tl.arange(0, BLOCK_P)[:, None]
+    channel = (tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
+    inside = (part < parts) & (channel < C)  # [BLOCK_P, BLOCK_C]
+    at = part * C + channel
+    count = tl.minimum(tl.maximum(positions - part * per_part, 0), per_part).to(tl.float32)
+    mean = tl.load(partial_ptr + at, mask=inside, other=0.0)
+    m2 = tl.load(partial_ptr + parts * C + at, mask=inside, other=0.0)
+    mean, m2 = _merge(count, mean, m2)
+    _finish(
+        mean, m2, tl.program_id(0), channel, positions, C,
+        shift_ptr, mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, tracked_ptr,
+        EPS, MOMENTUM,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -164,15 +233,16 @@ def _batch_norm_forward_kernel(
 
 @triton.jit
 def _batch_norm_backward_sums_kernel(
-    grad_ptr, x_ptr, y_ptr, grad_residual_ptr, partial_ptr,
+    grad_ptr, x_ptr, y_ptr, grad_residual_ptr, grad_x_ptr, sums_g_ptr, sums_g_normed_ptr,
     mean_ptr, rstd_ptr, weight_ptr, bias_ptr,
     positions, S, C, stride_b, stride_c, stride_s, steps,
     SLOPE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Sums of g and of g normed over a part of the positions, into partial [2, parts, C].
+    """Sums of g and of g normed over a part of the positions, float32 [parts, C] each.
 
-    grad, x, y, grad_residual: [B, C, S] of one dtype, as in the forward; y and grad_residual are
-    None where nothing was added. mean, rstd, weight, bias, partial: float32.
+    grad, x, y, grad_residual, grad_x: [B, C, S] of one dtype, as in the forward; y and
+    grad_residual are None where nothing was added. With grad_x the only part is all, and that is
+    written too; else it is None. mean, rstd, weight, bias: float32 [C].
     """
     first = tl.program_id(0) * steps * BLOCK_S + tl.arange(0, BLOCK_S)
     channel = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
@@ -180,26 +250,33 @@ def _batch_norm_backward_sums_kernel(
     scale = rstd * _of_channels(weight_ptr, channel, C)
     bias = _of_channels(bias_ptr, channel, C)
     sum_g = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
-    sum_g_normed = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
+    sum_g_centred = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
     for step in range(steps):
         position = first + step * BLOCK_S
         inside = (position < positions)[:, None] & (channel < C)  # [BLOCK_S, BLOCK_C]
         at = map_at(position, channel, S, stride_b, stride_c, stride_s)
-        g = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        x = tl.load(x_ptr + at, mask=inside, other=0.0)
-        centred = x.to(tl.float32) - mean
-        if y_ptr is None:
-            g = _through(g, centred * scale + bias, SLOPE)
-        else:
-            y = tl.load(y_ptr + at, mask=inside, other=0.0)
-            g = _through(g, y.to(tl.float32), SLOPE)
-            tl.store(grad_residual_ptr + at, g.to(x.dtype), mask=inside)
+        g, centred = _behind_statistics(
+            grad_ptr, x_ptr, y_ptr, at, inside, mean, scale, bias, SLOPE
+        )  # fmt: skip
+        if y_ptr is not None:
+            tl.store(grad_residual_ptr + at, g, mask=inside)
         sum_g += g
-        sum_g_normed += g * (centred * rstd)
-    to_g = tl.program_id(0).to(tl.int64) * C + channel
-    to_g_normed = to_g + tl.num_programs(0).to(tl.int64) * C
-    tl.store(partial_ptr + to_g, tl.sum(sum_g, axis=0)[None, :], mask=channel < C)
-    tl.store(partial_ptr + to_g_normed, tl.sum(sum_g_normed, axis=0)[None, :], mask=channel < C)
+        sum_g_centred += g * centred
+    all_g = tl.sum(sum_g, axis=0)[None, :]
+    all_g_normed = tl.sum(sum_g_centred, axis=0)[None, :] * rstd
+    to = tl.program_id(0).to(tl.int64) * C + channel
+    tl.store(sums_g_ptr + to, all_g, mask=channel < C)
+    tl.store(sums_g_normed_ptr + to, all_g_normed, mask=channel < C)
+    if grad_x_ptr is not None:
+        for step in range(steps):
+            position = first + step * BLOCK_S
+            inside = (position < positions)[:, None] & (channel < C)
+            at = map_at(position, channel, S, stride_b, stride_c, stride_s)
+            g, centred = _behind_statistics(
+                grad_ptr, x_ptr, y_ptr, at, inside, mean, scale, bias, SLOPE
+            )  # fmt: skip
+            grad_x = _input_gradient(g, centred, scale, rstd, all_g, all_g_normed, positions)
+            tl.store(grad_x_ptr + at, grad_x, mask=inside)
 
 
 @triton.jit
@@ -217,17 +294,14 @@ def _batch_norm_backward_kernel(
     channel = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
     inside = (position < positions)[:, None] & (channel < C)  # [BLOCK_S, BLOCK_C]
     at = map_at(position, channel, S, stride_b, stride_c, stride_s)
-    g = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    x = tl.load(x_ptr + at, mask=inside, other=0.0)
-    rstd = _of_channels(rstd_ptr, channel, C)
+    mean, rstd = _of_channels(mean_ptr, channel, C), _of_channels(rstd_ptr, channel, C)
     scale = rstd * _of_channels(weight_ptr, channel, C)
-    centred = x.to(tl.float32) - _of_channels(mean_ptr, channel, C)
-    g = _through(g, centred * scale + _of_channels(bias_ptr, channel, C), SLOPE)
-    share = 1.0 / positions
-    mean_g = _of_channels(sum_g_ptr, channel, C) * share
-    mean_g_normed = _of_channels(sum_g_normed_ptr, channel, C) * share
-    grad_x = scale * (g - mean_g - centred * (rstd * mean_g_normed))
-    tl.store(grad_x_ptr + at, grad_x.to(x.dtype), mask=inside)
+    bias = _of_channels(bias_ptr, channel, C)
+    g, centred = _behind_statistics(grad_ptr, x_ptr, None, at, inside, mean, scale, bias, SLOPE)
+    sum_g = _of_channels(sum_g_ptr, channel, C)
+    sum_g_normed = _of_channels(sum_g_normed_ptr, channel, C)
+    grad_x = _input_gradient(g, centred, scale, rstd, sum_g, sum_g_normed, positions)
+    tl.store(grad_x_ptr + at, grad_x, mask=inside)
 
 
 # --- configuration and launchers ------------------------------------------------------------------
@@ -244,17 +318,30 @@ class Config:
     num_warps: int = 4
 
     @staticmethod
-    def choose(x: Tensor, largest: int = 4096) -> Config:
-        """For a map [B, C, S] and tiles of at most so many elements."""
+    def choose(x: Tensor, per_thread: int = 32) -> Config:
+        """For a map [B, C, S] and tiles of at most so many elements a thread."""
         B, C, S = x.shape
         # As in the masked shortcut: 32 elements a thread, and whole cache lines along either axis.
         block_c = min(power_of_2(C), 64)
-        block_s = min(power_of_2(B * S), largest // block_c)
+        block_s = min(power_of_2(B * S), 128 * per_thread // block_c)
         tiles, blocks_c = triton.cdiv(B * S, block_s), triton.cdiv(C, block_c)
         # Four programs a multiprocessor have enough loads in flight; more would be more to merge.
         wanted = max(4 * card_of(x).multiprocessors // blocks_c, 1)
         steps = triton.cdiv(tiles, min(wanted, MOST_PARTS))
         return Config(block_s, block_c, triton.cdiv(tiles, steps), steps)
+
+    @staticmethod
+    def of_sums(x: Tensor, per_thread: int = 32) -> Config:
+        """For sums over all positions, which are one part where they are few."""
+        B, C, S = x.shape
+        if B * S > FEW:
+            return Config.choose(x, per_thread)
+        # Eight channels of half precision are one load of a thread. A tile of 512 threads keeps
+        # 32 KB of them in flight, and few tiles one after the other are soon through.
+        block_c = min(power_of_2(C), 8)
+        block_s = min(power_of_2(B * S), 512 * per_thread // block_c)
+        warps = max(block_s * block_c // (32 * per_thread), 1)
+        return Config(block_s, block_c, 1, triton.cdiv(B * S, block_s), warps)
 
 
 def layout_of(x: Tensor) -> torch.memory_format:
@@ -283,26 +370,29 @@ def statistics(
     """Mean and 1 / sqrt(variance + eps) [C] of ``x`` [B, C, H, W]; moves the running statistics."""
     flat = _flat(x, layout_of(x))
     B, C, S = flat.shape
-    config = Config.choose(flat)
-    partial = torch.empty(2, config.parts, C, dtype=torch.float32, device=x.device)
-    mean, rstd = partial.new_empty(C), partial.new_empty(C)
-    # Each program reads all parts of a few channels: 32 numbers a thread at most.
-    block_p = power_of_2(config.parts)
-    block_c = min(power_of_2(C), max(4096 // block_p, 1), 16)
+    config = Config.of_sums(flat)
+    mean = torch.empty(C, dtype=torch.float32, device=x.device)
+    rstd = torch.empty_like(mean)
+    partial = mean.new_empty(2, config.parts, C) if config.parts > 1 else None
     if num_batches_tracked is not None and momentum is None:
         num_batches_tracked.add_(1)
+    written = shift, mean, rstd, running_mean, running_var, num_batches_tracked
     with on_device(x):
         grid = config.parts, triton.cdiv(C, config.block_c)
         _batch_norm_statistics_kernel[grid](
-            flat, partial, B * S, S, C, *flat.stride(), config.steps,
+            flat, partial, *written, B * S, S, C, *flat.stride(), config.steps,
+            EPS=eps, MOMENTUM=momentum,
             BLOCK_S=config.block_s, BLOCK_C=config.block_c, num_warps=config.num_warps,
         )  # fmt: skip
-        _batch_norm_merge_kernel[(triton.cdiv(C, block_c),)](
-            partial, shift, mean, rstd, running_mean, running_var, num_batches_tracked,
-            B * S, config.steps * config.block_s, config.parts, C,
-            EPS=eps, MOMENTUM=momentum, BLOCK_P=block_p, BLOCK_C=block_c,
-            num_warps=config.num_warps,
-        )  # fmt: skip
+        if partial is not None:
+            # Each program reads all parts of a few channels: 32 numbers a thread at most.
+            block_p = power_of_2(config.parts)
+            block_c = min(power_of_2(C), max(4096 // block_p, 1), 16)
+            _batch_norm_merge_kernel[(triton.cdiv(C, block_c),)](
+                partial, *written, B * S, config.steps * config.block_s, config.parts, C,
+                EPS=eps, MOMENTUM=momentum, BLOCK_P=block_p, BLOCK_C=block_c,
+                num_warps=config.num_warps,
+            )  # fmt: skip
     return mean, rstd
 
 
@@ -347,19 +437,23 @@ def backward(
     grad_residual = grad.new_empty(0) if y is None else _empty(x, layout)
     g, flat = _flat(grad, layout), _flat(x, layout)
     B, C, S = flat.shape
-    # Three maps, or two and two sums, share the registers: with 4096 elements they spill.
-    config = Config.choose(flat, largest=2048)
-    partial = mean.new_empty(2, config.parts, C)
+    # Three maps, or two and two sums, share the registers: with 32 elements a thread they spill.
+    config = Config.of_sums(flat, per_thread=16)
+    sums_g, sums_g_normed = mean.new_empty(config.parts, C), mean.new_empty(config.parts, C)
     sizes = B * S, S, C, *flat.stride()
     vectors = mean, rstd, weight.contiguous(), bias.contiguous()
+    added = (None, None) if y is None else (_flat(y, layout), grad_residual)
+    whole = config.parts == 1
     with on_device(x):
         grid = config.parts, triton.cdiv(C, config.block_c)
         _batch_norm_backward_sums_kernel[grid](
-            g, flat, None if y is None else _flat(y, layout), None if y is None else grad_residual,
-            partial, *vectors, *sizes, config.steps, SLOPE=negative_slope,
+            g, flat, *added, grad_x if whole else None, sums_g, sums_g_normed,
+            *vectors, *sizes, config.steps, SLOPE=negative_slope,
             BLOCK_S=config.block_s, BLOCK_C=config.block_c, num_warps=config.num_warps,
         )  # fmt: skip
-        sum_g, sum_g_normed = partial[0].sum(0), partial[1].sum(0)
+        if whole:
+            return grad_x, sums_g_normed[0], sums_g[0], grad_residual
+        sum_g, sum_g_normed = sums_g.sum(0), sums_g_normed.sum(0)
         if y is not None:  # the activation is behind us
             g, negative_slope = grad_residual, 1.0
         grid = triton.cdiv(B * S, config.block_s), triton.cdiv(C, config.block_c)

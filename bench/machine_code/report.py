@@ -81,7 +81,7 @@ def hardest(launches: dict[Launch, list[str]]) -> dict[Launch, list[str]]:
 
     A configuration is what tile, dtypes, warps, stages and the like make up. Within it, counts and
     switches add code, and unaligned sizes make addresses more work: the launch with most of the
-    former, then most of the latter, needs most registers.
+    former, then most of the latter, needs most registers. A size of 1 is a constant.
     """
     groups: dict[str, list[tuple[tuple[float, int], Launch]]] = {}
     for launch in launches:
@@ -96,7 +96,7 @@ def hardest(launches: dict[Launch, list[str]]) -> dict[Launch, list[str]]:
             for name, kind in arguments.items()
             if kind[0] == "*" or kind == "None" or "stride" in name
         }
-        unaligned = sum(not kind.endswith(":16") for kind in arguments.values())
+        unaligned = sum(kind != "1" and not kind.endswith(":16") for kind in arguments.values())
         hardness = (sum(counts), unaligned)
         groups.setdefault(json.dumps(row), []).append((hardness, launch))
     chosen = {}

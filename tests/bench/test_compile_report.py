@@ -17,6 +17,7 @@ pytest.importorskip("rich")
 
 import triton
 
+from bench.machine_code import report
 from bench.machine_code.report import file_name, problems
 
 ROOT = Path(__file__).parents[2]
@@ -176,6 +177,18 @@ def test_nothing_compiled_is_no_success(
     done = run("-m", "bench", "machine-code", *options, **environment)
     assert done.returncode == 1
     assert says in done.stdout + done.stderr
+
+
+def test_of_sizes_the_unaligned_are_hardest_and_one_is_easy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def described(steps: str) -> dict[str, Any]:
+        arguments = {"x_ptr": "*bf16:16", "steps": steps}
+        return {"constants": {"BLOCK_S": 32}, "arguments": arguments}
+
+    monkeypatch.setattr(report, "describe", described)
+    chosen = report.hardest({"1": ["small"], "i32": ["odd"], "i32:16": ["even"]})  # type: ignore[dict-item]
+    assert chosen == {"i32": ["odd", "small", "even"]}
 
 
 def test_each_triton_has_a_report_of_its_own() -> None:
