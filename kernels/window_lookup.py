@@ -73,7 +73,7 @@ def _window_scores_forward_kernel(
         for part in tl.static_range(PARTS):
             part_ptr = slots_ptr + part * stride_part + row * run
             slots = tl.load(part_ptr + at, mask=inside[:, None], other=0.0)
-            rest = x
+            rest = x  # of float32, the parts i with i + part < PARTS
             for _ in tl.static_range(PARTS - part if x.dtype == tl.float32 else 1):
                 piece = rest.to(slots.dtype)
                 total = tl.dot(piece, slots, total)

@@ -59,8 +59,8 @@ def window_lookup(
     Args:
         maps: [B, c, H, W].
         slots: [parts, N, M, C] which add up to the memories, see ``split``: of the maps' dtype, or
-            of half precision for maps in float32. N is rows * columns, and C a window's numbers in
-            the order (row, column, channel).
+            of half precision for maps in float32, which a GPU splits into as many parts. N is
+            rows * columns, and C a window's numbers in the order (row, column, channel).
         grid: rows and columns of windows, which divide the maps.
         values: [N, M, V], what is summed in place of the slots, in float32, or in float64 like the
             maps.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -252,11 +253,12 @@ def test_the_rules(served: bool, changes: dict[str, Any], monkeypatch: pytest.Mo
 
 
 def test_the_published_windows_fill_the_card() -> None:
-    for gpu in (card.A100, card.H100):
-        for images, (height, run) in [(i, w) for i in (1, 16, 256) for w in [(4, 1024), (8, 1024)]]:
-            B, N, M = 4 * images, 4, 200
-            config = window_lookup.Config.choose(B, N, M, height, run, 3, 2, gpu)
-            programs = -(-B // config.block_b) * N * config.splits
+    # The decoder's windows, four maps to an image, and the queue's in float32.
+    for B, height, run, size in [(4, 4, 1024, 2), (4, 8, 1024, 2), (1, 1, 2048, 4)]:
+        for gpu, images in product((card.A100, card.H100), (1, 16, 256)):
+            N, M = 4, 200
+            config = window_lookup.Config.choose(B * images, N, M, height, run, 3, size, gpu)
+            programs = -(-B * images // config.block_b) * N * config.splits
             rounds = math.ceil(programs / gpu.multiprocessors)
             assert programs >= 0.8 * rounds * gpu.multiprocessors
 
