@@ -124,11 +124,11 @@ def serves_memory_lookup(query: Tensor, num_slots: int, mode: str, top_k: int) -
 def serves_window_lookup(maps: Tensor, slots: Tensor, top_k: int) -> bool:
     """Whether kernels look up windows of these maps [B, c, H, W] in slots [parts, N, M, C].
 
-    In half precision, which is what the products of split slots are for. All scores are written
-    before any is selected, so that many slots are better sought by ``memory_lookup``. Addresses
-    within 128 maps, and within the slots, are counted in 31 bits.
+    Slots in half precision, which is what they are split for; maps too, or in float32. All scores
+    are written before any is selected, so that many slots are better sought by ``memory_lookup``.
+    Addresses within 128 maps, and within the slots, are counted in 31 bits.
     """
-    half = maps.dtype != torch.float32 and slots.dtype == maps.dtype
+    half = slots.dtype != torch.float32 and maps.dtype in (slots.dtype, torch.float32)
     few = slots.shape[2] <= LARGEST_SCORED and top_k <= LARGEST_TOP_K
     small = maps.shape[1:].numel() < 2**24 and slots.numel() < 2**31
     return _serves(maps) and half and few and small

@@ -9,6 +9,10 @@ in float32. They are split once into ``parts`` of half precision which add up to
 map has 8 bits in bfloat16, one of a slot 24 or three times 8, and three products of bfloat16 on the
 matrix units, added up in float32, are all that a product in float32 would be.
 
+Maps in float32, such as the features that the in-painting's queue is asked about, are split into as
+many parts in registers. Of the nine products of three parts with three, six are taken: the others
+are smaller than the last bit of a product in float32.
+
 A block of maps meets all slots, which are what is read most: with 128 maps to a program, each part
 is read by few programs. Sums are split over the width until the card is full. ``kept_slots`` adds
 them up, selects, and sums the slots kept.
@@ -41,10 +45,10 @@ def _window_scores_forward_kernel(
 ):  # fmt: skip
     """A block of maps against a block of slots. Grid: (map blocks, slot blocks * splits, N).
 
-    maps [B, H, W, c], the last two dense, and slots [PARTS, N, M, C], the last dense, bfloat16 or
-    float16; scores [splits, N, B, width] contiguous float32, without meaning beyond M. Windows have
-    ``height`` rows of ``run`` numbers, C = height * run. Split s sums over the ``steps`` steps from
-    s * ``steps`` on.
+    slots [PARTS, N, M, C], the last dense, bfloat16 or float16; maps [B, H, W, c], the last two
+    dense, of the same dtype or float32; scores [splits, N, B, width] contiguous float32, without
+    meaning beyond M. Windows have ``height`` rows of ``run`` numbers, C = height * run. Split s
+    sums over the ``steps`` steps from s * ``steps`` on.
 
     What 8 warps can multiply at once leaves few registers for addresses: they are 32 bits from
     where the block begins, and beyond its last map or slot that one is read again, without a mask.
@@ -68,7 +72,12 @@ def _window_scores_forward_kernel(
         at = columns[:, None] + tl.minimum(m, M - 1)[None, :] * stride_m
         for part in tl.static_range(PARTS):
             part_ptr = slots_ptr + part * stride_part + row * run
-            total = tl.dot(x, tl.load(part_ptr + at, mask=inside[:, None], other=0.0), total)
+            slots = tl.load(part_ptr + at, mask=inside[:, None], other=0.0)
+            rest = x  # of float32, the parts i with i + part < PARTS
+            for _ in tl.static_range(PARTS - part if x.dtype == tl.float32 else 1):
+                piece = rest.to(slots.dtype)
+                total = tl.dot(piece, slots, total)
+                rest -= piece
 
     mask = (b < left)[:, None] & (m < width)[None, :]
     scores_ptr += ((split.to(tl.int64) * N + n) * B + first) * width
@@ -91,14 +100,19 @@ class Config:
 
     @staticmethod
     @lru_cache(maxsize=1024)
-    def choose(B: int, N: int, M: int, height: int, run: int, parts: int, card: Card) -> Config:
+    def choose(
+        B: int, N: int, M: int, height: int, run: int, parts: int, element_size: int, card: Card
+    ) -> Config:
         # 200 slots in one tile, so that maps are read once; 128 maps by 256 slots are 128 registers
         # of a thread of 8 warps.
         block_m = min(max(power_of_2(M), 16), 256)
         block_b = min(max(power_of_2(B), 16), 128)
-        # The parts of the slots fill the shared memory: 32 columns of 256 slots are 48 KB.
-        block_c = min(max(power_of_2(run), 16), 32)
-        stage = (block_b + parts * block_m) * block_c * 2
+        # The parts of the slots fill the shared memory: 32 columns of 256 slots are 48 KB. Of maps
+        # in float32 the parts are in registers, of which warpgroups leave enough.
+        warpgroups = card.arch == "sm_90" and block_b >= 64
+        crowded = element_size == 4 and block_b > 16 and not (warpgroups or card.is_amd)
+        block_c = min(max(power_of_2(run), 16), 16 if crowded else 32)
+        stage = (block_b * element_size + parts * block_m * 2) * block_c
         stages = min(max(card.shared_memory // stage, 2), 2 if card.is_amd else 4)
         steps = height * triton.cdiv(run, block_c)
         programs = triton.cdiv(B, block_b) * triton.cdiv(M, block_m) * N
@@ -114,15 +128,19 @@ class Config:
         return Config(block_b, block_m, block_c, splits, warps, stages)
 
 
-def forward(maps: Tensor, slots: Tensor, top_k: int, rows: int, columns: int) -> Tensor:
-    """Answers [B, c, H, W], channels-last, of ``rows`` x ``columns`` windows to a map."""
+def forward(
+    maps: Tensor, slots: Tensor, values: Tensor | None, top_k: int, rows: int, columns: int
+) -> Tensor:
+    """Answers [B, c, H, W], channels-last, of ``rows`` x ``columns`` windows to a map.
+
+    With values [N, M, V], their sums [B, N, V].
+    """
     (B, c, H, W), (parts, N, M, _) = maps.shape, slots.shape
     x, slots = maps.permute(0, 2, 3, 1), slots.contiguous()
     if x.stride()[2:] != (c, 1) or x.stride(0) >= 2**24:
         x = x.contiguous()
-    answer = torch.empty_like(x, memory_format=torch.contiguous_format)
     height, run = H // rows, W // columns * c
-    config = Config.choose(B, N, M, height, run, parts, card_of(maps))
+    config = Config.choose(B, N, M, height, run, parts, maps.element_size(), card_of(maps))
     width = triton.cdiv(M, 16) * 16  # rows of scores that begin at 64 bytes are stored in fours
     scores = maps.new_empty((config.splits, N, B, width), dtype=torch.float32)
     blocks_m = triton.cdiv(M, config.block_m)
@@ -135,6 +153,12 @@ def forward(maps: Tensor, slots: Tensor, top_k: int, rows: int, columns: int) ->
             BLOCK_B=config.block_b, BLOCK_M=config.block_m, BLOCK_C=config.block_c,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
-        # Two parts are 16 bits at least, twice as many as the answer is rounded to.
-        answer_from_kept(scores, slots[:2], top_k, answer, rows, columns)
+        if values is not None:
+            sums = values.new_empty(B, N, values.shape[2])
+            answer_from_kept(scores, values.contiguous()[None], top_k, sums[:, None], 1, N)
+            return sums
+        answer = torch.empty_like(x, memory_format=torch.contiguous_format)
+        # In half precision two parts suffice: 16 bits at least, twice as many as an answer has.
+        summed = slots if maps.dtype == torch.float32 else slots[:2]
+        answer_from_kept(scores, summed, top_k, answer, rows, columns)
     return answer.permute(0, 3, 1, 2)

@@ -50,6 +50,8 @@ _OPERATIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("reconstruct", "forward", {"P": 2, "side": 128, "F": 32, "images": "uint8"}),
     ("window_lookup", "forward", {"N": 4, "c": 256, "side": 8, "grid": 2, "M": 200, "k": 5}),
     ("window_lookup", "forward", {"N": 4, "c": 128, "side": 16, "grid": 2, "M": 200, "k": 5}),
+    ("queue_lookup", "forward", _LOOKUP),
+    ("split_linear", "forward", {"N": 4, "T": 2048, "S": 512}),
     ("cell_convolution", "forward", _CELLS | {"D": 32, "resized": False}),
     ("cell_convolution", "forward", _CELLS | {"D": 32, "resized": False} | _BEHIND),
     ("cell_convolution", "forward", _CELLS | {"D": 16, "resized": True}),
@@ -59,6 +61,8 @@ _OPERATIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
 # In place of both: kernels of one dtype.
 _DTYPES = {
     "window_lookup": ("bfloat16",),
+    "queue_lookup": ("float32",),
+    "split_linear": ("float32",),
     "cell_convolution": ("bfloat16",),
     "discriminator_score": ("float32",),
 }

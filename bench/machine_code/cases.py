@@ -78,6 +78,12 @@ WINDOWS = (  # a map's channels and side, its grid of windows, M, maps to an ima
     (256, 8, (1, 1), 200, 1),  # digit_anatomy, of which a map is a window
     (64, 16, (1, 1), 500, 9),  # more slots, and all of one memory
 )
+QUEUES = (  # N, M, C
+    (4, 200, 2048),  # zhanglab, chexpert
+    (9, 200, 1024),  # digit_anatomy
+    (9, 200, 128),  # small
+    (4, 500, 2048),  # more slots than published
+)
 ATTENTIONS = ((4, 2048), (9, 1024), (9, 128))  # N, C; of 8 heads
 DISCRIMINATORS = (128, 96, 48, 256)  # image sides: chest radiographs, digit_anatomy, small; large
 WIDTHS = (16, 32, 64, 128, 128)  # and channels
@@ -166,8 +172,16 @@ def _window_lookup(kernels: Any) -> Iterator[Case]:
         windows = grid[0] * grid[1]
         slots = _meta(3, windows, M, maps[0].numel() // windows, dtype=dtype)
         label = f"[{len(maps)}, {c}, {side}, {side}] {windows} windows M={M} {_name(dtype)}"
-        call = partial(kernels.forward, maps, slots, 5, *grid)
+        call = partial(kernels.forward, maps, slots, None, 5, *grid)
         yield Case(f"window_lookup.forward {label}", call)
+    # The queue, asked about features in float32, of which slots and their projections are summed.
+    for (N, M, C), B in itertools.product(QUEUES, (*SCORED, 32, 64)):
+        maps = _meta(B, N, C)[:, None].permute(0, 3, 1, 2)
+        slots = _meta(3, N, M, C, dtype=torch.bfloat16)
+        for values in (_meta(N, M, 3 * C), None):
+            label = f"[{B}, {N}, {C}] M={M} float32{' values' * (values is not None)}"
+            call = partial(kernels.forward, maps, slots, values, 5, 1, N)
+            yield Case(f"window_lookup.forward {label}", call)
 
 
 def _neighbourhood_attention(kernels: Any) -> Iterator[Case]:

@@ -21,9 +21,11 @@ OPERATIONS = (
     "reconstruct",
     "window_lookup",
     "cell_convolution",
+    "queue_lookup",
+    "split_linear",
     "discriminator_score",
 )
-SCORING = OPERATIONS[-5:]  # without gradients, the last one in float32 alone
+SCORING = OPERATIONS[-7:]  # without gradients, the last three in float32 alone
 CONTENDERS = ("eager", "squid_fast", "compiled")  # reference eager, ours, reference compiled
 SELECTIONS = ("tiny", "core", "all")
 DIRECTIONS = ("forward", "forward_backward", "forward_backward_slots")
@@ -45,6 +47,11 @@ class Case:
     @property
     def group(self) -> str:
         return f"{self.operation} {self.direction} {self.dtype} {self.label}"
+
+    @property
+    def unit(self) -> str:
+        """The dtype of what is multiplied: numbers of float32 may be split into several."""
+        return "bfloat16" if self.operation in ("queue_lookup", "split_linear") else self.dtype
 
     def is_compiled(self, selection: str, device: torch.device) -> bool:
         """Whether the compiled reference takes part: it costs up to a minute for each case."""
@@ -101,6 +108,11 @@ def _sizes(operation: str, tiny: bool) -> Iterator[dict[str, Any]]:
             for c, side in ((4, 4),) if tiny else ((256, 8), (128, 16)):
                 sizes = {"B": B, "N": 4, "c": c, "side": side, "grid": 2}
                 yield sizes | {"M": 7 if tiny else 200, "k": 5}
+        elif operation == "queue_lookup":
+            yield {"B": B, "N": 4, "M": 7 if tiny else 200, "C": C, "k": 5}
+        elif operation == "split_linear":  # of the in-painting, behind its memory
+            for T, S in ((C, C), (C, C // 4), (C // 4, C)):
+                yield {"B": B, "N": 4, "T": T, "S": S}
         elif operation == "masked_shortcut":
             for layout, affine in (
                 ("contiguous", False), ("channels_last", False), ("channels_last", True),
@@ -117,7 +129,7 @@ def _sizes(operation: str, tiny: bool) -> Iterator[dict[str, Any]]:
 
 
 def _dtypes(operation: str, device: torch.device) -> tuple[str, ...]:
-    if device.type != "cuda" or operation == "discriminator_score":
+    if device.type != "cuda" or operation in SCORING[-3:]:
         return ("float32",)
     return ("bfloat16", "float32")
 

@@ -96,7 +96,7 @@ class Timings:
             if self._ceilings is None:
                 self._ceilings = measure(self.device)
             work, cold = work_of(case), timing.Timing(timed.cold, []).median
-            floor = self._ceilings.floor(work, case.dtype)
+            floor = self._ceilings.floor(work, case.unit)
             row |= {
                 "cold_us": _rounded(cold * 1e6),
                 "floor_us": _rounded(floor * 1e6),

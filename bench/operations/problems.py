@@ -107,6 +107,33 @@ def _projected_lookup(case: Case, device: torch.device) -> Problem:
     return made
 
 
+def _queue_lookup(case: Case, device: torch.device) -> Problem:
+    """The same from slots in three parts, as a GPU's bf16 scorer asks the in-painting's queue."""
+    made = _projected_lookup(case, device)
+    s, parts = dict(case.sizes), ops.split(made.inputs[1], 3)
+
+    def ours(query: Tensor, memory: Tensor, values: Tensor) -> Tensor:
+        maps = query[:, None].permute(0, 3, 1, 2)
+        return ops.window_lookup(maps, parts, s["k"], (1, s["N"]), values)
+
+    made.ours = ours
+    return made
+
+
+def _split_linear(case: Case, device: torch.device) -> Problem:
+    """The weight is split beforehand, as a frozen network has it."""
+    s = dict(case.sizes)
+    T, S = s["T"], s["S"]
+    x, bias = torch.randn(s["B"] * s["N"], T, device=device), torch.randn(S, device=device)
+    weight = torch.randn(S, T, device=device) / math.sqrt(T)
+    parts = ops.split(weight, 2)
+
+    def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return ops.split_linear(x, parts, bias)
+
+    return Problem([x, weight, bias], [], F.linear, ours)
+
+
 def _window_lookup(case: Case, device: torch.device) -> Problem:
     """Windows of channels-last maps, and their slots in three parts that add up to float32."""
     s = dict(case.sizes)
@@ -346,6 +373,8 @@ BUILDERS = {
     "discriminator_score": _discriminator_score,
     "memory_lookup": _memory_lookup,
     "projected_lookup": _projected_lookup,
+    "queue_lookup": _queue_lookup,
+    "split_linear": _split_linear,
     "gumbel_shrinkage": _shrinkage,
     "hard_shrinkage": _shrinkage,
     "masked_shortcut": _masked_shortcut,

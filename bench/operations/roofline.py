@@ -247,6 +247,25 @@ def window_lookup(B: int, N: int, c: int, side: int, grid: int, M: int, k: int, 
     return Work(moved, 2 * B * N * numbers * (M + max(k - 1, 0)))
 
 
+def queue_lookup(B: int, N: int, M: int, C: int, k: int, e: int) -> Work:
+    """Lookup of [B, N, C] in [N, M, C] as exact as float32, summing values [N, M, 3 C].
+
+    Reads query, slots and values, writes their sums. A product over all slots takes six of
+    bfloat16; the sum is that of k - 1 values.
+    """
+    moved = (B * N + N * M) * (C + 3 * C)
+    return Work(moved * e, 6 * 2 * B * N * M * C + 2 * B * N * max(k - 1, 0) * 3 * C)
+
+
+def split_linear(B: int, N: int, T: int, S: int, e: int) -> Work:
+    """Linear layer of B N rows [T] to [S] in three products of bfloat16.
+
+    Reads rows, weights and bias, writes the result.
+    """
+    rows = B * N
+    return Work((rows * (T + S) + S * T + S) * e, 3 * 2 * rows * S * T)
+
+
 COUNTS: dict[str, Callable[..., Work]] = {
     "memory_lookup": memory_lookup,
     "gumbel_shrinkage": gumbel_shrinkage,
@@ -260,6 +279,8 @@ COUNTS: dict[str, Callable[..., Work]] = {
     "reconstruct": reconstruct,
     "cell_convolution": cell_convolution,
     "window_lookup": window_lookup,
+    "queue_lookup": queue_lookup,
+    "split_linear": split_linear,
 }
 
 
@@ -270,7 +291,7 @@ def work_of(case: Case) -> Work:
         s["slots"] = case.direction == "forward_backward_slots"
     if case.operation == "gumbel_shrinkage":
         del s["k"]
-    if case.operation == "window_lookup":
+    if case.operation in ("window_lookup", "queue_lookup", "split_linear"):
         del s["backward"]
     if case.operation == "masked_shortcut":
         del s["layout"]
@@ -292,7 +313,7 @@ class Ceilings:
     float32: float
 
     def floor(self, work: Work, dtype: str) -> float:
-        """The least seconds that the work takes with elements of that dtype."""
+        """The least seconds that the work takes in products of that dtype."""
         rate = self.float32 if dtype == "float32" else self.bfloat16
         return max(work.bytes / self.bytes_per_s, work.flops / rate)
 
@@ -339,7 +360,7 @@ def floors(device: torch.device, selection: str) -> str:
     rows = []
     for case in cases(device, selection):
         work = work_of(case)
-        floor = ceilings.floor(work, case.dtype)
+        floor = ceilings.floor(work, case.unit)
         bound = "bytes" if work.bytes / ceilings.bytes_per_s >= floor else "operations"
         figures = [f"{x:.2f}" for x in (work.bytes / 1e6, work.flops / 1e9, floor * 1e6)]
         rows.append([case.operation, case.direction, case.label, case.dtype, *figures, bound])

@@ -68,7 +68,7 @@ def floors() -> str:
             continue
         time = measured.get((case.operation, case.direction, case.dtype, str(dict(case.sizes))))
         work = work_of(case)
-        floor = f"{H100.floor(work, case.dtype) * 1e6:.1f}"
+        floor = f"{H100.floor(work, case.unit) * 1e6:.1f}"
         cells = (f"{work.bytes / 1e6:.1f}", f"{work.flops / 1e9:.2f}", floor)
         title = _title(case.operation, case.direction)
         shown = "not yet" if time is None else f"{time:.1f}"

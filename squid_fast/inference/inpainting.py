@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from ..kernels import dispatch
 from ..modules import InpaintBlock
+from ..modules.memory import _Memory
 from .convolution import FoldedConv, cast, fold
 
 
@@ -51,6 +53,49 @@ class SplitLinear(nn.Module):
         return ops.split_linear(x, self.weight, self.bias)
 
 
+class SplitMemory(nn.Module):
+    """A memory of float32 in products of bfloat16, as exact: see ``ops.window_lookup``.
+
+    Args:
+        memory: whose slots are copied; see ``fits``.
+    """
+
+    parts: Tensor  # [3, N, M, C]
+
+    def __init__(self, memory: _Memory) -> None:
+        super().__init__()
+        assert self.fits(memory)
+        self.memory = memory
+        self.top_k = int(memory.shrink_thres)
+        self.register_buffer("parts", ops.split(memory.slots, 3), persistent=False)
+
+    @staticmethod
+    def fits(memory: nn.Module) -> bool:
+        """Whether every place has a memory of its own, with Gumbel shrinkage."""
+        if not isinstance(memory, _Memory) or memory.single:
+            return False
+        return isinstance(memory.shrink_thres, int) and memory.shrink_thres > 0
+
+    @property
+    def slots(self) -> Tensor:
+        return self.memory.slots
+
+    def serves(self, maps: Tensor) -> bool:
+        """Whether kernels look up these maps; if not, the memory itself does."""
+        return dispatch.serves_window_lookup(maps, self.parts, self.top_k)
+
+    def look_up(self, query: Tensor, values: Tensor | None = None) -> Tensor:
+        """Answers [B, N, C] to such a query, or [B, N, V] with ``values`` [N, M, V]."""
+        maps = query[:, None].permute(0, 3, 1, 2)  # a row of places, each of them a window
+        if not self.serves(maps):
+            return self.memory.look_up(query, values)
+        values = self.slots if values is None else values
+        return ops.window_lookup(maps, self.parts, self.top_k, (1, query.shape[1]), values)
+
+    def forward(self, query: Tensor) -> Tensor:
+        return self.look_up(query)
+
+
 def freeze_inpainting(block: nn.Module, layout: torch.memory_format, onednn: bool) -> None:
     """Fold the norms of an ``InpaintBlock``, and project its slots; other modules stay as they are.
 
@@ -68,14 +113,17 @@ def freeze_inpainting(block: nn.Module, layout: torch.memory_format, onednn: boo
     block.freeze()
 
 
-def split_linears(block: nn.Module) -> None:
-    """Let an ``InpaintBlock`` compute its linear layers as ``SplitLinear``, for a GPU.
+def split_products(block: nn.Module) -> None:
+    """Let an ``InpaintBlock`` compute as ``SplitMemory`` and ``SplitLinear``, for a GPU.
 
-    In float32, without matrix units, they take three quarters of its time. What the split leaves
-    out is small beside the rounding of the next stage, before which no slot is chosen.
+    In float32, without matrix units, the linear layers take three quarters of its time. What their
+    split leaves out is small beside the rounding of the next stage, before which no slot is chosen.
+    That of the memory, which chooses slots, is as exact as float32.
     """
     if not isinstance(block, InpaintBlock):
         return
+    if SplitMemory.fits(block.memory):
+        block.memory = SplitMemory(block.memory)  # type: ignore[assignment]
     for i, layer in enumerate(block.ff):
         if isinstance(layer, nn.Linear):
             block.ff[i] = SplitLinear(layer.weight, layer.bias)

@@ -20,7 +20,7 @@ from .compiler import compiled
 from .convolution import FoldedConv, cast, has_cudnn, has_onednn, use_cudnn
 from .discriminator import FrozenDiscriminator
 from .graphs import Function, Graphs, portions
-from .inpainting import split_linears
+from .inpainting import split_products
 from .network import FrozenGenerator
 from .scores import PAPER_SCORE, Quantization
 
@@ -78,7 +78,7 @@ class FrozenModel(nn.Module):
             least=_CPU_BATCH if on_cpu and precision == "float32" else 1,
         ).to(self.device)
         if not on_cpu and in_bf16:
-            split_linears(self.generator.inpaint)
+            split_products(self.generator.inpaint)
         plain = to_layout(copy.deepcopy(discriminator).float().eval().to(self.device), layout)
         modes: tuple[ScoreMode, ...] = ("instance", "running")
         self.discriminators = nn.ModuleDict(

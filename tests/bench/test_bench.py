@@ -117,6 +117,16 @@ def test_roofline_of_the_windows_by_hand() -> None:
     assert found == Work(2 * 2 * 480 + 4 * 560, 2 * 480 * (7 + 2))
 
 
+def test_roofline_of_split_products_by_hand() -> None:
+    # 6 queries of 5 against 3 x 7 slots; 15 numbers of two of them are summed for each query.
+    queue = roofline.queue_lookup(2, 3, 7, 5, 3, 4)
+    assert queue == Work(4 * (30 + 105 + 315 + 90), 6 * 2 * 6 * 7 * 5 + 2 * 6 * 2 * 15)
+    linear = roofline.split_linear(2, 3, 5, 7, 4)
+    assert linear == Work(4 * (30 + 35 + 7 + 42), 3 * 2 * 6 * 7 * 5)
+    assert [tiny(name).unit for name in ("queue_lookup", "split_linear")] == ["bfloat16"] * 2
+    assert tiny("discriminator_score").unit == "float32"
+
+
 def test_roofline_of_the_block_is_that_of_its_parts() -> None:
     # Width 8, 2 narrow channels on one place: C = 2. Four patches, code of 3 bits.
     weights = 8 * 2 + (2 + 3) * 8 + 4 * 4 + 0

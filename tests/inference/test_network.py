@@ -22,12 +22,13 @@ from squid_fast.inference.convolution import (
 )
 from squid_fast.inference.discriminator import FrozenDiscriminator
 from squid_fast.inference.ends import Stem
-from squid_fast.inference.inpainting import PlaceConv, SplitLinear, split_linears
+from squid_fast.inference.inpainting import PlaceConv, SplitLinear, SplitMemory, split_products
+from squid_fast.inference.model import FrozenModel
 from squid_fast.inference.network import FrozenGenerator
 from squid_fast.inference.windows import WindowMemory
 from squid_fast.modules import ScoreMode
 from squid_fast.ops.patches import to_patches
-from tests.factories import decoder_memory, trained_discriminator, trained_squid
+from tests.factories import decoder_memory, tiny_squid, trained_discriminator, trained_squid
 from tests.processor import needs_bf16, needs_onednn
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -128,13 +129,61 @@ def test_split_linears_are_those_of_the_block(mixing: str) -> None:
     f = torch.randn(3, block.num_memory, model.config["memory_channel"])
     with torch.inference_mode():
         expected = block.inpaint(f)
-        split_linears(block)
+        split_products(block)
         found = block.inpaint(f)
     linears = sum(isinstance(module, SplitLinear) for module in block.modules())
     assert linears == (4 if mixing == "attention" else 2)
     assert not any(type(module) is nn.Linear for module in block.modules())
     assert not torch.equal(found, expected)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.std()))
+
+
+@pytest.mark.parametrize("mixing", ["attention", "convolution"])
+def test_a_split_memory_is_the_memory(mixing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = trained_squid(inpainting={"mixing": mixing})
+    block = FrozenGenerator(model).inpaint
+    f = torch.randn(3, block.num_memory, model.config["memory_channel"])
+    frozen = mixing == "attention"  # else there is nothing to freeze
+    with torch.inference_mode():
+        expected = block.inpaint(f)
+        block.memory = split = SplitMemory(block.memory)
+        assert block._is_frozen() == frozen
+        assert torch.equal(block.inpaint(f), expected)
+        # As on a GPU, but by PyTorch, which adds up the parts of the slots again.
+        monkeypatch.setattr(SplitMemory, "serves", lambda self, maps: True)
+        split.memory.look_up = None  # which nobody calls
+        for own in (block, copy.deepcopy(block), copy.deepcopy(block).to(torch.float32)):
+            assert own._is_frozen() == frozen
+            assert torch.equal(own.inpaint(f), expected)
+
+
+def test_memories_that_are_split() -> None:
+    for changes, fits in (
+        ({}, True),
+        ({"shrink_thres": 0}, False),
+        ({"shrink_thres": 0.5}, False),
+        ({"inpainting": {"memory": "matrix"}}, True),
+        ({"inpainting": {"memory": "shared"}}, False),
+    ):
+        block = FrozenGenerator(tiny_squid(**changes).eval()).inpaint
+        before = block.memory
+        assert SplitMemory.fits(before) == fits
+        split_products(block)
+        assert isinstance(block.memory, SplitMemory) == fits
+        assert block.memory.slots is before.slots
+    assert not SplitMemory.fits(nn.Identity())
+
+
+@pytest.mark.parametrize(("device", "precision", "split"), [
+    ("meta", "bf16", True), ("meta", "float32", False), ("cpu", "float32", False),
+])  # fmt: skip
+def test_products_are_split_where_bf16_is_scored_on_a_gpu(
+    device: str, precision: Any, split: bool
+) -> None:
+    pair = trained_squid(), trained_discriminator(torch.rand(2, 1, 64, 64))
+    block = FrozenModel(*pair, precision, device).generator.inpaint  # "meta" is no CPU
+    assert isinstance(block.memory, SplitMemory) == split
+    assert isinstance(block.query, SplitLinear) == split
 
 
 @pytest.mark.parametrize("kind", ["published shape", "nine patches", "whole map"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -13,16 +14,27 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from squid_fast import ops
+from squid_fast.inference.inpainting import SplitMemory
 from squid_fast.inference.windows import WindowMemory
 from squid_fast.kernels import card, dispatch, kept_slots, window_lookup
 from squid_fast.modules.memory import (
     MemoryMatrixBlock,
     MemoryMatrixBlockV3,
     MemoryMatrixBlockV4,
+    MemoryQueue,
 )
-from tests.kernels.devices import DEVICE, DTYPES, drawn, tensors
-from tests.ops.samples import SEEDS, looked_up_windows, normal, survivors, tied, up_to, window_maps
-from tests.tolerances import TOLERANCES, assert_close
+from tests.kernels.devices import DEVICE, DTYPES, ON_GPU, drawn, tensors
+from tests.ops.samples import (
+    SEEDS,
+    looked_up_values,
+    looked_up_windows,
+    normal,
+    survivors,
+    tied,
+    up_to,
+    window_maps,
+)
+from tests.tolerances import TOLERANCES, assert_close, error
 
 HALF = DTYPES[1:]
 
@@ -211,7 +223,6 @@ def test_windows_of_a_frozen_memory_are_those_of_its_block(
     x = x.contiguous(memory_format=torch.channels_last)
     windows = WindowMemory(block, c, torch.float16)
     assert windows.serves(x)
-    assert not windows.serves(x.float())
     answer = windows(x)
     assert answer.is_contiguous(memory_format=torch.channels_last)
     assert_close(answer, block(x.float()), TOLERANCES[torch.float16])
@@ -221,7 +232,10 @@ def test_windows_of_a_frozen_memory_are_those_of_its_block(
     ("served", "changes"),
     [
         (True, {}),
-        (False, {"dtype": torch.float32}),
+        (True, {"dtype": torch.float32}),
+        (True, {"dtype": torch.float32, "slots": torch.bfloat16}),
+        (False, {"dtype": torch.float32, "slots": torch.float32}),
+        (False, {"dtype": torch.float64}),
         (False, {"top_k": 65}),
         (False, {"M": 513}),
         (False, {"B": 0}),
@@ -231,17 +245,183 @@ def test_windows_of_a_frozen_memory_are_those_of_its_block(
 def test_the_rules(served: bool, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     how = {"dtype": torch.float16, "top_k": 5, "M": 99, "B": 2, "side": 2} | changes
+    how = {"slots": torch.float16} | how
     B, M, side = how["B"], how["M"], how["side"]
     maps = torch.zeros((), dtype=how["dtype"]).expand(B, 3, side, side)
-    slots = torch.zeros((), dtype=how["dtype"]).expand(1, 1, M, 3 * side * side)
+    slots = torch.zeros((), dtype=how["slots"]).expand(1, 1, M, 3 * side * side)
     assert dispatch.serves_window_lookup(maps, slots, how["top_k"]) == served
 
 
 def test_the_published_windows_fill_the_card() -> None:
-    for gpu in (card.A100, card.H100):
-        for images, (height, run) in [(i, w) for i in (1, 16, 256) for w in [(4, 1024), (8, 1024)]]:
-            B, N, M = 4 * images, 4, 200
-            config = window_lookup.Config.choose(B, N, M, height, run, 3, gpu)
-            programs = -(-B // config.block_b) * N * config.splits
+    # The decoder's windows, four maps to an image, and the queue's in float32.
+    for B, height, run, size in [(4, 4, 1024, 2), (4, 8, 1024, 2), (1, 1, 2048, 4)]:
+        for gpu, images in product((card.A100, card.H100), (1, 16, 256)):
+            N, M = 4, 200
+            config = window_lookup.Config.choose(B * images, N, M, height, run, 3, size, gpu)
+            programs = -(-B * images // config.block_b) * N * config.splits
             rounds = math.ceil(programs / gpu.multiprocessors)
             assert programs >= 0.8 * rounds * gpu.multiprocessors
+
+
+# --- maps in float32, split where they are multiplied ---------------------------------------------
+
+
+@pytest.fixture
+def units_of_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter multiplies bfloat16 as matrix units do, not its bits as integers."""
+    if ON_GPU:
+        return
+    import numpy as np
+    from triton import language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    multiply = InterpreterBuilder.create_dot
+
+    def widened(x: TensorHandle) -> TensorHandle:
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def create_dot(self: Any, a: TensorHandle, b: TensorHandle, *rest: Any) -> TensorHandle:
+        return multiply(self, widened(a), widened(b), *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+
+
+def queue(B: int, N: int, M: int, C: int, V: int = 0, seed: int = 0) -> list[Tensor]:
+    """Query [B, N, C], slots [N, M, C] and values [N, M, V or C] in float32; no scores near a tie.
+
+    Slots are of one direction at each place, and of different lengths.
+    """
+    order = torch.randperm(M, generator=torch.Generator().manual_seed(seed))
+    slots = normal(N, 1, C, seed=seed) / C**0.5 * torch.linspace(0.5, 4, M)[order][:, None]
+    values = normal(N, M, V, seed=seed + 1) if V else slots
+    return [x.float() for x in (normal(B, N, C, seed=seed + 2), slots, values)]
+
+
+def asked(
+    query: Tensor, slots: Tensor, k: int, values: Tensor | None, dtype: torch.dtype, parts: int = 3
+) -> Tensor:
+    """Answers [B, N, V], or without values [B, N, C] from the slots' parts."""
+    maps = query.to(DEVICE)[:, None].permute(0, 3, 1, 2)
+    split = ops.split(slots.to(DEVICE), parts, dtype)
+    values = None if values is None else values.to(DEVICE)
+    answer = ops.window_lookup(maps, split, k, (1, query.shape[1]), values)
+    assert answer.dtype == torch.float32
+    if values is not None:
+        assert answer.is_contiguous()
+        return answer.cpu()
+    return answer.permute(0, 2, 3, 1)[:, 0].cpu()
+
+
+@pytest.mark.usefixtures("units_of_bfloat16")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("V", [0, 1, 70], ids=lambda V: f"V={V}")
+@pytest.mark.parametrize(
+    ("B", "N", "M", "C"),
+    [(1, 1, 1, 1), (1, 4, 3, 5), (17, 3, 33, 16), (3, 9, 200, 40), (140, 1, 7, 33), (2, 2, 300, 7)],
+    ids=str,
+)
+def test_queries_in_float32(B: int, N: int, M: int, C: int, V: int, dtype: torch.dtype) -> None:
+    query, slots, values = queue(B, N, M, C, V)
+    for k in sorted({1, 2, 5} & set(range(1, M + 1))):
+        answer = asked(query, slots, k, values if V else None, dtype)
+        expected = looked_up_values(query.double(), slots.double(), values.double(), top_k=k)
+        assert_close(answer, expected, 1e-5, floor=1.0)
+        assert bool((answer == 0).all()) == (k == 1)
+
+
+@pytest.mark.usefixtures("units_of_bfloat16")
+@drawn
+@given(
+    B=up_to(40), N=up_to(4), M=up_to(40), C=up_to(70), V=up_to(70), k=up_to(64), seed=SEEDS,
+)  # fmt: skip
+def test_drawn_queries(B: int, N: int, M: int, C: int, V: int, k: int, seed: int) -> None:
+    query, slots, values = queue(B, N, M, C, V, seed)
+    answer = asked(query, slots, min(k, M), values, torch.bfloat16)
+    wide = (x.double() for x in (query, slots, values))
+    assert_close(answer, looked_up_values(*wide, top_k=min(k, M)), floor=1.0)
+
+
+@pytest.mark.usefixtures("units_of_bfloat16")
+def test_three_parts_of_bfloat16_are_float32_and_fewer_are_not() -> None:
+    # All slots but the least one are kept, so that nothing depends on a choice.
+    query, slots, values = queue(30, 4, 12, 50, 20)
+    for given_values in (values, None):
+        summed = slots if given_values is None else values
+        wide = (x.double() for x in (query, slots, summed))
+        expected = looked_up_values(*wide, top_k=12)
+        found = [
+            error(asked(query, slots, 12, given_values, torch.bfloat16, parts), expected)
+            for parts in (1, 2, 3)
+        ]
+        assert found[0] > 100 * found[1]
+        assert found[1] > 5 * found[2]
+        assert found[2] < 1e-6
+
+
+@pytest.mark.usefixtures("units_of_bfloat16")
+def test_scores_that_differ_in_the_last_bit_are_told_apart() -> None:
+    # Queries are the scores, since slots are the unit vectors; each has bits in all three parts.
+    M, k, least = 40, 9, 8 + 2**-5
+    query = least + normal(24, 1, M).argsort(dim=-1).float() * 2**-20
+    query[12:].clamp_(max=least + (M - k) * 2**-20)  # k tie for the first place, and all go
+    kept, slots = survivors(query[:, 0].double(), k), torch.eye(M)[None]
+    assert (kept.sum(dim=1) == torch.tensor([k - 1] * 12 + [0] * 12)).all()
+
+    def right(parts: int) -> bool:
+        answer = asked(query, slots, k, slots, torch.bfloat16, parts)
+        return torch.equal(answer[:, 0] > 0, kept)
+
+    assert [right(parts) for parts in (1, 2, 3)] == [False, False, True]
+
+
+@pytest.mark.parametrize("kind", layouts(torch.zeros(1, 1, 1, 1)))
+def test_any_layout_in_float32(kind: str) -> None:
+    maps, memory = window_maps(5, 6, 4, 6, 20, (2, 3))
+    maps = layouts((maps + 2**-13).float().to(DEVICE))[kind]
+    answer = ops.window_lookup(maps, ops.split(memory.to(DEVICE), 3, torch.float16), 4, (2, 3))
+    assert answer.is_contiguous(memory_format=torch.channels_last)
+    expected = looked_up_windows(maps.cpu().double(), memory.double(), 4, (2, 3))
+    assert_close(answer.cpu(), expected, floor=1.0)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_bad_number_stays_with_its_query(bad: float) -> None:
+    query, slots, values = queue(5, 4, 20, 12, 9)
+    for given_values in (values, None):
+        clean = asked(query, slots, 4, given_values, torch.float16)
+        spoilt = query.clone()
+        spoilt[2, 3, 5] = bad
+        answer = asked(spoilt, slots, 4, given_values, torch.float16)
+        assert answer[2, 3].isnan().all()
+        answer[2, 3] = clean[2, 3]
+        assert torch.equal(answer, clean)
+
+
+def test_same_queries_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, slots, values = queue(33, 3, 40, 130, 30)
+    choose, found = window_lookup.Config.choose, []
+    for splits in (3, 3, 1):
+        monkeypatch.setattr(
+            window_lookup.Config, "choose", lambda *s, n=splits: replace(choose(*s), splits=n)
+        )
+        found.append(asked(query, slots, 5, values, torch.float16))
+    assert torch.equal(found[0], found[1])
+    assert_close(found[2], found[0])
+
+
+@pytest.mark.usefixtures("units_of_bfloat16")
+def test_a_split_queue_answers_as_the_queue() -> None:
+    plain, (query, slots, values) = MemoryQueue(20, 12, 4, 3), queue(5, 3, 20, 12, 36)
+    plain.slots.copy_(slots)
+    plain.to(DEVICE).eval()
+    memory = SplitMemory(plain)
+    query, values = query.to(DEVICE), values.to(DEVICE)
+    assert memory.slots is plain.slots
+    for given_values in (None, values):
+        expected = plain.look_up(query, given_values)
+        found = memory.look_up(query, given_values)
+        assert not torch.equal(found, expected)  # other products, the same to float32
+        assert_close(found, expected)
+    assert torch.equal(memory(query), memory.look_up(query))

@@ -406,9 +406,12 @@ def operator_samples() -> dict[str, list[tuple]]:
             for scores in (query.new_empty(0), normal(2, 3, 5, seed=2).float())
         ],
         "window_lookup": [
-            (a.half(), normal(1, 4, 5, 12).half(), 3, 2, 2),
-            (last[0].half(), normal(3, 2, 5, 24).half(), 3, 1, 2),
-            (strided.half(), normal(3, 2, 5, 24).half(), 1, 2, 1),
+            (a.half(), normal(1, 4, 5, 12).half(), None, 3, 2, 2),
+            (last[0].half(), normal(3, 2, 5, 24).half(), None, 3, 1, 2),
+            (strided.half(), normal(3, 2, 5, 24).half(), None, 1, 2, 1),
+            (last[0], normal(3, 2, 5, 24).half(), None, 3, 1, 2),
+            (a, normal(3, 4, 5, 12).half(), normal(4, 5, 7).float(), 3, 2, 2),
+            (strided.half(), normal(3, 2, 5, 24).half(), normal(2, 7, 5).float().mT, 1, 2, 1),
         ],
         "masked_shortcut": [
             (leaf(a), leaf(b), 0.5, seed, None, None),

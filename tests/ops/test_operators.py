@@ -96,8 +96,11 @@ ERRORS: dict[str, Callable[[], Tensor]] = {
         lambda: ops.window_lookup(X, X, 1)
     ),
     "x is torch.int64; a floating-point dtype is": lambda: ops.split(X.long(), 3),
-    "slots is torch.bfloat16 and maps torch.float32; they must agree.": (
-        lambda: ops.window_lookup(MAP, MAP.bfloat16(), 1)
+    "slots is torch.float32 and maps torch.bfloat16; they must agree, or slots be of half prec": (
+        lambda: ops.window_lookup(MAP.bfloat16(), MAP, 1)
+    ),
+    "slots is torch.bfloat16 and maps torch.float64": (
+        lambda: ops.window_lookup(MAP.double(), MAP.bfloat16(), 1)
     ),
     "grid is 1 x 3; it must divide maps of 2 x 4.": (
         lambda: ops.window_lookup(MAP, Z(1, 3, 2, 1), 1, (1, 3))
@@ -106,8 +109,18 @@ ERRORS: dict[str, Callable[[], Tensor]] = {
         lambda: ops.window_lookup(MAP, Z(1, 2, 3, 8), 1, (1, 2))
     ),
     "top_k is 4, but there are 3 memory slots": (lambda: ops.window_lookup(MAP, Z(1, 1, 3, 8), 4)),
-    "maps or slots require a gradient, which this lookup does not have": (
+    "values is [1, 2, 5] of torch.float32; [1, 3, V] of torch.float32 would fit these maps and": (
+        lambda: ops.window_lookup(MAP, Z(1, 1, 3, 8), 2, values=Z(1, 2, 5))
+    ),
+    "values is [3, 5] of": lambda: ops.window_lookup(MAP, Z(1, 1, 3, 8), 2, values=Z(3, 5)),
+    "values is [1, 3, 5] of torch.float16; [1, 3, V] of torch.float32 would fit": (
+        lambda: ops.window_lookup(MAP, Z(1, 1, 3, 8), 2, values=Z(1, 3, 5).half())
+    ),
+    "maps, slots or values require a gradient, which this lookup does not have": (
         lambda: ops.window_lookup(MAP, Z(1, 1, 3, 8).requires_grad_(), 2)
+    ),
+    "maps, slots or values require a gradient": (
+        lambda: ops.window_lookup(MAP, Z(1, 1, 3, 8), 2, values=Z(1, 3, 5).requires_grad_())
     ),
     "inpainted is [1, 2, 3, 3] and shortcut [1, 2, 3, 4]": (
         lambda: ops.masked_shortcut(Z(1, 2, 3, 3), Z(1, 2, 3, 4), 0.5)

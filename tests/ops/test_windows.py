@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from squid_fast import ops
-from tests.ops.samples import SEEDS, looked_up_windows, normal, survivors, up_to, window_maps
+from tests.ops.samples import (
+    SEEDS,
+    looked_up_values,
+    looked_up_windows,
+    normal,
+    survivors,
+    up_to,
+    window_maps,
+)
 from tests.tolerances import assert_close
 
 
@@ -26,6 +34,29 @@ def test_equals_the_reference(
     answer = ops.window_lookup(maps, ops.split(memory.double(), 3, torch.float64), min(k, M), grid)
     assert answer.permute(0, 2, 3, 1).is_contiguous()
     assert_close(answer, expected, floor=1.0)
+
+
+def test_maps_in_float32_are_not_rounded_to_the_parts_of_slots() -> None:
+    maps, memory = window_maps(6, 8, 4, 6, 20, (2, 3))
+    maps = (maps + 2**-12).float()
+    for dtype in (torch.bfloat16, torch.float32):
+        answer = ops.window_lookup(maps, ops.split(memory, 3, dtype), 4, (2, 3))
+        assert answer.dtype == torch.float32
+        assert_close(answer, looked_up_windows(maps.double(), memory.double(), 4, (2, 3)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_values_are_summed_in_place_of_the_slots(dtype: torch.dtype) -> None:
+    maps, memory = window_maps(5, 3, 4, 6, 20, (2, 3))
+    maps, values = maps.to(dtype), normal(6, 20, 7, seed=4)
+    values = values.to(torch.promote_types(dtype, torch.float32))
+    kind = torch.float64 if dtype == torch.float64 else torch.bfloat16
+    slots = ops.split(memory.to(values.dtype), 3, kind)
+    answer = ops.window_lookup(maps, slots, 4, (2, 3), values)
+    assert (answer.shape, answer.dtype) == ((5, 6, 7), values.dtype)
+    windows = maps.double().unflatten(3, (3, 2)).unflatten(2, (2, 2)).permute(0, 2, 4, 3, 5, 1)
+    query = windows.reshape(5, 6, 12)
+    assert_close(answer, looked_up_values(query, memory.double(), values.double(), top_k=4))
 
 
 def test_bfloat16_is_float32_rounded() -> None:
@@ -70,6 +101,29 @@ def test_scores_of_split_slots_rank_as_those_of_float32(C: int) -> None:
     assert not torch.equal(survivors(scores(1).double(), k), survivors(exact, k))
 
 
+def test_scores_of_six_products_rank_as_those_of_float32() -> None:
+    # Of queries in float32, split like the slots: the products left out are beyond float32's bits.
+    C, k = 2048, 5
+    query = normal(64, C).relu().float()
+    memory = (torch.rand(200, C, generator=torch.Generator().manual_seed(1)) * 2 - 1) / C**0.5
+    exact = query.double() @ memory.double().T
+
+    def scores(parts: int) -> Tensor:
+        xs, ys = ops.split(query, parts).float(), ops.split(memory, parts).float()
+        products = [xs[i] @ ys[j].T for i in range(parts) for j in range(parts - i)]
+        return sum(products, torch.zeros(64, 200))
+
+    def error(found: Tensor) -> float:
+        return float((found.double() - exact).abs().max())
+
+    plain = query @ memory.T
+    assert error(scores(3)) < 2 * error(plain)
+    assert error(scores(2)) > 4 * error(plain)
+    assert error(scores(1)) > 500 * error(plain)
+    assert torch.equal(survivors(scores(3).double(), k), survivors(exact, k))
+    assert not torch.equal(survivors(scores(1).double(), k), survivors(exact, k))
+
+
 def test_nan_stays_within_its_window() -> None:
     maps, memory = window_maps(3, 2, 4, 4, 10, (2, 2))
     slots = memory.double()[None]
@@ -84,10 +138,11 @@ def test_nan_stays_within_its_window() -> None:
 def test_compiled_equals_eager() -> None:
     torch.compiler.reset()
     maps, memory = window_maps(3, 2, 4, 4, 10, (2, 2))
-    slots = ops.split(memory, 3)
+    slots, values = ops.split(memory, 3), normal(4, 10, 5).float()
 
-    def call(x: Tensor) -> Tensor:
-        return ops.window_lookup(x, slots, 4, (2, 2)) + 1
+    def call(x: Tensor) -> list[Tensor]:
+        return [ops.window_lookup(x, slots, 4, (2, 2), v) + 1 for v in (None, values)]
 
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(maps.bfloat16()), call(maps.bfloat16()))
+    for x in (maps.bfloat16(), maps.float()):
+        assert all(map(torch.equal, compiled(x), call(x)))
