@@ -34,6 +34,8 @@ def test_scoring_is_captured_on_a_stream_of_its_device(cuda: Cuda) -> None:
         assert entered == stream.device == SECOND
         assert pool == 1  # one for all
     assert cuda.pools == 1
+    # Nor would memory of the pool be used again on another stream.
+    assert len({stream for _, stream, _ in cuda.captures}) == 1
     assert [graph.replays for graph in cuda.graphs] == [2, 2]
 
 
