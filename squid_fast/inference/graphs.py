@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
-from threading import RLock
+from threading import Lock, RLock
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ..utils.tf32 import tf32
 
+# PyTorch captures one graph at a time, and the setting of TF32 is that of the whole process.
+_capturing = Lock()
 _WARM_UP = 3  # calls before a capture, as PyTorch recommends
 # Images that take less time at once than in two graphs, of which each has its latency: on an H200
 # in float32, one took 2.7 ms and 16 took 11.2.
@@ -46,7 +48,8 @@ def capture(
     graph = torch.cuda.CUDAGraph()
     if stream is None:  # PyTorch's own belongs to the first device that captured
         stream = torch.cuda.Stream(device)
-    with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool, stream=stream):
+    # By default no thread at all might allocate memory meanwhile.
+    with torch.cuda.device(device), torch.cuda.graph(graph, pool, stream, "thread_local"):
         result = call()
     return graph.replay, result
 
@@ -129,7 +132,7 @@ class Graphs:
                 for _ in range(_WARM_UP):
                     function(given)
 
-            with tf32(False):
+            with _capturing, tf32(False):
                 aside(warm_up, self.device)
                 shared = self._shared
                 if shared is None:

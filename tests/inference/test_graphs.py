@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from functools import cache
 
 import pytest
@@ -248,6 +249,38 @@ def test_threads_may_share_a_scorer(cuda: Cuda) -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_other_threads_may_allocate_memory_during_a_capture(cuda: Cuda) -> None:
+    capture(lambda: torch.ones(3), CPU)
+    assert [graph.mode for graph in cuda.graphs] == ["thread_local"]
+
+
+def test_scorers_of_two_threads_capture_one_after_the_other(cuda: Cuda) -> None:
+    other_waits, errors = threading.Event(), []
+
+    def replay(function: Callable[[Tensor], tuple[Tensor]]) -> None:
+        try:
+            list(Graphs(CPU, 8).replay(function, "", torch.ones(2)))
+        except BaseException as error:
+            errors.append(error)
+
+    def slow(x: Tensor) -> tuple[Tensor]:
+        if cuda.capturing:
+            threads[1].start()
+            other_waits.wait(timeout=0.5)
+        return (x + 1,)
+
+    def quick(x: Tensor) -> tuple[Tensor]:
+        other_waits.set()
+        return (x * 2,)
+
+    threads = [threading.Thread(target=replay, args=(function,)) for function in (slow, quick)]
+    threads[0].start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert len(cuda.graphs) == 2
 
 
 def test_capture_without_a_pool_is_a_capture_of_its_own(cuda: Cuda) -> None:
