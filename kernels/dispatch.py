@@ -66,6 +66,11 @@ def use(setting: str) -> Iterator[None]:
         _setting = before
 
 
+def setting() -> str:
+    """The present setting, as of ``use``."""
+    return _setting
+
+
 @cache
 def _has_triton() -> bool:
     return find_spec("triton") is not None

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from ..kernels import dispatch
 from ..utils.tf32 import tf32
 
 # PyTorch captures one graph at a time, and the setting of TF32 is that of the whole process.
@@ -104,7 +105,7 @@ class Graphs:
         """``function(x)`` in portions: rows of ``x``, and their results, in order.
 
         The next portion overwrites the results. ``x`` lies on the device or on the host. A graph is
-        shared by all functions of the same ``name``.
+        shared by all functions of the same ``name``, under one setting of ``kernels.use``.
         """
         with self._turn:  # of threads that share a scorer
             current = torch.cuda.current_stream(self.device)
@@ -123,7 +124,7 @@ class Graphs:
                 start += count
 
     def _of(self, function: Function, name: Hashable, x: Tensor, size: int) -> _Captured:
-        key = (name, size, x.shape[1:], x.dtype)
+        key = ((name, dispatch.setting()), size, x.shape[1:], x.dtype)
         if key not in self._captured:
             shape = (size, *x.shape[1:])
             given = torch.zeros(shape, dtype=x.dtype, device=self.device)

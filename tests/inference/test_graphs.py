@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from squid_fast import Bundle, Scorer
+from squid_fast import Bundle, Scorer, kernels
 from squid_fast.inference.graphs import Graphs, capture, portions
 from squid_fast.training.graphs import WARM_UP, StepGraphs
 from tests.cuda_stand_ins import Cuda, Stream, cuda
@@ -122,6 +122,14 @@ def test_results_are_those_of_the_images_and_nothing_is_captured_twice(cuda: Cud
     list(graphs.replay(function, "other", torch.ones(8, 3)))
     assert len(cuda.graphs) == 5
     assert {graph.pool for graph in cuda.graphs} == {1}
+
+
+def test_kernels_can_be_turned_off_after_a_capture(cuda: Cuda) -> None:
+    graphs, x = Graphs(CPU, 8), torch.ones(3)
+    for setting, count in (("on", 1), ("off", 2), ("on", 2), ("off", 2)):
+        with kernels.use(setting):
+            list(graphs.replay(lambda x: (x + 1,), "", x))
+        assert len(cuda.graphs) == count
 
 
 def test_empty_places_are_zero_whatever_was_there(cuda: Cuda) -> None:
