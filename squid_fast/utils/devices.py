@@ -41,7 +41,7 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
     chosen = torch.device(device)
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device is {str(device)!r}, but PyTorch sees no GPU here; 'cpu' fits.")
-    if chosen.type == "cuda" and chosen.index is None:
+    if chosen == torch.device("cuda"):
         return torch.device("cuda", torch.cuda.current_device())
     return chosen
 

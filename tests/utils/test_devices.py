@@ -10,7 +10,13 @@ from squid_fast.utils.devices import choose_device
 
 @pytest.mark.parametrize(
     ("given", "chosen"),
-    [(None, "cuda:1"), ("auto", "cuda:1"), ("cuda", "cuda:1"), ("cuda:0", "cuda:0"), ("cpu", "cpu")],
+    [
+        (None, "cuda:1"),
+        ("auto", "cuda:1"),
+        ("cuda", "cuda:1"),
+        ("cuda:0", "cuda:0"),
+        ("cpu", "cpu"),
+    ],
 )
 def test_a_gpu_has_its_number(
     given: str | None, chosen: str, monkeypatch: pytest.MonkeyPatch
