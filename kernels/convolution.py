@@ -232,9 +232,11 @@ def forward(
     x = x.contiguous(memory_format=torch.channels_last)
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
+    if head_weight is not None:
+        head_weight = head_weight.contiguous()
     with on_device(x):
         _cell_convolution_forward_kernel[(programs,)](
-            x, weights.contiguous(), bias, residual, head_weight, head_bias, out,
+            x, weights.contiguous(), bias.contiguous(), residual, head_weight, head_bias, out,
             B, H, W, *cells, height, width, C=C, D=D,
             KINDS_Y=kinds_y, KINDS_X=kinds_x, WINDOW_Y=window_y, WINDOW_X=window_x,
             CELL_Y=cell_y, CELL_X=cell_x, STEP_Y=step[0], STEP_X=step[1],

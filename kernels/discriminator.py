@@ -320,6 +320,7 @@ def forward(
     block_n = max(power_of_2(N), 16)
     block_p = 4096 // block_n
     strides = images.stride(0), images.stride(2), images.stride(3)
+    biases, scales = ([x.contiguous() for x in of_all] for of_all in (biases, scales))
     with on_device(images):
         _first_layer_kernel[(triton.cdiv(B * half_h * half_w, block_p),)](
             images, *strides, first, biases[0], x, B, H, W, half_h, half_w, N,

@@ -66,6 +66,11 @@ def use(setting: str) -> Iterator[None]:
         _setting = before
 
 
+def setting() -> str:
+    """The present setting, as of ``use``."""
+    return _setting
+
+
 @cache
 def _has_triton() -> bool:
     return find_spec("triton") is not None
@@ -135,8 +140,11 @@ def serves_window_lookup(maps: Tensor, slots: Tensor, top_k: int) -> bool:
 
 
 def serves_masked_shortcut(inpainted: Tensor) -> bool:
-    """Whether a kernel blends these maps [B, C, H, W], whose positions it counts in 31 bits."""
-    return _serves(inpainted) and inpainted.numel() // inpainted.shape[1] < 2**31
+    """Whether a kernel blends these maps [B, C, H, W].
+
+    It counts positions in 31 bits, with room for the last tile, which may pass the end.
+    """
+    return _serves(inpainted) and inpainted.numel() // inpainted.shape[1] < 2**30
 
 
 def serves_neighbourhood_attention(query: Tensor) -> bool:

@@ -103,8 +103,9 @@ def insert_best(best, places, tile, start):
 def add_to_softmax(maximum, total, tile):
     """Maximum, sum of exponentials [R] after one more tile [R, M] (Milakov & Gimelshein 2018)."""
     larger = tl.maximum(maximum, tl.max(tile, axis=1))
-    # Until a finite logit is seen there is nothing to rescale, and inf - inf would be NaN.
-    rescaled = tl.where(maximum == NEVER, 0.0, total * tl.exp(maximum - larger))
+    # Until a finite logit is seen there is nothing to rescale, and inf - inf would be NaN. The
+    # total is 0 then, or NaN if one was seen: on a GPU, maxima pass over it.
+    rescaled = tl.where(maximum == NEVER, total, total * tl.exp(maximum - larger))
     shift = tl.where(larger == NEVER, 0.0, larger)
     return larger, rescaled + tl.sum(tl.exp(tile - shift[:, None]), axis=1)
 

@@ -74,6 +74,7 @@ class Cuda:
 
     Attributes:
         captures: for each capture the device that was entered, and the stream and pool given.
+        capturing: captures under way, of which PyTorch allows one.
     """
 
     now: Cuda
@@ -83,7 +84,7 @@ class Cuda:
         self.graphs: list[Graph] = []
         self.captures: list[tuple[Any, Stream, Any]] = []
         self.entered: list[Any] = []
-        self.pools = self.synchronised = 0
+        self.pools = self.synchronised = self.capturing = 0
         self.current = Stream()
         empty = torch.empty
         for name, value in {
@@ -114,12 +115,19 @@ class Cuda:
         self.entered.pop()
 
     @contextmanager
-    def _graph(self, graph: Graph, pool: Any = None, stream: Any = None) -> Iterator[None]:
+    def _graph(
+        self, graph: Graph, pool: Any = None, stream: Any = None, capture_error_mode: str = "global"
+    ) -> Iterator[None]:
         self.captures.append((self.entered[-1] if self.entered else None, stream, pool))
-        graph.pool = pool
+        graph.pool, graph.mode = pool, capture_error_mode
         self.graphs.append(graph)
-        with graph:
-            yield
+        self.capturing += 1
+        assert self.capturing == 1
+        try:
+            with graph:
+                yield
+        finally:
+            self.capturing -= 1
 
 
 @pytest.fixture

@@ -27,6 +27,9 @@ _UNITS_LEFT = {
 def choose_device(device: str | torch.device | None = None) -> torch.device:
     """The given device; without one, a GPU if PyTorch sees any, else the CPU.
 
+    A GPU without a number is the current one, and is returned with its number: every thread has a
+    current one of its own.
+
     Raises:
         ValueError: a GPU is given, but PyTorch sees none.
 
@@ -34,10 +37,12 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
     device(type='cpu')
     """
     if device is None or device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     chosen = torch.device(device)
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device is {str(device)!r}, but PyTorch sees no GPU here; 'cpu' fits.")
+    if chosen == torch.device("cuda"):
+        return torch.device("cuda", torch.cuda.current_device())
     return chosen
 
 

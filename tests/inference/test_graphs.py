@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from functools import cache
 
 import pytest
 import torch
 from torch import Tensor
 
-from squid_fast import Bundle, Scorer
+from squid_fast import Bundle, Scorer, kernels
 from squid_fast.inference.graphs import Graphs, capture, portions
 from squid_fast.training.graphs import WARM_UP, StepGraphs
 from tests.cuda_stand_ins import Cuda, Stream, cuda
@@ -34,6 +35,8 @@ def test_scoring_is_captured_on_a_stream_of_its_device(cuda: Cuda) -> None:
         assert entered == stream.device == SECOND
         assert pool == 1  # one for all
     assert cuda.pools == 1
+    # Nor would memory of the pool be used again on another stream.
+    assert len({stream for _, stream, _ in cuda.captures}) == 1
     assert [graph.replays for graph in cuda.graphs] == [2, 2]
 
 
@@ -119,6 +122,14 @@ def test_results_are_those_of_the_images_and_nothing_is_captured_twice(cuda: Cud
     list(graphs.replay(function, "other", torch.ones(8, 3)))
     assert len(cuda.graphs) == 5
     assert {graph.pool for graph in cuda.graphs} == {1}
+
+
+def test_kernels_can_be_turned_off_after_a_capture(cuda: Cuda) -> None:
+    graphs, x = Graphs(CPU, 8), torch.ones(3)
+    for setting, count in (("on", 1), ("off", 2), ("on", 2), ("off", 2)):
+        with kernels.use(setting):
+            list(graphs.replay(lambda x: (x + 1,), "", x))
+        assert len(cuda.graphs) == count
 
 
 def test_empty_places_are_zero_whatever_was_there(cuda: Cuda) -> None:
@@ -246,6 +257,38 @@ def test_threads_may_share_a_scorer(cuda: Cuda) -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_other_threads_may_allocate_memory_during_a_capture(cuda: Cuda) -> None:
+    capture(lambda: torch.ones(3), CPU)
+    assert [graph.mode for graph in cuda.graphs] == ["thread_local"]
+
+
+def test_scorers_of_two_threads_capture_one_after_the_other(cuda: Cuda) -> None:
+    other_waits, errors = threading.Event(), []
+
+    def replay(function: Callable[[Tensor], tuple[Tensor]]) -> None:
+        try:
+            list(Graphs(CPU, 8).replay(function, "", torch.ones(2)))
+        except BaseException as error:
+            errors.append(error)
+
+    def slow(x: Tensor) -> tuple[Tensor]:
+        if cuda.capturing:
+            threads[1].start()
+            other_waits.wait(timeout=0.5)
+        return (x + 1,)
+
+    def quick(x: Tensor) -> tuple[Tensor]:
+        other_waits.set()
+        return (x * 2,)
+
+    threads = [threading.Thread(target=replay, args=(function,)) for function in (slow, quick)]
+    threads[0].start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert len(cuda.graphs) == 2
 
 
 def test_capture_without_a_pool_is_a_capture_of_its_own(cuda: Cuda) -> None:

@@ -136,6 +136,15 @@ def test_strides_do_not_matter_and_bits_repeat() -> None:
         assert torch.equal(first, call(dense[0], weight, bias, residual=dense[1]))
 
 
+def test_parameters_of_any_strides() -> None:
+    x, weight, _ = tensors(convolution_inputs(1, 16, 16, 3, 3), torch.float16)
+    bias, head, one = (normal(n, seed=n).to(DEVICE, torch.float32) for n in (2, 32, 1))
+    bias, head = bias[:1].expand(16), head[::2]
+    found = call(x, weight, bias, head=(head, one))
+    dense = call(x, weight, bias.contiguous(), head=(head.contiguous(), one))
+    assert torch.equal(found, dense)
+
+
 def test_nan_stays_in_its_windows() -> None:
     x, weight, bias = tensors(convolution_inputs(2, 16, 16, 5, 6), torch.float16)
     clean = call(x, weight, bias)

@@ -129,6 +129,14 @@ def test_images_of_any_strides(norm: bool) -> None:
     assert_right(last, parameters)
 
 
+@norms
+def test_parameters_of_any_strides(norm: bool) -> None:
+    parameters = on_device(discriminator_parameters((2, 3), 9, 11, norm))
+    for name in ("biases", "scales"):
+        parameters[name] = [x[:1].expand(len(x)) for x in parameters[name]]
+    assert_right(normal(3, 1, 9, 11).to(DEVICE, torch.float32), parameters)
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @norms
 def test_nan_stays_in_its_image(norm: bool, bad: float) -> None:

@@ -101,6 +101,18 @@ def test_nan_spoils_its_row_only(M: int, bad: float) -> None:
     assert_nan_stays_in_its_row(lambda x: ops.gumbel_shrinkage(x, 3), logits_on_device(3, M), bad)
 
 
+@pytest.mark.parametrize("rest", [torch.nan, -torch.inf])
+def test_nan_is_not_forgotten_before_the_first_finite_logit(rest: float) -> None:
+    # Of the tile that the NaN lies in no maximum is known: on a GPU maxima pass over NaN.
+    logits = logits_on_device(3, 3000)
+    logits[1, :2000] = rest
+    logits[1, 7] = torch.nan
+    weights = ops.gumbel_shrinkage(logits, 3)
+    grad = torch.ops.squid_fast.gumbel_shrinkage_backward(torch.ones_like(logits), logits)
+    for found in (weights, grad):
+        assert found.isnan().all(dim=1).tolist() == [False, True, False]
+
+
 def test_many_rows() -> None:
     # Rows that do not fill the last program.
     assert_right(logits_on_device(203, 9), 4)

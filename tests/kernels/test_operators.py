@@ -52,6 +52,10 @@ def test_the_cpu_is_served_by_pytorch_unless_told_otherwise(monkeypatch) -> None
         assert dispatch.serves_gumbel_shrinkage(x, 2)
 
 
+def many_positions(count: int) -> torch.Tensor:
+    return torch.zeros(1, 1, 1, 1).expand(1, 2, 1, count)
+
+
 def weights(channels: int) -> list[torch.Tensor]:
     return [torch.zeros(channels, 1, 5, 5)]
 
@@ -73,6 +77,8 @@ def weights(channels: int) -> list[torch.Tensor]:
         ),
         (False, lambda: dispatch.serves_discriminator_score(torch.zeros(1, 1, 257, 9), weights(1))),
         (False, lambda: dispatch.serves_discriminator_score(torch.zeros(1, 1, 9, 9), weights(129))),
+        (True, lambda: dispatch.serves_masked_shortcut(many_positions(2**30 - 1))),
+        (False, lambda: dispatch.serves_masked_shortcut(many_positions(2**31 - 1))),
     ],
 )
 def test_the_rules(served: bool, serves, monkeypatch) -> None:
