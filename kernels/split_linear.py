@@ -120,6 +120,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     blocks_r, blocks_s = triton.cdiv(R, config.block_r), triton.cdiv(S, config.block_s)
     steps = triton.cdiv(triton.cdiv(T, config.block_t), config.parts)
     x, weight = x if x.stride(1) == 1 else x.contiguous(), weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
     with on_device(x):
         _split_linear_forward_kernel[(blocks_r * blocks_s, config.parts)](
             *(x, weight, bias, out, R, S, T, x.stride(0), weight.stride(0), blocks_s, steps),
