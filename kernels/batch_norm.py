@@ -376,7 +376,9 @@ def statistics(
     partial = mean.new_empty(2, config.parts, C) if config.parts > 1 else None
     if num_batches_tracked is not None and momentum is None:
         num_batches_tracked.add_(1)
-    written = shift, mean, rstd, running_mean, running_var, num_batches_tracked
+    running = running_mean, running_var
+    shift, *moved = (None if z is None else z.contiguous() for z in (shift, *running))
+    written = shift, mean, rstd, *moved, num_batches_tracked
     with on_device(x):
         grid = config.parts, triton.cdiv(C, config.block_c)
         _batch_norm_statistics_kernel[grid](
@@ -393,6 +395,9 @@ def statistics(
                 EPS=eps, MOMENTUM=momentum, BLOCK_P=block_p, BLOCK_C=block_c,
                 num_warps=config.num_warps,
             )  # fmt: skip
+    for given, dense in zip(running, moved, strict=True):
+        if given is not None and dense is not None and dense is not given:
+            given.copy_(dense)
     return mean, rstd
 
 

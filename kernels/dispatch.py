@@ -205,9 +205,11 @@ def serves_reconstruct(x: Tensor, images: Tensor) -> bool:
 def serves_split_linear(x: Tensor, weight: Tensor) -> bool:
     """Whether a kernel multiplies these rows [R, T] by weights in two parts [2, S, T].
 
-    Rows in half precision have no low part, and a library's product of them is as exact.
+    Rows in half precision have no low part, and a library's product of them is as exact. Weights in
+    float32 have none either, and matrix units would take them for TF32.
     """
-    return x.dtype == torch.float32 and _serves(x) and _serves(weight)
+    split = x.dtype == torch.float32 != weight.dtype
+    return split and _serves(x) and _serves(weight)
 
 
 def serves_cell_convolution(x: Tensor, weights: Tensor) -> bool:

@@ -56,7 +56,8 @@ def _reconstruct_forward_kernel(
         f = first + tl.arange(0, BLOCK_F)
         weight = tl.load(weight_ptr + f, mask=f < F, other=0.0)
         known = inside[:, None] & (f < F)[None, :]  # [BLOCK_S, BLOCK_F]
-        map_ = tl.load(x_ptrs[:, None] + f[None, :] * stride_x_f, mask=known, other=0.0)
+        ptrs = x_ptrs[:, None] + f.to(tl.int64)[None, :] * stride_x_f
+        map_ = tl.load(ptrs, mask=known, other=0.0)
         logit += tl.sum(map_.to(tl.float32) * weight[None, :], axis=1)
     recon = tl.sigmoid(logit + tl.load(bias_ptr))
 
@@ -101,7 +102,7 @@ def forward(
     partial = images.new_empty((B, P * P, blocks), dtype=torch.float32)
     with on_device(x):
         _reconstruct_forward_kernel[(partial.numel(),)](
-            *(x, weight.reshape(F), bias, images, recon, partial),
+            *(x, weight.reshape(F).contiguous(), bias, images, recon, partial),
             *(*x.stride(), images.stride(0), images.stride(2), images.stride(3)),
             *(1 / 255 if images.dtype == torch.uint8 else 1.0, x.shape[3] == W, P, h, w, F),
             BLOCK_S=config.block_s,

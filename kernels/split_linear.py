@@ -50,9 +50,12 @@ def _split_linear_forward_kernel(
         low = tl.load(weight_ptrs + stride_low + t[:, None], mask=mask, other=0.0)
         x_high = x.to(high.dtype)
         x_low = (x - x_high.to(tl.float32)).to(high.dtype)
-        total = tl.dot(x_low, high, total)
-        total = tl.dot(x_high, low, total)
-        total = tl.dot(x_high, high, total)
+        # Added up apart from the total, which has to wait for the products: a warpgroup reads rows
+        # from registers while it multiplies, and Triton lets the next step overwrite them unless
+        # something in this one uses the result (triton-lang/triton#9433).
+        product = tl.dot(x_low, high)
+        product = tl.dot(x_high, low, product)
+        total += tl.dot(x_high, high, product)
     if bias_ptr is not None:
         total += tl.load(bias_ptr + s, mask=(s < S) & (part == 0), other=0.0)[None, :]
     mask = (r < R)[:, None] & (s < S)[None, :]
@@ -120,6 +123,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     blocks_r, blocks_s = triton.cdiv(R, config.block_r), triton.cdiv(S, config.block_s)
     steps = triton.cdiv(triton.cdiv(T, config.block_t), config.parts)
     x, weight = x if x.stride(1) == 1 else x.contiguous(), weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
     with on_device(x):
         _split_linear_forward_kernel[(blocks_r * blocks_s, config.parts)](
             *(x, weight, bias, out, R, S, T, x.stride(0), weight.stride(0), blocks_s, steps),

@@ -149,9 +149,27 @@ def measure(launch: Launch) -> Row:
         # rows x depth x columns, and of what
         "dots": sorted({f"{left}x{columns} {dtype}" for left, dtype, columns in dots}),
         "dots_without_matrix_unit": len(plain),
+        "unwaited_products": _unwaited_products(ttgir),
         "shared_bytes": compiled.metadata.shared,
         **read(compiled),
     }
+
+
+def _unwaited_products(ttgir: str) -> int:
+    """Loops whose step ends while a warpgroup may still read a product's rows from registers.
+
+    The next step may overwrite them before that (triton-lang/triton#9433), which only a card would
+    show, and by chance.
+    """
+    found, reading = 0, False
+    for operation in re.findall(r"ttng\.warp_group_dot.*|scf\.yield", ttgir):
+        if operation == "scf.yield":
+            found, reading = found + reading, False
+        elif "warp_group_dot_wait" in operation:
+            reading = reading and "pendings = 0" not in operation
+        else:  # the rows are in shared memory or, as a tensor, in registers
+            reading = reading or ": tensor<" in operation
+    return found
 
 
 def _read_nvidia(compiled: CompiledKernel) -> Row:

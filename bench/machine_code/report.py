@@ -5,7 +5,7 @@ and an MI300X (gfx942), and what the launchers would launch is compiled in place
 Registers, spilled bytes, shared memory, matrix instructions and code size of each configuration are
 printed and go to ``compile_report.json`` or, by another Triton than that of ``constraints.txt``, to
 ``compile_report_VERSION.json``. The exit code is 1 if a configuration spills, asks for
-more shared memory than the card has, or lacks matrix instructions.
+more shared memory than the card has, lacks matrix instructions, or does not wait for its products.
 """
 
 from __future__ import annotations
@@ -140,6 +140,9 @@ def problems(row: Row) -> list[str]:
         found.append(f"has {counted[unit]} {unit}, but all its dots should be other ones.")
     if (outside := row["dots_without_matrix_unit"]) and counted:
         found.append(f"multiplies {outside} of its dots outside the matrix units.")
+    if loops := row["unwaited_products"]:
+        what = f"may overwrite rows in registers that are still being multiplied, in {loops} loops"
+        found.append(f"{what}; something in the loop has to use the product.")
     return found
 
 

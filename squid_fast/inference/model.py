@@ -16,6 +16,7 @@ from ..modules import SQUID, Discriminator, ScoreMode
 from ..modules.squid import check_dtype, check_images, check_shape, refuse_images
 from ..ops.common import as_floats
 from ..utils.devices import Backend, choose_layout, has_fast_bf16, to_layout
+from ..utils.tf32 import tf32
 from .compiler import compiled
 from .convolution import FoldedConv, cast, has_cudnn, has_onednn, use_cudnn
 from .discriminator import FrozenDiscriminator
@@ -68,15 +69,16 @@ class FrozenModel(nn.Module):
         layout = choose_layout(model.config["features_root"])
         on_cpu, int8 = self.device.type == "cpu", precision == "int8"
         in_bf16 = precision == "bf16" or (int8 and has_fast_bf16(self.device))
-        self.generator = FrozenGenerator(
-            model,
-            torch.bfloat16 if in_bf16 else torch.float32,
-            layout,
-            # A compiler knows nothing of these calls of oneDNN, and makes its own.
-            onednn=on_cpu and has_onednn() and backend == "eager",
-            quantization=quantization if int8 else None,
-            least=_CPU_BATCH if on_cpu and precision == "float32" else 1,
-        ).to(self.device)
+        with tf32(False):  # on its way to the device, slots are projected anew
+            self.generator = FrozenGenerator(
+                model,
+                torch.bfloat16 if in_bf16 else torch.float32,
+                layout,
+                # A compiler knows nothing of these calls of oneDNN, and makes its own.
+                onednn=on_cpu and has_onednn() and backend == "eager",
+                quantization=quantization if int8 else None,
+                least=_CPU_BATCH if on_cpu and precision == "float32" else 1,
+            ).to(self.device)
         if not on_cpu and in_bf16:
             split_products(self.generator.inpaint)
         plain = to_layout(copy.deepcopy(discriminator).float().eval().to(self.device), layout)

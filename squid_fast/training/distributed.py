@@ -68,7 +68,10 @@ class Processes:
     def fabric_arguments(self, device: torch.device) -> dict[str, Any]:
         """Arguments of Lightning's ``Fabric`` for these processes."""
         if self.count == 1:
-            return {"devices": [device.index or 0] if device.type == "cuda" else 1}
+            if device.type != "cuda":
+                return {"devices": 1}
+            unnumbered = device == torch.device("cuda")
+            return {"devices": [torch.cuda.current_device() if unnumbered else device.index]}
         strategy = require("lightning_fabric.strategies", "train").DDPStrategy(
             timeout=_TIMEOUT,
             broadcast_buffers=False,  # they are equal on all ranks anyway, and the queues are large

@@ -90,7 +90,8 @@ def fit(
         return run.step / steps if seconds is None else min(60 * run.minutes / seconds, 1.0)
 
     with (
-        torch.random.fork_rng(),  # the steps' seeds do not reach the caller
+        # The steps' seeds do not reach the caller. Unless told the GPUs, PyTorch warns of several.
+        torch.random.fork_rng(range(torch.cuda.device_count())),
         threads(thread_count or run.threads or torch.get_num_threads()),
     ):
         chooser = _ThreadChooser(run, images, thread_count, seconds is not None)

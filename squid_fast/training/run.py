@@ -19,6 +19,7 @@ from ..modules import SQUID, Discriminator
 from ..presets import Preset, Recipe
 from ..utils.devices import Precision, choose_device, choose_precision, to_layout
 from ..utils.machine import describe
+from ..utils.seeds import seeded
 from ..utils.threads import threads
 from .checkpoint import prepare_folder
 from .distributed import Processes
@@ -231,8 +232,7 @@ def train_bundle(
     >>> Path("bundle/model.safetensors").exists()
     True
     """
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with seeded(seed):
         model = SQUID(**preset.model)
     recipe = recipe or preset.recipe
     result = train(

@@ -16,6 +16,7 @@ from ..metrics import image_auroc
 from ..modules import SQUID, Discriminator, discriminator_size, freeze_cancelled_biases
 from ..utils.devices import Precision, choose_layout, to_layout
 from ..utils.extras import require
+from ..utils.seeds import seeded
 from .distributed import Processes, synchronise_batch_norm
 from .ema import EMA
 from .graphs import Losses
@@ -55,8 +56,7 @@ class SquidLearner(Learner):
             self.fabric.launch()
             device = self.fabric.device
         self.device, self._settings = device, settings
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings.seed)
+        with seeded(settings.seed):
             discriminator = Discriminator(discriminator_size(model.image_size))
         self.model, self.discriminator = model.train(), discriminator.train()
         self.layout = choose_layout(settings.model["features_root"])

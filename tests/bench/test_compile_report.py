@@ -29,6 +29,7 @@ GOOD = {
     "shared_bytes": 227 * 1024,
     "dots": ["64x64x256 bf16"],
     "dots_without_matrix_unit": 0,
+    "unwaited_products": 0,
     "matrix_instructions": {"HGMMA": 18},
 }
 
@@ -43,6 +44,20 @@ def product(a_ptr, b_ptr, out_ptr, R: tl.constexpr, C: tl.constexpr, PRECISION: 
     a = tl.load(a_ptr + rows * C + columns)
     b = tl.load(b_ptr + tl.arange(0, C)[:, None] * C + columns)
     tl.store(out_ptr + rows * C + columns, tl.dot(a, b, input_precision=PRECISION))
+
+
+@triton.jit
+def products(a_ptr, b_ptr, out_ptr, steps, N: tl.constexpr, WAIT: tl.constexpr):
+    rows, columns = tl.arange(0, N)[:, None], tl.arange(0, N)[None, :]
+    total = tl.zeros([N, N], tl.float32)
+    for step in range(steps):
+        b = tl.load(b_ptr + (step * N + rows) * N + columns)
+        a = tl.load(a_ptr + (step * N + rows) * N + columns)
+        low = (a - a.to(b.dtype).to(tl.float32)).to(b.dtype)  # worked out in registers
+        product = tl.dot(low, b, tl.zeros_like(total) if WAIT else total)
+        product = tl.dot(a.to(b.dtype), b, product)
+        total = total + product if WAIT else product
+    tl.store(out_ptr + rows * N + columns, total)
 
 
 @triton.jit
@@ -74,6 +89,10 @@ def hoard():
     x = torch.empty(16384, device="meta")
     bad.hoard[(1,)](x, x, 8, 8192, num_warps=1)  # 256 numbers to a thread
 
+def products(wait):
+    x = torch.empty(8 * 64**2, device="meta")
+    bad.products[(1,)](x, x.bfloat16(), x, 8, 64, wait)
+
 print(json.dumps({
     "warpgroup": compiled("sm_90", lambda: product(64, 64, torch.bfloat16, "tf32")),
     "too few warps": compiled("sm_90", lambda: product(64, 64, torch.bfloat16, "tf32", warps=2)),
@@ -81,6 +100,8 @@ print(json.dumps({
     "no matrix unit": compiled("sm_80", lambda: product(16, 16, torch.float32, "ieee")),
     "amd": compiled("gfx942", lambda: product(32, 32, torch.float32, "ieee")),
     "spills": compiled("sm_80", lambda: hoard()),
+    "unwaited": compiled("sm_90", lambda: products(False)),
+    "waited": compiled("sm_90", lambda: products(True)),
 }))
 """
 
@@ -102,6 +123,7 @@ def run(*command: str, path: Path = ROOT, **environment: str) -> subprocess.Comp
         ({"matrix_instructions": {"HMMA": 18}}, "without HGMMA; it has HMMA"),
         ({"matrix_instructions": {"HMMA": 1, "HGMMA": 18}}, "has 1 HMMA"),
         ({"dots_without_matrix_unit": 1}, "1 of its dots outside"),
+        ({"unwaited_products": 1}, "still being multiplied, in 1 loops"),
         ({"arch": "gfx942", "shared_bytes": 0}, "without MFMA"),
         ({"arch": "sm_80", "shared_bytes": 0}, "without HMMA"),
         ({"error": "CompilationError: why."}, "does not compile: CompilationError: why."),
@@ -142,6 +164,9 @@ def test_bad_kernels_are_found_in_their_machine_code(tmp_path: Path) -> None:
     assert spills["registers"] == 255
     assert (spills["spilled_bytes"] > 100, spills["spill_instructions"] > 10) == (True, True)
     assert "spills" in spills["problems"][0]
+    (problem,) = rows["unwaited"]["problems"]
+    assert "still being multiplied" in problem
+    assert rows["waited"]["problems"] == []
 
 
 def test_the_report_of_one_kernel(tmp_path: Path) -> None:

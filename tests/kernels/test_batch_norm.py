@@ -132,6 +132,22 @@ def test_running_statistics_are_those_of_pytorch(
             assert_close(value.double().cpu(), expected[name].double(), 1e-6)
 
 
+@pytest.mark.parametrize("side", [4, 40])  # with one part, and with many to merge
+def test_statistics_of_any_stride_are_moved_where_they_are(side: int) -> None:
+    x = norm_inputs((3, 5, side, side))[0].float().to(DEVICE)
+    shift, *_ = tensors([normal(5, seed=9)])
+    expected = moved(x, 0.1, shift)
+    ones = torch.ones(5, device=DEVICE)
+    running = {name: value.to(DEVICE) for name, value in running_statistics(5).items()}
+    both = [torch.stack([running[name], ones], dim=1) for name in ("running_mean", "running_var")]
+    running |= {"running_mean": both[0][:, 0], "running_var": both[1][:, 0]}
+    apart = torch.stack([shift, ones], dim=1)[:, 0]
+    ops.batch_norm(x, ones, ones, **running, shift=apart)
+    for name, value in expected.items():
+        assert_close(running[name].double(), value.double(), 1e-6)
+    assert all(torch.equal(pair[:, 1], ones) for pair in both)  # what lies between is left alone
+
+
 @layouts
 @pytest.mark.parametrize("parts", [1, 3, 64, 500])
 def test_statistics_do_not_cancel(parts: int, layout: Layout) -> None:

@@ -93,6 +93,13 @@ def test_drawn_sizes(
     assert_right(normal(B, F, P * h, P * w).float(), grey(B, P * h, P * w), P, whole, layout)
 
 
+def test_weights_of_any_stride() -> None:
+    x, images = normal(2, 5, 6, 6).float().to(DEVICE), grey(2, 6, 6).to(DEVICE)
+    weight, bias = (z.to(DEVICE) for z in head_weights(5))
+    apart = torch.stack([weight, weight + 1], dim=2)[:, :, 0]
+    assert all(map(torch.equal, *(ops.reconstruct(x, w, bias, images, 2) for w in (weight, apart))))
+
+
 def test_images_of_any_strides() -> None:
     larger = grey(4, 12, 24)
     for images in (larger[1::2, :, ::2, ::3], larger.mT, larger[:1].expand(4, 1, 12, 24)):

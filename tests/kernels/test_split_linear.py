@@ -8,7 +8,7 @@ from hypothesis import given
 from torch import Tensor
 
 from squid_fast import ops
-from squid_fast.kernels import split_linear
+from squid_fast.kernels import dispatch, split_linear
 from squid_fast.kernels.card import A100, H100, MI300X, Card
 from tests.kernels.devices import DEVICE, DTYPES, ON_GPU, drawn
 from tests.ops.samples import normal, up_to
@@ -73,6 +73,18 @@ def test_rows_of_any_strides_and_dimensions() -> None:
         assert_close(ops.split_linear(given_x, parts, bias).cpu(), rows, BOUNDS[HALF])
     turned = parts.mT.contiguous().mT
     assert torch.equal(ops.split_linear(x, turned, bias), shaped.view(24, 5))
+    apart = torch.stack([bias, bias + 1], dim=1)[:, 0]
+    assert torch.equal(ops.split_linear(x, parts, apart), shaped.view(24, 5))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "served"), [*((half, True) for half in HALVES), (torch.float32, False)]
+)
+def test_only_parts_of_half_precision_are_served(dtype: torch.dtype, served: bool) -> None:
+    # Of float32 a dot makes TF32 on a card, though not in the interpreter.
+    (x, parts, _), _ = product(3, 4, 5, dtype)
+    assert dispatch.serves_split_linear(x, parts) == served
+    assert not dispatch.serves_split_linear(x.to(dtype), parts)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

@@ -235,6 +235,14 @@ def test_masks_differ_between_ranks_and_augmentation_does_not() -> None:
     assert torch.equal(torch.cat(shares), batch)
 
 
+def test_one_process_trains_on_the_device_that_its_tensors_go_to(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    for name, devices in (("cpu", 1), ("cuda", [1]), ("cuda:0", [0]), ("cuda:2", [2])):
+        assert Processes().fabric_arguments(torch.device(name)) == {"devices": devices}
+
+
 def test_a_batch_that_cannot_be_shared_out_is_refused() -> None:
     with pytest.raises(ValueError, match="shared out over 3 processes; a batch of 15 or 18"):
         Processes(0, 3, 3).check_batch(16)

@@ -26,6 +26,7 @@ from squid_fast.training import (
     make_optimizers,
     squid,
     train,
+    train_bundle,
 )
 from squid_fast.training.augment import augment
 from squid_fast.training.checkpoint import load_checkpoint, save_checkpoint
@@ -293,6 +294,28 @@ def test_training_leaves_the_callers_random_numbers_alone(tmp_path: Path) -> Non
     torch.manual_seed(7)
     train(model, image_set(8), tmp_path, RECIPE, should_stop=after_steps(1))
     assert torch.equal(torch.rand(1), expected)
+
+
+def test_training_leaves_the_random_numbers_of_every_gpu_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds = [5, 6]  # of two GPUs
+
+    def seed_all(seed: int) -> None:
+        seeds[:] = [seed, seed]
+
+    for name, stand_in in {
+        "device_count": lambda: 2,
+        "get_rng_state": lambda device: seeds[device],
+        "set_rng_state": lambda state, device: seeds.__setitem__(device, state),
+        "manual_seed_all": seed_all,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    train_bundle(
+        squid_fast.PRESETS["small"], image_set(4), tmp_path, recipe=Recipe(batch_size=2, epochs=1),
+        device="cpu", precision="float32", false_positive_rate=0.25,
+    )  # fmt: skip
+    assert seeds == [5, 6]
 
 
 def test_another_seed_is_another_run(tmp_path: Path) -> None:

@@ -12,11 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.scoring import speed
-from squid_fast import PRESETS, SQUID
+from squid_fast import PRESETS, SQUID, Discriminator
 from squid_fast.experiments.baselines import BaselineScorer
 from squid_fast.experiments.baselines.networks import AutoEncoder
 from squid_fast.experiments.published import published_way
 from squid_fast.experiments.research_scores import other_scores
+from squid_fast.inference.model import FrozenModel
+from squid_fast.modules import InpaintBlock
 from squid_fast.presets import Recipe
 from squid_fast.training import train
 from squid_fast.utils.tf32 import tf32
@@ -86,6 +88,24 @@ def test_pytorchs_own_settings() -> None:
 
 
 # --- where it holds -------------------------------------------------------------------------------
+
+
+def test_the_projection_of_slots_on_their_way_to_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, freeze = [], InpaintBlock.freeze
+
+    def noting(block: InpaintBlock) -> None:
+        products = torch.backends.cuda.matmul
+        found.append(getattr(products, "fp32_precision", None) or products.allow_tf32)
+        freeze(block)
+
+    monkeypatch.setattr(InpaintBlock, "freeze", noting)
+    with tf32(True, products=True):
+        InpaintBlock(16, num_slots=5, num_memory=4, memory_channel=16).freeze()
+        FrozenModel(SQUID.from_preset("small"), Discriminator(2))
+    of_the_caller, *found = found
+    assert of_the_caller in ("tf32", True)
+    assert found
+    assert of_the_caller not in found
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from ...training.loop import fit
 from ...training.state import Run, Settings
 from ...utils.devices import Precision, choose_device, choose_precision
 from ...utils.machine import describe
+from ...utils.seeds import seeded
 from .networks import AutoEncoder
 from .scorer import METHODS, BaselineScorer, save_baseline
 from .shallow import PixelMethod
@@ -119,8 +120,7 @@ def train_baseline(
         prepare_folder(out, resume)
         method: PixelMethod | AutoEncoder = kind.fit(train_set)
     else:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        with seeded(seed):
             method = kind(image_size=side)
         config = {"method": name, **method.config}
         settings = Settings(config, recipe, seed, chosen, len(train_set), train_set.fingerprint)
