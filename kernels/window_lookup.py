@@ -53,6 +53,7 @@ def _window_scores_forward_kernel(
     What 8 warps can multiply at once leaves few registers for addresses: they are 32 bits from
     where the block begins, and beyond its last map or slot that one is read again, without a mask.
     """
+    IN_PIECES: tl.constexpr = maps_ptr.dtype.element_ty == tl.float32
     first = tl.program_id(0).to(tl.int64) * BLOCK_B
     left = tl.minimum(B - first, BLOCK_B).to(tl.int32)
     b = tl.arange(0, BLOCK_B)
@@ -70,14 +71,18 @@ def _window_scores_forward_kernel(
         at = tl.minimum(b, left - 1)[:, None] * stride_b + columns[None, :]
         x = tl.load(maps_ptr + row * stride_h + at, mask=inside[None, :], other=0.0)
         at = columns[:, None] + tl.minimum(m, M - 1)[None, :] * stride_m
+        # Pieces of maps in float32 are in registers, which warpgroups read as they multiply. Added up
+        # apart from the total, their products are waited for (see split_linear.py).
+        product = tl.zeros([BLOCK_B, BLOCK_M], tl.float32) if IN_PIECES else total
         for part in tl.static_range(PARTS):
             part_ptr = slots_ptr + part * stride_part + row * run
             slots = tl.load(part_ptr + at, mask=inside[:, None], other=0.0)
             rest = x  # of float32, the parts i with i + part < PARTS
-            for _ in tl.static_range(PARTS - part if x.dtype == tl.float32 else 1):
+            for _ in tl.static_range(PARTS - part if IN_PIECES else 1):
                 piece = rest.to(slots.dtype)
-                total = tl.dot(piece, slots, total)
+                product = tl.dot(piece, slots, product)
                 rest -= piece
+        total = total + product if IN_PIECES else product
 
     mask = (b < left)[:, None] & (m < width)[None, :]
     scores_ptr += ((split.to(tl.int64) * N + n) * B + first) * width
@@ -104,14 +109,11 @@ class Config:
         B: int, N: int, M: int, height: int, run: int, parts: int, element_size: int, card: Card
     ) -> Config:
         # 200 slots in one tile, so that maps are read once; 128 maps by 256 slots are 128 registers
-        # of a thread of 8 warps.
+        # of a thread of 8 warps. Maps in float32 have two such tiles, the total and a step's sums.
         block_m = min(max(power_of_2(M), 16), 256)
-        block_b = min(max(power_of_2(B), 16), 128)
-        # The parts of the slots fill the shared memory: 32 columns of 256 slots are 48 KB. Of maps
-        # in float32 the parts are in registers, of which warpgroups leave enough.
-        warpgroups = card.arch == "sm_90" and block_b >= 64
-        crowded = element_size == 4 and block_b > 16 and not (warpgroups or card.is_amd)
-        block_c = min(max(power_of_2(run), 16), 16 if crowded else 32)
+        block_b = min(max(power_of_2(B), 16), 128 if element_size == 2 else 64)
+        # The parts of the slots fill the shared memory: 32 columns of 256 slots are 48 KB.
+        block_c = min(max(power_of_2(run), 16), 32)
         stage = (block_b * element_size + parts * block_m * 2) * block_c
         stages = min(max(card.shared_memory // stage, 2), 2 if card.is_amd else 4)
         steps = height * triton.cdiv(run, block_c)
