@@ -15,7 +15,7 @@ time. Maps are seen as [B, C, S], S = H W, either channels-last or contiguous, a
 
 Of small maps bytes do not count, but launches. One program sees all positions of a few channels,
 and does by itself what follows from sums over them: statistics take one launch instead of two, a
-backward one instead of four.
+backward one instead of three.
 """
 
 from __future__ import annotations
