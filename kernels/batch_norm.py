@@ -15,7 +15,7 @@ time. Maps are seen as [B, C, S], S = H W, either channels-last or contiguous, a
 
 Of small maps bytes do not count, but launches. One program sees all positions of a few channels,
 and does by itself what follows from sums over them: statistics take one launch instead of two, a
-backward one instead of four.
+backward one instead of three.
 """
 
 from __future__ import annotations
@@ -281,14 +281,15 @@ def _batch_norm_backward_sums_kernel(
 
 @triton.jit
 def _batch_norm_backward_kernel(
-    grad_ptr, x_ptr, grad_x_ptr, sum_g_ptr, sum_g_normed_ptr,
+    grad_ptr, x_ptr, grad_x_ptr, sums_ptr, grad_weight_ptr, grad_bias_ptr,
     mean_ptr, rstd_ptr, weight_ptr, bias_ptr,
     positions, S, C, stride_b, stride_c, stride_s,
     SLOPE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """grad, x, grad_x: [B, C, S] of one dtype, as in the forward.
+    """grad, x, grad_x: [B, C, S] of one dtype, as in the forward. With SLOPE 1 grad is taken for g.
 
-    sum_g, sum_g_normed, mean, rstd, weight, bias: float32 [C]. With SLOPE 1 grad is taken for g.
+    sums: float32 [2, C], of g and of g normed, which are copied to grad_bias and grad_weight, since
+    results may not share memory. These, mean, rstd, weight, bias: float32 [C].
     """
     position = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
     channel = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
@@ -298,8 +299,11 @@ def _batch_norm_backward_kernel(
     scale = rstd * _of_channels(weight_ptr, channel, C)
     bias = _of_channels(bias_ptr, channel, C)
     g, centred = _behind_statistics(grad_ptr, x_ptr, None, at, inside, mean, scale, bias, SLOPE)
-    sum_g = _of_channels(sum_g_ptr, channel, C)
-    sum_g_normed = _of_channels(sum_g_normed_ptr, channel, C)
+    sum_g = _of_channels(sums_ptr, channel, C)
+    sum_g_normed = _of_channels(sums_ptr + C, channel, C)
+    if tl.program_id(0) == 0:
+        tl.store(grad_bias_ptr + channel, sum_g, mask=channel < C)
+        tl.store(grad_weight_ptr + channel, sum_g_normed, mask=channel < C)
     grad_x = _input_gradient(g, centred, scale, rstd, sum_g, sum_g_normed, positions)
     tl.store(grad_x_ptr + at, grad_x, mask=inside)
 
@@ -444,26 +448,27 @@ def backward(
     B, C, S = flat.shape
     # Three maps, or two and two sums, share the registers: with 32 elements a thread they spill.
     config = Config.of_sums(flat, per_thread=16)
-    sums_g, sums_g_normed = mean.new_empty(config.parts, C), mean.new_empty(config.parts, C)
+    grad_weight, grad_bias = torch.empty_like(mean), torch.empty_like(mean)
+    sums = None if config.parts == 1 else mean.new_empty(2, config.parts, C)
+    sum_g, sum_g_normed = (grad_bias, grad_weight) if sums is None else sums
     sizes = B * S, S, C, *flat.stride()
     vectors = mean, rstd, weight.contiguous(), bias.contiguous()
     added = (None, None) if y is None else (_flat(y, layout), grad_residual)
-    whole = config.parts == 1
     with on_device(x):
         grid = config.parts, triton.cdiv(C, config.block_c)
         _batch_norm_backward_sums_kernel[grid](
-            g, flat, *added, grad_x if whole else None, sums_g, sums_g_normed,
+            g, flat, *added, grad_x if sums is None else None, sum_g, sum_g_normed,
             *vectors, *sizes, config.steps, SLOPE=negative_slope,
             BLOCK_S=config.block_s, BLOCK_C=config.block_c, num_warps=config.num_warps,
         )  # fmt: skip
-        if whole:
-            return grad_x, sums_g_normed[0], sums_g[0], grad_residual
-        sum_g, sum_g_normed = sums_g.sum(0), sums_g_normed.sum(0)
+        if sums is None:
+            return grad_x, grad_weight, grad_bias, grad_residual
         if y is not None:  # the activation is behind us
             g, negative_slope = grad_residual, 1.0
         grid = triton.cdiv(B * S, config.block_s), triton.cdiv(C, config.block_c)
         _batch_norm_backward_kernel[grid](
-            g, flat, grad_x, sum_g, sum_g_normed, *vectors, *sizes, SLOPE=negative_slope,
+            g, flat, grad_x, sums.sum(1), grad_weight, grad_bias, *vectors, *sizes,
+            SLOPE=negative_slope,
             BLOCK_S=config.block_s, BLOCK_C=config.block_c, num_warps=config.num_warps,
         )  # fmt: skip
-    return grad_x, sum_g_normed, sum_g, grad_residual
+    return grad_x, grad_weight, grad_bias, grad_residual

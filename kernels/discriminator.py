@@ -267,15 +267,17 @@ class Config:
 
         The last layer's programs have all channels, since they make the whole score.
         """
-        # 16384 sums are 64 registers a thread of 8 warps, and twice as many of 32 channels fit. Of
-        # 1024 rows, three stages of 16 numbers, both parts of them, fit the shared memory of an
-        # H100; an MI300X has a third of that.
+        # 16384 sums are 64 registers a thread of 8 warps, and twice as many of 32 channels fit, if
+        # the map is one block, which it has to fill where no warpgroups multiply. Of 1024 rows,
+        # three stages of 16 numbers, both parts of them, fit the shared memory of an H100; an
+        # MI300X has a third of that.
         block_n = max(power_of_2(N), 16)
         block_p = min(power_of_2(places), 512 if card.is_amd else 1024)
         if last:
             block_p = min(block_p, 16384 // block_n)
         else:
-            block_n = min(block_n, max(16384 // block_p, 32))
+            twice = places == block_p or (places < block_p and card.arch == "sm_90")
+            block_n = min(block_n, max(16384 // block_p, 32 if twice else 16))
         # While there is a multiprocessor for every image, a program takes one. Beyond, it has 64
         # rows at least, which warpgroups multiply at once; 128, which halves the reading of
         # weights, if that leaves most multiprocessors a program. Tensor cores take 16 rows at once.

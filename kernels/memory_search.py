@@ -137,6 +137,8 @@ class Config:
         # ones as many; 4 warps spill at fewer rows already. Float32 operands take room for three.
         largest = 64 if element_size == 2 else 16 if card.is_amd else 32
         block_b = min(max(power_of_2(B), 16), largest)
+        if card.is_amd and block_b == 32:
+            block_b = 16  # of 32 rows an MI300X has to spill, of 16 and of 64 not
         block_m = 128
         block_c = min(max(power_of_2(C), 16), 128 // element_size)
         # Two programs for every multiprocessor; a power of 2, for the kernel that merges.

@@ -71,8 +71,8 @@ def _window_scores_forward_kernel(
         at = tl.minimum(b, left - 1)[:, None] * stride_b + columns[None, :]
         x = tl.load(maps_ptr + row * stride_h + at, mask=inside[None, :], other=0.0)
         at = columns[:, None] + tl.minimum(m, M - 1)[None, :] * stride_m
-        # Pieces of maps in float32 are in registers, which warpgroups read as they multiply. Added up
-        # apart from the total, their products are waited for (see split_linear.py).
+        # Pieces of maps in float32 are in registers, which warpgroups read as they multiply. Added
+        # up apart from the total, their products are waited for (see split_linear.py).
         product = tl.zeros([BLOCK_B, BLOCK_M], tl.float32) if IN_PIECES else total
         for part in tl.static_range(PARTS):
             part_ptr = slots_ptr + part * stride_part + row * run

@@ -32,8 +32,8 @@ MEMORIES = {
     (4, 100_000, 2048): ("gumbel",),
 }
 SHRINKAGES = {"gumbel": (5, 0.0), "hard": (0, 0.005), "raw": (0, 0.0)}  # top_k, threshold
-BATCHES = (1, 16, 64, 512, 4096)  # B: one image, training, the decoder's windows, screening
-SCORED = (1, 16, 256, 1024)  # B of the two ends of the network, in scoring
+BATCHES = (1, 16, 32, 64, 128, 256, 512, 4096)  # B: an image, training, windows, screening
+SCORED = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # B in scoring: graphs take powers of two
 SLOTS = (200, 1_000, 10_000)  # M of logits shrunk by themselves
 MAPS = (  # N maps of C channels, H x W places, to an image
     (4, 512, 4, 4),  # zhanglab: behind the in-painting
@@ -52,9 +52,13 @@ NORMED = (
     (4, 512, 4, 4),
     (4, 128, 4, 4),  # the bottleneck
     (1, 32, 32, 32),  # the discriminator
+    (1, 64, 16, 16),
+    (1, 128, 8, 8),
     (1, 128, 4, 4),
     (9, 32, 32, 32),  # digit_anatomy
     (9, 16, 16, 16),  # small
+    (9, 32, 2, 2),
+    (1, 128, 2, 2),
 )
 RESIZES = (  # P, channels, rows and columns of a patch before the resize, channels of the skip
     (1, 512, 4, 4, 256),  # zhanglab: the decoder's steps, patch by patch
@@ -64,7 +68,9 @@ RESIZES = (  # P, channels, rows and columns of a patch before the resize, chann
     (1, 256, 4, 4, 128),  # digit_anatomy
     (1, 128, 8, 8, 64),
     (3, 64, 16, 16, 0),
-    (3, 32, 8, 8, 0),  # small
+    (1, 128, 2, 2, 0),  # small
+    (1, 64, 4, 4, 0),
+    (3, 32, 8, 8, 0),
     (1, 32, 64, 64, 16),  # a decoder with skips everywhere
 )
 IMAGES = (  # P, side, F; of grey images
@@ -98,7 +104,9 @@ CONVOLUTIONS = (  # N maps of C channels, S x S, to D; behind a resize; residual
     (9, 32, 32, 32, "plain", ()),  # digit_anatomy
     (1, 64, 32, 48, "resized", ()),
     (1, 32, 32, 96, "plain", ("residual", "head")),
-    (1, 32, 16, 24, "resized", ()),  # small
+    (9, 16, 16, 16, "plain", ()),  # small
+    (9, 16, 16, 16, "plain", ("residual",)),
+    (1, 32, 16, 24, "resized", ()),
     (1, 16, 16, 48, "plain", ("residual", "head")),
 )
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -137,6 +145,13 @@ def _memory_lookup(kernels: Any) -> Iterator[Case]:
                 backward = partial(kernels.backward, query, query, memory, scores, *how, learn)
                 learned = " slots learned" * learn
                 yield Case(f"memory_lookup.backward {label}{kept}{learned}", backward)
+    # In scoring the queue's answers come with their keys and values.
+    for (N, C), B in itertools.product(ATTENTIONS, SCORED):
+        query, memory, values = _meta(B, N, C), _meta(N, 200, C), _meta(N, 200, 3 * C)
+        how = ("gumbel", *SHRINKAGES["gumbel"], False)
+        label = f"B={B} N={N} M=200 C={C} values of {3 * C}"
+        call = partial(kernels.forward, query, memory, values, *how)
+        yield Case(f"memory_lookup.forward {label}", call)
 
 
 def _gumbel_shrinkage(kernels: Any) -> Iterator[Case]:
@@ -166,7 +181,8 @@ def _masked_shortcut(kernels: Any) -> Iterator[Case]:
 
 
 def _window_lookup(kernels: Any) -> Iterator[Case]:
-    for (c, side, grid, M, per_image), B, dtype in itertools.product(WINDOWS, BATCHES, DTYPES[1:]):
+    batches = sorted({*BATCHES, *SCORED})
+    for (c, side, grid, M, per_image), B, dtype in itertools.product(WINDOWS, batches, DTYPES[1:]):
         maps = _meta(B * per_image, c, side, side, dtype=dtype)
         maps = maps.to(memory_format=torch.channels_last)
         windows = grid[0] * grid[1]
@@ -210,6 +226,9 @@ def _batch_norm(kernels: Any) -> Iterator[Case]:
         yield Case(f"batch_norm.statistics {label}", partial(moved, 0.1, 1e-5))
         if C == 64:
             yield Case(f"batch_norm.statistics {label} plain mean", partial(moved, None, 1e-5))
+        if H <= 4:  # the bottleneck's first convolution has no bias
+            alone = partial(kernels.statistics, x, None, c, c, tracked, 0.1, 1e-5)
+            yield Case(f"batch_norm.statistics {label} without a shift", alone)
         # As in the model: ReLU everywhere, the residual too; LeakyReLU in the discriminator.
         for residual, slope in ((None, 0.0), (x, 0.0), (None, 0.2)):
             what = f"{label}{' residual' * (residual is not None)} slope {slope}"
@@ -235,7 +254,7 @@ def _upsample_concat(kernels: Any) -> Iterator[Case]:
 
 
 def _discriminator(kernels: Any) -> Iterator[Case]:
-    batches = (*BATCHES, 256, 1024)  # 256: a set that is evaluated
+    batches = sorted({*BATCHES, *SCORED})
     for side, B, norm in itertools.product(DISCRIMINATORS, batches, (True, False)):
         packed = [_meta(25, WIDTHS[0])]
         for C, N in itertools.pairwise(WIDTHS):
@@ -243,7 +262,7 @@ def _discriminator(kernels: Any) -> Iterator[Case]:
         biases = [_meta(N) for N in WIDTHS]
         places = (-(-side // 32)) ** 2
         packed.append(_meta(places, WIDTHS[-1]))
-        parameters = (biases, biases[1:] if norm else [], _meta(1), packed, 1e-5)
+        parameters = (biases, biases[1:] if norm else [], _meta(1), packed, 1e-5 if norm else 0.0)
         label = f"[{B}, 1, {side}, {side}] {'instance' if norm else 'running'}"
         call = partial(kernels.forward, _meta(B, 1, side, side), *parameters)
         yield Case(f"discriminator.forward {label}", call)

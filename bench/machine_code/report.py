@@ -79,17 +79,14 @@ def collect(archs: list[str], pattern: str) -> tuple[dict[Launch, list[str]], li
 def hardest(launches: dict[Launch, list[str]]) -> dict[Launch, list[str]]:
     """One launch of every configuration, with the calls of all.
 
-    A configuration is what tile, dtypes, warps, stages and the like make up. Within it, counts and
-    switches add code, and unaligned sizes make addresses more work: the launch with most of the
-    former, then most of the latter, needs most registers. A size of 1 is a constant.
+    A configuration is what constants, dtypes, warps, stages and the like make up. Within it,
+    unaligned sizes make addresses more work: the launch with most of them needs most registers. A
+    size of 1 is a constant.
     """
-    groups: dict[str, list[tuple[tuple[float, int], Launch]]] = {}
+    groups: dict[str, list[tuple[int, Launch]]] = {}
     for launch in launches:
         row = describe(launch)
-        constants, arguments = row["constants"], row["arguments"]
-        tile = {k: v for k, v in constants.items() if "BLOCK_" in k or not isinstance(v, int)}
-        counts = [v for k, v in constants.items() if k not in tile]
-        row["constants"] = tile
+        arguments = row["arguments"]
         # Pointers that are there or not; strides that are 1 or not.
         row["arguments"] = {
             name: kind.removesuffix(":16") if "stride" not in name else kind == "1"
@@ -97,8 +94,7 @@ def hardest(launches: dict[Launch, list[str]]) -> dict[Launch, list[str]]:
             if kind[0] == "*" or kind == "None" or "stride" in name
         }
         unaligned = sum(kind != "1" and not kind.endswith(":16") for kind in arguments.values())
-        hardness = (sum(counts), unaligned)
-        groups.setdefault(json.dumps(row), []).append((hardness, launch))
+        groups.setdefault(json.dumps(row), []).append((unaligned, launch))
     chosen = {}
     for group in groups.values():
         group.sort(key=lambda entry: entry[0], reverse=True)  # its own calls stand first

@@ -273,7 +273,12 @@ class _MemoryBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         answer = self.look_up(x)
-        return ops.masked_shortcut(answer, x, self.mask_ratio) if self.training else answer
+        if not self.training:
+            return answer
+        if x.is_contiguous(memory_format=torch.channels_last):
+            # What follows has the layout of the answer, and would be copied at every convolution.
+            answer = answer.contiguous(memory_format=torch.channels_last)
+        return ops.masked_shortcut(answer, x, self.mask_ratio)
 
 
 class MemoryMatrixBlock(_MemoryBlock):

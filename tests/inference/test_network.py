@@ -21,12 +21,14 @@ from squid_fast.inference.convolution import (
     has_onednn,
 )
 from squid_fast.inference.discriminator import FrozenDiscriminator
-from squid_fast.inference.ends import Stem
+from squid_fast.inference.ends import Head, Stem
 from squid_fast.inference.inpainting import PlaceConv, SplitLinear, SplitMemory, split_products
 from squid_fast.inference.model import FrozenModel
 from squid_fast.inference.network import FrozenGenerator
 from squid_fast.inference.windows import WindowMemory
 from squid_fast.modules import ScoreMode
+from squid_fast.modules.unet import OutConv
+from squid_fast.ops.images import patch_errors
 from squid_fast.ops.patches import to_patches
 from tests.factories import decoder_memory, tiny_squid, trained_discriminator, trained_squid
 from tests.processor import needs_bf16, needs_onednn
@@ -340,3 +342,15 @@ def test_a_frozen_discriminator_scores_as_the_discriminator(mode: ScoreMode) -> 
         assert torch.equal(FrozenDiscriminator(several, mode, fused=True)(images), fused(images))
     # What is packed follows from the weights, and is not saved beside them.
     assert fused.state_dict().keys() == plain.state_dict().keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("whole", [True, False], ids=["image", "patches"])
+def test_a_head_compares_what_a_convolution_has_made(dtype: torch.dtype, whole: bool) -> None:
+    images = torch.randint(0, 256, (2, 1, 6, 9), dtype=torch.uint8)
+    if dtype == torch.float32:
+        images = images / 255
+    recon, made = torch.rand(2, 1, 6, 9), Head(OutConv(4, 1), 3)
+    found, errors = made.compare(recon if whole else to_patches(recon, 3), images)
+    assert torch.equal(found, recon)
+    torch.testing.assert_close(errors, patch_errors(recon, images, 3), rtol=1e-5, atol=1e-6)

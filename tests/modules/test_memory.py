@@ -276,6 +276,15 @@ def test_block_equals_reference(
         assert_close(got, value, floor=1.0)
 
 
+@pytest.mark.parametrize("name", sorted(BLOCKS))
+def test_training_keeps_maps_in_channels_last(name: str) -> None:
+    # Else every convolution behind the block would copy its input, on a GPU.
+    width = 8 if name == "MemoryMatrixBlock" else 32  # windows of 2 x 2, or a whole map
+    block = BLOCKS[name](7, width, 4).train()
+    x = torch.rand(4, 2, 4, 4).to(memory_format=torch.channels_last)
+    assert block(x).is_contiguous(memory_format=torch.channels_last)
+
+
 def test_blocks_mix_with_their_input_in_training_only() -> None:
     for name in BLOCKS:
         block = BLOCKS[name](6, 3 * (256 if name == "MemoryMatrixBlock" else 1024), 4, 3)
