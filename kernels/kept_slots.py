@@ -145,11 +145,11 @@ def answer_from_kept(
     weights = scores.new_empty(N, B, lists["K_TILE"])
     places = torch.empty_like(weights, dtype=torch.int32)
     # Four numbers a thread: as many registers as lists and addresses leave.
-    block_m = min(power_of_2(M), 1024)
-    block_r = 1024 // block_m
+    block_m = min(power_of_2(M), 512)
+    block_r = 512 // block_m
     _kept_weights_forward_kernel[(triton.cdiv(N * B, block_r),)](
         scores, splits, weights, places, N * B, M, width,
-        BLOCK_R=block_r, BLOCK_M=block_m, num_warps=8, **lists,
+        BLOCK_R=block_r, BLOCK_M=block_m, num_warps=4, **lists,
     )  # fmt: skip
     config = Config.choose(B, N, height, run, card_of(answer))
     tiles = triton.cdiv(triton.cdiv(B, config.block_b), config.shares)

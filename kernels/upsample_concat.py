@@ -206,7 +206,9 @@ class Config:
             pixels = elements
             block_x = min(power_of_2(W), 64)  # a cache line again
         block_y = min(power_of_2(H), pixels // block_x)
-        return Config(block_y, block_x, min(power_of_2(C), elements // (block_y * block_x)))
+        block_c = min(power_of_2(C), elements // (block_y * block_x))
+        # Eight pixels a thread have addresses of their own, and an A100 would spill.
+        return Config(block_y, block_x, block_c, num_warps=4 if channels_last else 8)
 
 
 def _choose(like: Tensor, H: int, W: int, C: int) -> Config:

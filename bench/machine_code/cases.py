@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -33,6 +33,7 @@ MEMORIES = {
 }
 SHRINKAGES = {"gumbel": (5, 0.0), "hard": (0, 0.005), "raw": (0, 0.0)}  # top_k, threshold
 BATCHES = (1, 16, 32, 64, 128, 256, 512, 4096)  # B: an image, training, windows, screening
+TRAINED = (1, 16, 64, 128, 256)  # B in training, of one place or more
 SCORED = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # B in scoring: graphs take powers of two
 SLOTS = (200, 1_000, 10_000)  # M of logits shrunk by themselves
 MAPS = (  # N maps of C channels, H x W places, to an image
@@ -124,15 +125,26 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+def _sizes(
+    sizes: Iterable[Any], batches: Iterable[int], dtypes: Iterable[torch.dtype] = DTYPES
+) -> Iterator[tuple[Any, int, torch.dtype]]:
+    """Sizes, batches and dtypes in all combinations, but for float16, in which nothing is computed.
+
+    Kernels take it, laid out as bfloat16 is: it stands at the first size and 16 images.
+    """
+    for i, size in enumerate(sizes):
+        for B, dtype in itertools.product(batches, dtypes):
+            if dtype != torch.float16 or (i == 0 and B == 16):
+                yield size, B, dtype
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
 def _memory_lookup(kernels: Any) -> Iterator[Case]:
     named = [(sizes, mode) for sizes, modes in MEMORIES.items() for mode in modes]
-    for ((N, M, C), mode), B, dtype in itertools.product(named, BATCHES, DTYPES):
-        if mode != "gumbel" and dtype == torch.float16:
-            continue  # laid out as bfloat16 is, which stands for both where nobody is expected
+    for ((N, M, C), mode), B, dtype in _sizes(named, BATCHES):
         query, memory = _meta(B, N, C, dtype=dtype), _meta(N, M, C, dtype=dtype)
         how = (mode, *SHRINKAGES[mode])
         label = f"B={B} N={N} M={M} C={C} {mode} {_name(dtype)}"
@@ -155,7 +167,7 @@ def _memory_lookup(kernels: Any) -> Iterator[Case]:
 
 
 def _gumbel_shrinkage(kernels: Any) -> Iterator[Case]:
-    for M, B, dtype in itertools.product(SLOTS, BATCHES, DTYPES):
+    for M, B, dtype in _sizes(SLOTS, BATCHES):
         logits = _meta(B, M, dtype=dtype)
         label = f"[{B}, {M}] {_name(dtype)}"
         yield Case(f"gumbel_shrinkage.forward {label}", partial(kernels.forward, logits, 5))
@@ -168,8 +180,8 @@ def _gumbel_shrinkage(kernels: Any) -> Iterator[Case]:
 
 def _masked_shortcut(kernels: Any) -> Iterator[Case]:
     layouts = (torch.contiguous_format, torch.channels_last)
-    sizes = itertools.product(MAPS, BATCHES, DTYPES, layouts, (False, True))
-    for (N, C, H, W), B, dtype, layout, affine in sizes:
+    sizes = itertools.product(_sizes(MAPS, TRAINED), layouts, (False, True))
+    for ((N, C, H, W), B, dtype), layout, affine in sizes:
         x = _meta(B * N, C, H, W, dtype=dtype).to(memory_format=layout)
         scale = _meta(C) if affine else None
         how = (0.95, _meta(dtype=torch.int64), scale, scale)
@@ -182,7 +194,7 @@ def _masked_shortcut(kernels: Any) -> Iterator[Case]:
 
 def _window_lookup(kernels: Any) -> Iterator[Case]:
     batches = sorted({*BATCHES, *SCORED})
-    for (c, side, grid, M, per_image), B, dtype in itertools.product(WINDOWS, batches, DTYPES[1:]):
+    for (c, side, grid, M, per_image), B, dtype in _sizes(WINDOWS, batches, DTYPES[1:]):
         maps = _meta(B * per_image, c, side, side, dtype=dtype)
         maps = maps.to(memory_format=torch.channels_last)
         windows = grid[0] * grid[1]
@@ -201,7 +213,7 @@ def _window_lookup(kernels: Any) -> Iterator[Case]:
 
 
 def _neighbourhood_attention(kernels: Any) -> Iterator[Case]:
-    for (N, C), B, dtype in itertools.product(ATTENTIONS, BATCHES, DTYPES):
+    for (N, C), B, dtype in _sizes(ATTENTIONS, BATCHES):
         query, pad = _meta(B, N, C, dtype=dtype), _meta(C, dtype=dtype)
         # As in the model, where one projection makes both.
         key, value = _meta(B, N, 2 * C, dtype=dtype).chunk(2, dim=-1)
@@ -214,11 +226,9 @@ def _neighbourhood_attention(kernels: Any) -> Iterator[Case]:
 
 def _batch_norm(kernels: Any) -> Iterator[Case]:
     layouts = (torch.channels_last, torch.contiguous_format)
-    for (N, C, H, W), B, dtype, layout in itertools.product(NORMED, BATCHES, DTYPES, layouts):
+    for ((N, C, H, W), B, dtype), layout in itertools.product(_sizes(NORMED, TRAINED), layouts):
         if layout != layouts[0] and C != 64:
             continue  # only narrow networks train in contiguous layout
-        if dtype == torch.float16 and B != 16:
-            continue  # laid out as bfloat16 is, and nobody trains in it
         x = _meta(B * N, C, H, W, dtype=dtype).to(memory_format=layout)
         c, tracked = _meta(C), _meta(dtype=torch.int64)
         label = f"[{B * N}, {C}, {H}, {W}] {_name(dtype)} {_name(layout)}"
@@ -240,8 +250,8 @@ def _batch_norm(kernels: Any) -> Iterator[Case]:
 
 def _upsample_concat(kernels: Any) -> Iterator[Case]:
     layouts = (torch.contiguous_format, torch.channels_last)
-    sizes = itertools.product(RESIZES, BATCHES, DTYPES, layouts)
-    for (P, C, h, w, S), B, dtype, layout in sizes:
+    sizes = itertools.product(_sizes(RESIZES, BATCHES), layouts)
+    for ((P, C, h, w, S), B, dtype), layout in sizes:
         made = partial(_meta, dtype=dtype)
         x = made(B * P * P, C, h, w).to(memory_format=layout)
         skip = made(B, S, 2 * P * h, 2 * P * w).to(memory_format=layout) if S else None
@@ -270,7 +280,7 @@ def _discriminator(kernels: Any) -> Iterator[Case]:
 
 def _stem(kernels: Any) -> Iterator[Case]:
     pixels = (torch.uint8, torch.float32)
-    for (P, side, F), B, dtype, given in itertools.product(IMAGES, SCORED, DTYPES, pixels):
+    for ((P, side, F), B, dtype), given in itertools.product(_sizes(IMAGES, SCORED), pixels):
         images = _meta(B, 1, side, side, dtype=given)
         weight = _meta(3, 3, 1, F).permute(3, 2, 0, 1)
         label = f"[{B}, 1, {side}, {side}] {_name(given)} P={P} F={F} {_name(dtype)}"
@@ -280,8 +290,8 @@ def _stem(kernels: Any) -> Iterator[Case]:
 
 def _reconstruct(kernels: Any) -> Iterator[Case]:
     layouts = (torch.contiguous_format, torch.channels_last)
-    sizes = itertools.product(IMAGES, SCORED, DTYPES, layouts, (False, True))
-    for (P, side, F), B, dtype, layout, whole in sizes:
+    sizes = itertools.product(_sizes(IMAGES, SCORED), layouts, (False, True))
+    for ((P, side, F), B, dtype), layout, whole in sizes:
         n, s = (B, side) if whole else (B * P * P, side // P)
         x = _meta(n, F, s, s, dtype=dtype).to(memory_format=layout)
         for given in (torch.uint8, torch.float32):
@@ -301,7 +311,7 @@ def _split_linear(kernels: Any) -> Iterator[Case]:
 
 
 def _convolution(kernels: Any) -> Iterator[Case]:
-    for (N, C, D, side, of, rest), B, dtype in itertools.product(CONVOLUTIONS, BATCHES, DTYPES[1:]):
+    for (N, C, D, side, of, rest), B, dtype in _sizes(CONVOLUTIONS, BATCHES, DTYPES[1:]):
         resized = of == "resized"
         weight = _meta(D, C, 3, 3, dtype=dtype)
         weights = _meta(3, 3, 3, 3, C, 2, 2, D, dtype=dtype)
