@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..modules.unet import OutConv
+from ..ops.images import patch_errors
 from ..ops.patches import to_image
 from .convolution import FoldedConv
 
@@ -49,9 +50,4 @@ class Head(nn.Module):
         """The same of reconstructions that the convolution in front has made, or their patches."""
         if recon.shape != images.shape:
             recon = to_image(recon, self.num_patch)
-        # In three passes: bytes are scaled as they are read, and patches are not cut out.
-        scale = 1 / 255 if images.dtype == torch.uint8 else 1
-        squares = torch.sub(recon, images, alpha=scale).square_()
-        P = self.num_patch
-        by_patch = squares.unflatten(2, (P, -1)).unflatten(4, (P, -1))  # [B, Cin, P, h, P, w]
-        return recon, by_patch.mean(dim=(1, 3, 5)).flatten(1)
+        return recon, patch_errors(recon, images, self.num_patch)
