@@ -132,10 +132,14 @@ class Config:
     num_stages: int
 
     @staticmethod
-    def choose(B: int, N: int, M: int, C: int, element_size: int, card: Card) -> Config:
+    def choose(
+        B: int, N: int, M: int, C: int, element_size: int, keep_scores: bool, card: Card
+    ) -> Config:
         # Scores of 64 x 128 are 32 registers of a thread of 8 warps, the copy that loses its best
         # ones as many; 4 warps spill at fewer rows already. Float32 operands take room for three.
         largest = 64 if element_size == 2 else 16 if card.is_amd else 32
+        if keep_scores and card.arch == "sm_80":  # where their addresses are too many for 64
+            largest = 32
         block_b = min(max(power_of_2(B), 16), largest)
         if card.is_amd and block_b == 32:
             block_b = 16  # of 32 rows an MI300X has to spill, of 16 and of 64 not
@@ -155,7 +159,8 @@ def search(
     """Write the answer [B, N, V] and, unless it is empty, the scores [N, B, M]."""
     (B, N, C), (_, M, V) = query.shape, values.shape
     card = card_of(query)
-    config = Config.choose(B, N, M, C, query.element_size(), card)
+    keep_scores = scores.numel() > 0
+    config = Config.choose(B, N, M, C, query.element_size(), keep_scores, card)
     lists = {"K": top_k, "K_TILE": power_of_2(top_k), "PARTS": config.parts}
     softmax = query.new_empty((N, B, 2, config.parts), dtype=torch.float32)
     best = query.new_empty((N, B, config.parts, lists["K_TILE"]), dtype=torch.float32)
@@ -163,7 +168,7 @@ def search(
     tiles = triton.cdiv(triton.cdiv(M, config.block_m), config.parts)
     _search_forward_kernel[(triton.cdiv(B, config.block_b), config.parts, N)](
         query, *query.stride(), memory, *memory.stride(), softmax, best, places, scores, B, M, C,
-        tiles, KEEP_SCORES=scores.numel() > 0, PRECISION=card.float32_precision, **lists,
+        tiles, KEEP_SCORES=keep_scores, PRECISION=card.float32_precision, **lists,
         BLOCK_B=config.block_b, BLOCK_M=config.block_m, BLOCK_C=config.block_c,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
