@@ -29,6 +29,7 @@ from squid_fast.data import ImageSet, find_records
 from squid_fast.inference.calibration import rank_correlation
 from squid_fast.inference.convolution import FoldedConv, fold
 from squid_fast.inference.scores import PAPER_SCORE, SCORES
+from squid_fast.inference.stages import NARROW
 from squid_fast.metrics import image_auroc
 from squid_fast.modules import SQUID, Discriminator
 from squid_fast.modules.unet import DoubleConv, Up
@@ -56,6 +57,7 @@ OTHERS = {
     "bottleneck cut": "the bottleneck's to TF32, by cutting bits off",
     "discriminator cut": "the discriminator's to TF32, by cutting bits off",
     "discriminator split": "the discriminator's to sums of two bf16, in three products",
+    "cuDNN's bias": "the folded biases to bf16 of the convolutions that no kernel of ours makes",
 }
 """Roundings in place of some of those: how a GPU makes TF32 is not documented for every kernel."""
 
@@ -71,7 +73,7 @@ WAYS = {
     "and the discriminator in split bf16": _MENDED | {"discriminator split"},
     "and the discriminator in float32": _MENDED,
     "and the head in the last epilogue": _MENDED - {"last"},
-    "and resizes in the next convolution": _MENDED - {"last", "resize"},
+    "and resizes in the next convolution": _MENDED - {"last", "resize", "bias"} | {"cuDNN's bias"},
     "and biases in float32": _MENDED - {"last", "resize", "bias"},
 }
 """Ways of scoring by what they round, each but the first two a step from the one before it."""
@@ -102,10 +104,18 @@ def rounded(x: Tensor, name: str, chosen: Collection[str]) -> Tensor:
 
 
 class RoundedDoubleConv(nn.Module):
-    """``DoubleConv`` with its norms folded in; of images the first convolution is in float32."""
+    """``DoubleConv`` with its norms folded in; of images the first convolution is in float32.
+
+    Kernels of ours make the first convolution behind a resize, and narrow ones: see ``CellConv``.
+    """
 
     def __init__(
-        self, block: DoubleConv, chosen: Collection[str], image: bool = False, output: str = "map"
+        self,
+        block: DoubleConv,
+        chosen: Collection[str],
+        image: bool = False,
+        output: str = "map",
+        resizes: bool = False,
     ) -> None:
         super().__init__()
         conv1, norm1, _ = block.conv1
@@ -113,9 +123,13 @@ class RoundedDoubleConv(nn.Module):
         self.convs = nn.ModuleList([fold(conv1, norm1), fold(conv2, norm2), fold(conv3, norm3)])
         self.chosen, self.output = chosen, output
         self.inside: list[Collection[str]] = [() if image else chosen, chosen, chosen]
-        for conv, inside in zip(self.convs, self.inside, strict=True):
+        narrow = conv3.out_channels <= NARROW
+        ours = (resizes, narrow, narrow)
+        for conv, inside, own in zip(self.convs, self.inside, ours, strict=True):
             conv.weight = rounded(conv.weight, "weights", inside)
             conv.bias = rounded(conv.bias, "bias", inside)
+            if not own:
+                conv.bias = rounded(conv.bias, "cuDNN's bias", inside)
 
     def forward(self, x: Tensor) -> Tensor:
         a = self._convolve(0, x)
@@ -137,8 +151,8 @@ class RoundedUp(nn.Module):
 
     def __init__(self, up: Up, chosen: Collection[str], output: str) -> None:
         super().__init__()
-        self.conv = RoundedDoubleConv(up.conv, chosen, output=output)
         self.concat, self.chosen = up.op == "concat", chosen
+        self.conv = RoundedDoubleConv(up.conv, chosen, output=output, resizes=not self.concat)
 
     def forward(self, x: Tensor, skip: Tensor, num_patch: int = 1) -> Tensor:
         x = rounded(ops.upsample_concat(x, num_patch=num_patch), "resize", self.chosen)

@@ -15,7 +15,7 @@ from .convolution import FoldedConv, ResizedConv, SplitConv, cast, fold
 from .ends import Head, Stem
 from .quantization import QuantizedConv, QuantParams, Range
 
-_NARROW = 32  # output channels up to which a convolution has a kernel of its own on a GPU
+NARROW = 32  # output channels up to which a convolution has a kernel of its own on a GPU
 _SMALL = 8  # side of the maps up to which ``ResizedConv`` is faster, measured on AVX512
 
 
@@ -63,7 +63,7 @@ class Stage(nn.Module):
                 self.first = Stem(first, num_patch, dtype, layout)
             elif side is not None and not concat:
                 self.first = CellConv(first, self.first, dtype, side)
-            if third.weight.shape[0] <= _NARROW:
+            if third.weight.shape[0] <= NARROW:
                 self.second = CellConv(second, self.second, dtype)
                 self.third = CellConv(third, self.third, dtype)
 
