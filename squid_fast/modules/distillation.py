@@ -13,7 +13,7 @@ _WIDE = (torch.float32, torch.float64)
 
 
 def distillation_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """Sum [] of the mean squared differences of the maps, float32 at least (paper section 3.3).
+    """Sum [] of the mean squared differences of the maps, float32 at least (paper section 3.5).
 
     Both sides learn from it, as in the published code, which detaches neither.
 
