@@ -204,7 +204,7 @@ def _window_lookup(kernels: Any) -> Iterator[Case]:
         call = partial(kernels.forward, maps, slots, None, 5, *grid)
         yield Case(f"window_lookup.forward {label}", call)
     # The queue, asked about features in float32, of which slots and their projections are summed.
-    for (N, M, C), B in itertools.product(QUEUES, (*SCORED, 32, 64)):
+    for (N, M, C), B in itertools.product(QUEUES, SCORED):
         maps = _meta(B, N, C)[:, None].permute(0, 3, 1, 2)
         slots = _meta(3, N, M, C, dtype=torch.bfloat16)
         for values in (_meta(N, M, 3 * C), None):
