@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING
 from ..utils.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from .formats import IMAGE_SUFFIXES
     from .images import ImageSet, load_images
     from .layouts import LAYOUTS, find_records
     from .pixels import MAX_PIXELS, ImageReadError
-    from .readers import IMAGE_SUFFIXES, load_image, read_image
+    from .readers import load_image, read_image
     from .records import LayoutError, Record, select
     from .synthetic.digit_anatomy import KINDS, DigitAnatomy, DigitGrids
     from .synthetic.digit_files import write_digit_anatomy
@@ -18,9 +19,10 @@ else:
         __name__,
         {
             "images": ("ImageSet", "load_images"),
+            "formats": ("IMAGE_SUFFIXES",),
             "layouts": ("LAYOUTS", "find_records"),
             "pixels": ("MAX_PIXELS", "ImageReadError"),
-            "readers": ("IMAGE_SUFFIXES", "load_image", "read_image"),
+            "readers": ("load_image", "read_image"),
             "records": ("LayoutError", "Record", "select"),
             "synthetic.digit_anatomy": ("KINDS", "DigitAnatomy", "DigitGrids"),
             "synthetic.digit_files": ("write_digit_anatomy",),

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from .readers import IMAGE_SUFFIXES, is_dicom
+from .formats import IMAGE_SUFFIXES, is_image
 from .records import ANOMALOUS, NORMAL, SPLITS, Layout, LayoutError, Record, enumerated
 from .tables import TABLE_LAYOUTS
 
@@ -104,7 +104,7 @@ def _images_under(folder: Path) -> Iterator[Path]:
             suffix = path.suffix.lower()
             if _hidden(name):
                 continue
-            if suffix in IMAGE_SUFFIXES or (not suffix.strip(".0123456789") and is_dicom(path)):
+            if suffix in IMAGE_SUFFIXES or (not suffix.strip(".0123456789") and is_image(path)):
                 yield path
 
 

@@ -17,24 +17,10 @@ import numpy.typing as npt
 
 from ..utils.extras import require
 from .dicom import read_dicom
+from .formats import DICOM_SUFFIXES, HEAD_BYTES, KNOWN, image_format
 from .npy import read_npy
 from .pixels import MAX_PIXELS, FloatImage, ImageReadError, check_pixels, stretched
 
-_DICOM_SUFFIXES = (".dcm", ".dicom")
-_OTHERS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".npy")
-IMAGE_SUFFIXES = _OTHERS + _DICOM_SUFFIXES
-"""Suffixes, in lower case, of the files that count as images when a folder is searched."""
-
-_KNOWN = "PNG, JPEG, TIFF, BMP, GIF, WebP, NPY and DICOM"
-_HEAD_BYTES = 132
-_MAGIC = {
-    "PNG": (b"\x89PNG\r\n\x1a\n",),
-    "JPEG": (b"\xff\xd8\xff",),
-    "TIFF": (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+"),
-    "GIF": (b"GIF87a", b"GIF89a"),
-    "NPY": (b"\x93NUMPY",),
-    "BMP": (b"BM",),
-}
 _MAX_TIFF_BYTES = 2 << 30
 _TIFF_BITS_PER_SAMPLE, _TIFF_PHOTOMETRIC, _TIFF_WHITE_IS_ZERO = 258, 262, 0
 
@@ -96,15 +82,6 @@ def load_bytes(path: str | os.PathLike[str], size: int) -> npt.NDArray[np.uint8]
     return (load_image(path, size) * 255 + 0.5).astype(np.uint8)
 
 
-def is_dicom(path: Path) -> bool:
-    """Whether a file has ``DICM`` at byte 128, as DICOM files do; False if it cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            return file.read(_HEAD_BYTES)[128:] == b"DICM"
-    except OSError:
-        return False
-
-
 def _read(path: Path, size: int | None) -> FloatImage:
     """Read an image in [0, 1]: [H, W], or [size, size] from readers that resize as they decode."""
     _check_is_file(path)
@@ -113,7 +90,7 @@ def _read(path: Path, size: int | None) -> FloatImage:
         with open(path, "rb") as file:
             before = os.fstat(file.fileno())
             try:
-                kind = _kind(file.read(_HEAD_BYTES), path)
+                kind = _kind(file.read(HEAD_BYTES), path)
                 file.seek(0)
                 if kind == "DICOM":
                     image = read_dicom(file, path)
@@ -168,20 +145,15 @@ def _check_is_file(path: Path) -> None:
 
 def _kind(head: bytes, path: Path) -> str:
     if not head:
-        message = f"{{path}} is empty (0 bytes); an image file of {_KNOWN} is read"
+        message = f"{{path}} is empty (0 bytes); an image file of {KNOWN} is read"
         raise ImageReadError(message, path=path)
-    if head[128:132] == b"DICM":  # first: a DICOM preamble may imitate a TIFF
-        return "DICOM"
-    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
-        return "WEBP"
-    for kind, beginnings in _MAGIC.items():
-        if head.startswith(beginnings):
-            return kind
-    if path.suffix.lower() in _DICOM_SUFFIXES:
+    if kind := image_format(head):
+        return kind
+    if path.suffix.lower() in DICOM_SUFFIXES:
         return "DICOM"  # old files lack the preamble
     raise ImageReadError(
         "{path} is not an image in a known format, it begins with {start}; "
-        f"{_KNOWN} are read, and the content decides, not the name",
+        f"{KNOWN} are read, and the content decides, not the name",
         path=path,
         start=head[:8],
     )

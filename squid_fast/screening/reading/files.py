@@ -8,8 +8,8 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 
+from ...data.formats import IMAGE_SUFFIXES
 from ...data.pixels import ImageReadError
-from ...data.readers import IMAGE_SUFFIXES
 
 PathInput = str | os.PathLike[str]
 
