@@ -11,6 +11,7 @@ import torch
 import typer
 from typer import Option
 
+from ..data.listing import counted
 from ..experiments.baselines import load_scorer
 from ..experiments.benchmark import Benchmark, random_bundle
 from ..inference import Scorer, check_hardware
@@ -123,6 +124,8 @@ def pack(
             inputs, out, side, resume=resume, on_progress=advance, workers=workers, timeout=timeout
         )
     seconds = round(time.perf_counter() - started, 2)
+    if packed.left_out:
+        say(counted(packed.left_out))
     if as_json:
         print_json({**dataclasses.asdict(packed), "seconds": seconds, "out": str(out)})
     say(

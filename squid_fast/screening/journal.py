@@ -14,6 +14,7 @@ import os
 import sqlite3
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from .._version import __version__
+from ..data.listing import LeftOut
 from ..utils.atomic import sync_folder
 from .pipeline import ScreenRow
 
@@ -78,6 +80,7 @@ class Journal:
         run: the unfinished run found in the folder, or the one that ``start`` began; else None.
         files: the listing, see ``find_files``. It stays in the database.
         packed: number of rows of each packed file, by its index in the listing.
+        left_out: number of files that are no images and not in the listing, by kind.
         total: number of rows when the run is finished, ``count`` of which are in the journal.
 
     Raises:
@@ -89,6 +92,7 @@ class Journal:
         self.folder = folder
         self.run: Run | None = None
         self.count = 0
+        self.left_out: Counter[str] = Counter()
         self._synced = time.monotonic()
         with self._explained("cannot be written"):
             self._database = _open(folder)
@@ -104,11 +108,13 @@ class Journal:
         run: Run,
         found: Iterable[tuple[int, str, str]],
         packed: Callable[[Collection[str]], Mapping[int, int]],
+        left_out: LeftOut | None = None,
     ) -> None:
         """Begin a run; the database sorts ``found``, as ``search_files`` gives it, on the disk.
 
         Args:
             packed: returns the number of images in each packed file of a listing, by its index.
+            left_out: what ``found`` leaves out.
 
         Raises:
             ValueError: a path cannot be the name of a file.
@@ -125,7 +131,9 @@ class Journal:
                 (count,) = database.execute("SELECT count(*) FROM files").fetchone()
                 about = {"squid_fast": __version__, "run": asdict(run), "files": count}
                 images = packed(_Listing(database, count))
-                record = json.dumps(about | {"packed": sorted(images.items())}, allow_nan=False)
+                self.left_out = left_out.counts if left_out else Counter()
+                about |= {"packed": sorted(images.items()), "left_out": self.left_out}
+                record = json.dumps(about, allow_nan=False)
                 database.execute("INSERT INTO run VALUES (?)", [record])
             sync_folder(self.folder.parent)
         self.run = run
@@ -230,6 +238,7 @@ class Journal:
             if (self.count, files) != (last, saved["files"]):
                 raise ValueError("rows or files are missing in it")
             self._set_listing(files, dict(saved["packed"]))
+            self.left_out = Counter(saved.get("left_out", {}))
             self.run = Run(**saved["run"])
         except _UNREADABLE as error:
             raise _damaged(self.folder, error) from error

@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
 from pathlib import Path
 
+from ..data.listing import LeftOut, counted
 from .journal import Journal, JournalError, Run
 from .pipeline import ScorerLike, ScreenRow, screen_batches
 from .reading.files import PathInput, as_paths, search_files
@@ -90,7 +91,11 @@ def screen_to_table(
         else:
             if resume:
                 say(f"there is no unfinished run of {str(out)!r}: starting at the beginning")
-            journal.start(run, search_files(named), lambda files: Source(files).packed)
+            left_out = LeftOut()
+            found = search_files(named, left_out)
+            journal.start(run, found, lambda files: Source(files).packed, left_out)
+            if journal.left_out:
+                say(counted(journal.left_out))
         source = Source(journal.files)
         batches = screen_batches(scorer, source, batch_size, workers, timeout, journal.count)
         if not _score(batches, journal, on_progress, should_stop):
@@ -100,6 +105,7 @@ def screen_to_table(
             )
             return None
         summary = Summary()
+        summary.left_out = journal.left_out
         try:
             write_table(summary.watch(journal.rows()), out, journal.folder / out.name)
         except OSError as error:

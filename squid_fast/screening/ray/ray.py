@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...data.listing import LeftOut
 from ...utils.atomic import write_json
 from ...utils.devices import ScoringPrecision
 from ...utils.extras import require
@@ -77,8 +78,9 @@ def screen_with_ray(
         score: name of the score, by default the bundle's own.
 
     Returns:
-        The numbers of rows ``count``, ``scored``, ``flagged`` and ``errors``, and the scorer's
-        ``threshold`` and ``score_name``.
+        The numbers of rows ``count``, ``scored``, ``flagged`` and ``errors``, the scorer's
+        ``threshold`` and ``score_name``, and ``left_out``, the number of files that are no images
+        by kind.
 
     Raises:
         FileExistsError: ``out_folder`` is not empty, or holds an unfinished run.
@@ -96,7 +98,8 @@ def screen_with_ray(
     pool = ScorerPool.fit(
         bundle, batch_size, scorers, cpus_per_scorer, gpus_per_scorer, precision, score
     )
-    source = Source(find_files(inputs))
+    left_out = LeftOut()
+    source = Source(find_files(inputs, left_out))
     # Small runs are cut smaller, so that all CPUs have work.
     even = len(source.paths) // (4 * pool.scorers)
     listing = list(cut_listing(source, min(_FILES_PER_TASK, max(batch_size, even))))
@@ -116,7 +119,9 @@ def screen_with_ray(
             min_rows_per_file=_ROWS_PER_FILE,
             compression="zstd",
         )
-    summary = _count(partial) | {"threshold": pool.threshold, "score_name": pool.score_name}
+    summary = _count(partial) | {
+        "threshold": pool.threshold, "score_name": pool.score_name, "left_out": left_out.counts,
+    }  # fmt: skip
     if summary["count"] != len(source):
         raise RuntimeError(
             f"{str(partial)!r} holds {summary['count']} rows for {len(source)} images"

@@ -5,10 +5,9 @@ from __future__ import annotations
 import fnmatch
 import glob
 import os
-from collections import deque
 from collections.abc import Iterable, Iterator
 
-from ...data.formats import IMAGE_SUFFIXES
+from ...data.listing import LeftOut, images_in, walk
 from ...data.pixels import ImageReadError
 
 PathInput = str | os.PathLike[str]
@@ -16,23 +15,24 @@ PathInput = str | os.PathLike[str]
 PACKED_SUFFIX = ".arrow"
 """Suffix of files that hold packed images, see ``squid_fast.screening.reading.packing``."""
 
-_WANTED_SUFFIXES = (*IMAGE_SUFFIXES, PACKED_SUFFIX)
 _LISTED = f"{os.sep}.{os.sep}.{os.sep}"
 
 
-def find_files(inputs: PathInput | Iterable[PathInput]) -> list[str]:
+def find_files(
+    inputs: PathInput | Iterable[PathInput], left_out: LeftOut | None = None
+) -> list[str]:
     """List the files that ``inputs`` name, each once, in the order given.
 
     - A file is kept as it is named, whatever its suffix and whether it exists or not.
-    - A folder is searched with all folders in it for images and packed images, known by their
-      suffix, and files without a suffix, as DICOM files often are, sorted by path. A folder that
-      gives no file is kept itself. So is a folder in it that cannot be listed, or that is named
-      like an image and holds no file.
+    - A folder is searched with all folders in it for images and packed images, sorted by path, see
+      ``squid_fast.data.listing.images_in``. A folder that gives no file is kept itself. So is a
+      folder in it that cannot be listed, or that is named like an image and holds no file.
     - A glob gives what it matches, sorted; ``**`` matches any number of folders. Folders that it
       matches are searched. A glob without a match is kept itself.
 
     Whatever is kept and cannot be read gets a row with an error from ``screen``. Hidden files and
     folders are left out unless they are named. Links to folders are followed once, so loops end.
+    ``left_out`` counts the files in folders that are no images.
 
     >>> for name in ("b.png", "a.dcm", "notes.txt"):
     ...     open(name, "w").close()
@@ -40,19 +40,21 @@ def find_files(inputs: PathInput | Iterable[PathInput]) -> list[str]:
     ['./a.dcm', './b.png', 'missing.png']
     """
     found: dict[str, str] = {}
-    for *_, path in sorted(search_files(as_paths(inputs))):
+    for *_, path in sorted(search_files(as_paths(inputs), left_out)):
         found.setdefault(os.path.abspath(path), path)
     return list(found.values())
 
 
-def search_files(names: Iterable[str]) -> Iterator[tuple[int, str, str]]:
+def search_files(
+    names: Iterable[str], left_out: LeftOut | None = None
+) -> Iterator[tuple[int, str, str]]:
     """Yield the files of ``find_files`` as they are found, unsorted, and some of them repeatedly.
 
     A file comes as (index of its name in ``names``, match of a glob, path): sorted and each once,
     these are what ``find_files`` returns, which holds all of them in memory.
     """
     for index, name in enumerate(names):
-        for match, path in _expand(name):
+        for match, path in _expand(name, left_out):
             yield index, match, path
 
 
@@ -109,79 +111,22 @@ def _lies_inside(path: str, root: str) -> bool:
     return os.path.commonpath([real_root, os.path.realpath(path)]) == real_root
 
 
-def _expand(name: str) -> Iterator[tuple[str, str]]:
+def _expand(name: str, left_out: LeftOut | None) -> Iterator[tuple[str, str]]:
     is_glob = _LISTED not in name and glob.has_magic(name) and not os.path.lexists(name)
     is_empty = True
     for match in _glob(name) if is_glob else [name]:
         is_folder = _LISTED not in name and os.path.isdir(match)
-        for path in _files_in(match) if is_folder else [match]:
+        if not is_folder:
+            is_empty = False
+            if left_out is not None:
+                left_out.keep(match)
+            yield match, match
+            continue
+        for path, _ in images_in(match, left_out, (PACKED_SUFFIX,)):
             is_empty = False
             yield match, path
     if is_empty:
         yield name, name
-
-
-def _files_in(folder: str) -> Iterator[str]:
-    for path, kind in _walk(folder):
-        name = os.path.basename(path).lower()
-        suffix = os.path.splitext(name)[1]
-        if kind == "folder":
-            wanted = name.endswith(_WANTED_SUFFIXES) and not any(
-                files for *_, files in os.walk(path)
-            )
-        else:
-            # Names that are DICOM identifiers, such as 1.2.840.10008, have no suffix either.
-            no_suffix = not suffix or suffix[1:].isdigit()
-            wanted = kind == "unlisted" or no_suffix or name.endswith(_WANTED_SUFFIXES)
-        if wanted:
-            yield path
-
-
-def _walk(root: str) -> Iterator[tuple[str, str]]:
-    """Yield ``root`` and all in it that is not hidden, as (path, "file", "folder" or "unlisted").
-
-    Links to folders come after all real folders. They are followed if they lead to a folder that
-    was not searched yet and does not hold ``root``.
-    """
-    seen = set()
-    above = real_root = os.path.realpath(root)
-    while (parent := os.path.dirname(above)) != above:
-        seen.add(parent)
-        above = parent
-    folders, links = [(root, real_root)], deque[str]()
-    while folders or links:
-        if folders:
-            folder, real = folders.pop()
-        else:
-            folder = links.popleft()
-            real = os.path.realpath(folder)
-        if real in seen:
-            continue
-        seen.add(real)
-        try:
-            with os.scandir(folder or os.curdir) as listing:
-                entries = sorted(listing, key=lambda entry: entry.name)
-        except OSError:
-            yield folder, "unlisted"
-            continue
-        yield folder, "folder"
-        for entry in entries:
-            path = os.path.join(folder, entry.name)
-            if entry.name.startswith("."):
-                continue
-            if not _is_folder(entry):
-                yield path, "file"
-            elif entry.is_symlink():
-                links.append(path)
-            else:
-                folders.append((path, os.path.join(real, entry.name)))
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to nothing or to itself; reading it gives the error
-        return False
 
 
 def _glob(pattern: str) -> Iterator[str]:
@@ -201,7 +146,7 @@ def _glob(pattern: str) -> Iterator[str]:
         if not rest:
             yield root or os.curdir
             continue
-        for path, kind in _walk(root):
+        for path, kind in walk(root):
             names = path[len(root) :].replace(os.sep, "/").strip("/").split("/")
             if kind == "unlisted" or (names != [""] and _matches(names, rest)):
                 yield path

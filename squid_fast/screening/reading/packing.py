@@ -12,12 +12,13 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ...data.listing import LeftOut
 from ...data.pixels import ImageReadError
 from ...utils.atomic import replacing
 from ...utils.extras import require
@@ -64,6 +65,8 @@ class ShardHeader:
 class Packed:
     """What ``pack`` wrote: a row for each file, ``errors`` of which hold no image; size in bytes.
 
+    ``left_out`` counts the files in searched folders that are no images, by kind.
+
     >>> Packed(files=1000, errors=2, shards=1, bytes=16_800_000).errors
     2
     """
@@ -72,6 +75,7 @@ class Packed:
     errors: int
     shards: int
     bytes: int
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
 
 def pack(
@@ -115,9 +119,10 @@ def pack(
             raise ValueError(f"{name} must be at least 1, not {value}")
     folder = Path(out_folder)
     own = os.path.abspath(folder)
+    left_out = LeftOut()
     files = [
         path
-        for path in find_files(inputs)
+        for path in find_files(inputs, left_out)
         if not (is_shard(path) and os.path.dirname(os.path.abspath(path)) == own)
     ]
     plan = _plan(files, folder, size, rows_per_shard)
@@ -132,7 +137,7 @@ def pack(
         for path in missing:
             errors[path] = _write_shard(path, plan[path], rows)
     size_of_all = sum(path.stat().st_size for path in plan)
-    return Packed(len(files), sum(errors.values()), len(plan), size_of_all)
+    return Packed(len(files), sum(errors.values()), len(plan), size_of_all, left_out.counts)
 
 
 def _plan(

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from ..._version import __version__
+from ...data.listing import counted
 from ...utils.atomic import replacing
 from ...utils.extras import require
 from ...utils.text import utf8_text
@@ -103,6 +104,7 @@ def write_report(
         findings=findings,
         heat_scale=heat_scale,
         heat_colours=", ".join("rgb({}, {}, {})".format(*colour) for colour in _HEAT_ANCHORS),
+        left_out=counted(summary.left_out),
         flagged=[(_shown(row.path), _number(row.z_score or 0.0)) for row in summary.flagged_rows],
         error_kinds=[
             (_shown(kind.reason), kind.count, [_shown(row.path) for row in kind.rows])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import os
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +41,7 @@ class Summary:
         count: number of rows so far, ``errors`` of them without a score.
         flagged: number of rows whose z-score is above the threshold.
         threshold: the threshold of the rows; None before the first row.
+        left_out: number of files in searched folders that are no images and have no row, by kind.
 
     >>> summary = Summary(top_k=1)
     >>> for path, z in {"a.png": 0.5, "b.png": 2.5}.items():
@@ -57,6 +58,7 @@ class Summary:
         self.flagged = 0
         self.errors = 0
         self.threshold: float | None = None
+        self.left_out: Mapping[str, int] = {}
         self._error_kinds: dict[str, ErrorKind] = {}
         self._z_scores = array("f")
         self._top: list[tuple[float, int, ScreenRow]] = []
@@ -126,9 +128,10 @@ class Summary:
     def as_dict(self) -> dict[str, Any]:
         """The figures as a dict for JSON.
 
-        Its keys are count, scored, flagged, errors and threshold; z_score, a dict with min, q05,
-        median, q95 and max, or None without a scored row; and error_kinds, the most frequent
-        first, a list of dicts: reason, count, and example, the path of the first file.
+        Its keys are count, scored, flagged, errors and threshold; left_out, the number of files
+        that are no images, by kind; z_score, a dict with min, q05, median, q95 and max, or None
+        without a scored row; and error_kinds, the most frequent first, a list of dicts: reason,
+        count, and example, the path of the first file.
         """
         z = self.z_scores
         quantiles = {key: float(np.quantile(z, q)) for key, q in _QUANTILES.items() if z.size}
@@ -142,6 +145,7 @@ class Summary:
             "flagged": self.flagged,
             "errors": self.errors,
             "threshold": finite_or_none(self.threshold),
+            "left_out": dict(self.left_out),
             "z_score": quantiles or None,
             "error_kinds": kinds,
         }

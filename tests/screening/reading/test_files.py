@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from squid_fast.data import ImageReadError
+from squid_fast.data.listing import LeftOut
 from squid_fast.screening import find_files, read_list
 from squid_fast.screening.reading.files import check_is_file
 
@@ -37,17 +38,32 @@ def names(paths: list[str], root: Path) -> list[str]:
     return [os.path.relpath(path, root) for path in paths]
 
 
-def test_folders_give_image_files_and_those_without_suffix_sorted(tmp_path: Path) -> None:
-    for name in ("b.png", "a.JPG", "notes.txt", "IM0001", "1.2.840.10008", ".hidden.png",
-                 "shard-00000.arrow", "shard-00001.arrow.new", "x.ARROW"):  # fmt: skip
+def test_in_folders_the_content_decides_where_the_name_does_not(tmp_path: Path) -> None:
+    for name in ("b.png", "a.JPG", "notes.txt", ".hidden.png", "shard-00000.arrow", "DICOMDIR",
+                 "shard-00001.arrow.new", "x.ARROW", "IM0002", "Thumbs.db"):  # fmt: skip
         (tmp_path / name).touch()
-    for folder in ("sub", ".cache"):
+    for name in ("IM0001", "1.2.840.10008", "scan.xyz", "DICOMDIR"):
+        (tmp_path / name).write_bytes(bytes(128) + b"DICM" + bytes(200))
+    for folder in ("sub", ".cache", "__MACOSX", "@eaDir"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "c.dcm").touch()
-    found = find_files(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    left_out = LeftOut()
+    found = find_files([tmp_path, tmp_path / "sub"], left_out)
     assert names(found, tmp_path) == [
-        "1.2.840.10008", "IM0001", "a.JPG", "b.png", "shard-00000.arrow", "sub/c.dcm", "x.ARROW",
+        "1.2.840.10008", "IM0001", "a.JPG", "b.png", "scan.xyz", "shard-00000.arrow", "sub/c.dcm",
+        "x.ARROW",
     ]  # fmt: skip
+    assert left_out.counts == {"without suffix": 3, ".txt": 1, ".new": 1, ".db": 1}
+
+
+def test_files_that_are_named_are_not_left_out(tmp_path: Path) -> None:
+    for name in ("a.png", "notes.txt", "more.txt"):
+        (tmp_path / name).touch()
+    left_out = LeftOut()
+    found = find_files([tmp_path / "notes.txt", tmp_path, f"{tmp_path}/**"], left_out)
+    assert names(found, tmp_path) == ["notes.txt", "a.png"]
+    assert left_out.counts == {".txt": 1}
 
 
 def test_inputs_keep_their_order_and_a_file_comes_once(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ def test_counts_and_quantiles() -> None:
     rows = [scored(i, float(i), flag=i > 95) for i in range(101)]
     rows[50:50] = [failed(f"bad-{i}.png", f"bad-{i}.png is empty") for i in range(7)]
     summary = Summary()
+    summary.left_out = {".txt": 2}
     assert list(summary.watch(rows)) == rows
     assert summary.as_dict() == {
         "count": 108,
@@ -37,6 +38,7 @@ def test_counts_and_quantiles() -> None:
         "flagged": 5,
         "errors": 7,
         "threshold": 1.64,
+        "left_out": {".txt": 2},
         "z_score": {"min": 0.0, "q05": 5.0, "median": 50.0, "q95": 95.0, "max": 100.0},
         "error_kinds": [{"reason": "the file is empty", "count": 7, "example": "bad-0.png"}],
     }
@@ -45,8 +47,8 @@ def test_counts_and_quantiles() -> None:
 
 def test_summary_of_nothing_and_of_errors_only() -> None:
     assert Summary().as_dict() == {
-        "count": 0, "scored": 0, "flagged": 0, "errors": 0, "threshold": None, "z_score": None,
-        "error_kinds": [],
+        "count": 0, "scored": 0, "flagged": 0, "errors": 0, "threshold": None, "left_out": {},
+        "z_score": None, "error_kinds": [],
     }  # fmt: skip
     summary = summarise([failed("a", "a is empty")])
     assert (summary.count, summary.scored, summary.errors) == (1, 0, 1)
