@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import codecs
 import math
+import unicodedata
 from collections.abc import Iterator
+
+_LOOKED_AT = 4096
+_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32-le",  # begins like UTF-16
+    codecs.BOM_UTF16_LE: "utf-16-le",
+    codecs.BOM_UTF16_BE: "utf-16-be",
+}
 
 
 def utf8_text(text: str) -> str:
@@ -22,6 +31,48 @@ def utf8_text(text: str) -> str:
 def one_line(text: str) -> str:
     """``text`` with a single space in place of every line break and run of white space."""
     return " ".join(text.split())
+
+
+def decoded(content: bytes) -> str:
+    """The text of a file: UTF-8, or UTF-16 as Windows writes it, without a byte order mark.
+
+    Bytes that are not UTF-8 are kept as surrogates, as in file names.
+
+    >>> decoded("a.png".encode("utf-16")), decoded("a.png".encode("utf-16-be"))
+    ('a.png', 'a.png')
+    """
+    content = content.removeprefix(codecs.BOM_UTF8)
+    for mark, encoding in _MARKS.items():
+        if content.startswith(mark):
+            return content[len(mark) :].decode(encoding, "replace")
+    # Of text in UTF-16 every other byte is 0, but for what is neither Latin nor a line break.
+    head = content[:_LOOKED_AT]
+    zeros = [head[start::2].count(0) * 2 / max(len(head), 1) for start in (0, 1)]
+    for zero, other, encoding in ((*zeros, "utf-16-be"), (*reversed(zeros), "utf-16-le")):
+        if zero > 0.5 and other < 0.05:
+            return content.decode(encoding, "replace")
+    return content.decode("utf-8", "surrogateescape")
+
+
+def spellings(name: str) -> Iterator[str]:
+    r"""What a file may be called that ``name`` stands for, likeliest first.
+
+    A list may have been written in Windows' Western European code page, or with accents as
+    characters of their own (macOS) where the file's name has them in one with the letter, or with
+    blanks to fill a column.
+
+    >>> [ascii(name) for name in spellings("e\u0301.png")]
+    ["'e\\u0301.png'", "'\\xe9.png'"]
+    """
+    yield name
+    if (bare := name.strip()) not in ("", name):
+        yield from spellings(bare)
+    elif any("\udc80" <= letter <= "\udcff" for letter in name):
+        yield name.encode("utf-8", "surrogateescape").decode("cp1252", "replace")
+    else:
+        for form in ("NFC", "NFD"):
+            if (other := unicodedata.normalize(form, name)) != name:
+                yield other
 
 
 def column_names(rows: Iterator[list[str]]) -> list[str]:

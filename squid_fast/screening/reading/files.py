@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 
 from ...data.listing import LeftOut, images_in, walk
 from ...data.pixels import ImageReadError
+from ...utils.text import spellings
 
 PathInput = str | os.PathLike[str]
 
@@ -70,7 +71,9 @@ def listed_file(name: str, root: str) -> str:
     A name that leads out of ``root``, a folder, and a missing file whose name looks like a pattern
     become ``ROOT/././NAME``, which ``find_files`` keeps as it is and ``check_is_file`` refuses.
     """
-    name = os.path.normpath(name)
+    likely = [os.path.normpath(spelled) for spelled in spellings(name)]
+    there = (spelled for spelled in likely if os.path.lexists(os.path.join(root, spelled)))
+    name = next(there, likely[0])
     path = os.path.join(root, name)
     pattern = glob.has_magic(path) and not os.path.lexists(path)
     if _lies_inside(path, root) and not os.path.isdir(path) and not pattern:

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import sys
 
-from ...utils.text import column_names
+from ...data.csv_files import Table, TableError
+from ...utils.text import decoded
 from .files import PathInput, listed_file
-
-_COLUMN = "image_path"
 
 
 def read_list(path: PathInput, root: PathInput | None = None) -> list[str]:
     r"""Read the files that a list names, in its order, as inputs for ``screen`` and ``pack``.
 
     - A list is text with one name in each line, or with a NUL after each name, as ``find -print0``
-      writes it; ``-`` is standard input. Blank lines are left out. Bytes that are not UTF-8 are
-      kept as surrogates.
-    - A list whose name ends in ``.csv`` is a table, and its column ``image_path`` is read.
+      writes it; ``-`` is standard input. Blank lines are left out. It is UTF-8, or UTF-16 as
+      PowerShell writes it. Bytes that are neither are kept as surrogates.
+    - A list whose name ends in ``.csv`` or ``.tsv`` is a table with the column ``image_path``, or
+      another of ``squid_fast.data.csv_files.PATH_COLUMNS``.
 
     A name stands for one file: no folder is searched and no pattern is expanded. It is relative to
     ``root``. One that leads out of ``root`` through ``..``, as an absolute path or by a symbolic
@@ -31,7 +29,7 @@ def read_list(path: PathInput, root: PathInput | None = None) -> list[str]:
 
     Raises:
         OSError: the list cannot be read.
-        ValueError: a table is not CSV, or lacks the column ``image_path`` or a value in it.
+        TableError: a table is not CSV, or lacks the column ``image_path`` or a value in it.
 
     >>> with open("night.txt", "w") as file:
     ...     _ = file.write("a.png\nward 3/b.dcm\n")
@@ -46,8 +44,8 @@ def read_list(path: PathInput, root: PathInput | None = None) -> list[str]:
     else:
         with open(path, "rb") as file:
             content = file.read()
-    text = content.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
-    names = _column(text, path) if path.lower().endswith(".csv") else _lines(text)
+    is_table = path.lower().endswith((".csv", ".tsv"))
+    names = _column(content, path) if is_table else _lines(decoded(content))
     return [listed_file(name, os.fspath(root)) for name in names]
 
 
@@ -55,29 +53,17 @@ def _lines(text: str) -> list[str]:
     if "\0" in text:
         return [name for name in text.split("\0") if name]
     # Not splitlines(): file names may hold the rarer separators that it knows.
-    return [name for name in text.replace("\r\n", "\n").split("\n") if name.strip()]
+    text = text.replace("\r\n", "\n")
+    if "\n" not in text:
+        text = text.replace("\r", "\n")
+    return [name for name in text.split("\n") if name.strip()]
 
 
-def _column(text: str, origin: str) -> list[str]:
-    if "\0" in text:
-        raise ValueError(f"{origin} holds NUL bytes, so it is no CSV")
-    lines = csv.reader(io.StringIO(text, newline=""))
-    names = []
-    try:
-        header = column_names(lines)
-        if _COLUMN not in header:
-            raise ValueError(
-                f"{origin} lacks the column {_COLUMN}; it has {', '.join(header) or 'none'}"
-            )
-        column = header.index(_COLUMN)
-        for row in lines:
-            name = row[column].strip() if column < len(row) else ""
-            if name:
-                names.append(name)
-            elif any(cell.strip() for cell in row):
-                raise ValueError(f"{origin}, line {lines.line_num} has no {_COLUMN}")
-    except csv.Error as error:
-        raise ValueError(
-            f"{origin}, line {lines.line_num} cannot be read as CSV: {error}"
-        ) from error
+def _column(content: bytes, origin: str) -> list[str]:
+    table = Table.parse(content, origin)
+    column, names = table.path_column, []
+    for number, row in table.rows():
+        if not row.get(column, "").strip():
+            raise TableError(f"{origin}, line {number} has no {column}")
+        names.append(row[column])
     return names

@@ -165,18 +165,60 @@ def test_names_of_find_print0_may_hold_newlines(root: Path) -> None:
     assert names(read_list(root / "list"), root) == ["two\nlines.png", "a.png"]
 
 
-def test_tables_give_their_image_paths(root: Path) -> None:
-    table = root / "labels.csv"
-    table.write_bytes(
-        b'\xef\xbb\xbflabel, Image_Path\r\n0,b.png\r\n\r\n1,"sub/c.png"\r\n,"a\xe2\x80\xa8.png"\r\n'
-    )
-    assert names(read_list(table), root) == ["b.png", "sub/c.png", "a\u2028.png"]
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-8-sig"])
+def test_lists_of_windows(root: Path, encoding: str) -> None:
+    (root / "list.txt").write_bytes("b.png\r\nsub/c.png\r\n\r\nä.png\r\n".encode(encoding))
+    assert names(read_list(root / "list.txt"), root) == ["b.png", "sub/c.png", "ä.png"]
+    (root / "list.csv").write_bytes("label;filename\r\n0;b.png\r\n1;ä.png\r\n".encode(encoding))
+    assert names(read_list(root / "list.csv"), root) == ["b.png", "ä.png"]
+
+
+def test_a_name_is_looked_for_in_other_spellings_too(root: Path) -> None:
+    for name in ("caf\xe9.png", "u\u0308.png", os.fsdecode(b"na\xefve.png"), "end .png "):
+        (root / name).touch()
+    content = b"caf\xe9.png\n\xc3\xbc.png\nna\xefve.png\nb.png   \nend .png \n"
+    (root / "list.txt").write_bytes(content)
+    found = ["caf\xe9.png", "u\u0308.png", os.fsdecode(b"na\xefve.png"), "b.png", "end .png "]
+    assert names(read_list(root / "list.txt"), root) == found
+    (root / "list.csv").write_bytes(b"path\n" + content)
+    assert names(read_list(root / "list.csv"), root) == found
+
+
+def test_lines_of_old_macs_and_carriage_returns_in_names(root: Path) -> None:
+    (root / "list.txt").write_bytes(b"b.png\ra.png\r")
+    assert names(read_list(root / "list.txt"), root) == ["b.png", "a.png"]
+    (root / "Icon\r").touch()
+    (root / "list.csv").write_bytes(b'path\n"Icon\r"\na.png\n')
+    assert names(read_list(root / "list.csv"), root) == ["Icon\r", "a.png"]
+
+
+@pytest.mark.parametrize(
+    ("content", "file"),
+    [
+        (b"\xef\xbb\xbflabel, Image_Path\r\n0,b.png\r\n\r\n1,sub/c.png\r\n", "labels.csv"),
+        (b"Image_Path\tlabel\nb.png\t0\nsub/c.png\t1\n", "labels.tsv"),
+        (b"label|image_path\n0|b.png\n1|sub/c.png\n", "labels.csv"),
+        (b"sep=;\r\nimage_path;label\r\nb.png;0\r\nsub/c.png;1\r\n", "labels.CSV"),
+        (b'filename;a,b\n"b.png";"0,1"\n"sub/c.png";2\n', "labels.csv"),
+    ],
+)
+def test_tables_give_their_image_paths(root: Path, content: bytes, file: str) -> None:
+    (root / file).write_bytes(content)
+    assert names(read_list(root / file), root) == ["b.png", "sub/c.png"]
+
+
+def test_a_cell_may_hold_any_character(root: Path) -> None:
+    content = 'label,image_path\n0,"b,;\t|.png"\n,"a\u2028.png"\n1,"say ""hi""\n.png"\n'
+    (root / "labels.csv").write_bytes(content.encode())
+    expected = ["b,;\t|.png", "a\u2028.png", 'say "hi"\n.png']
+    assert names(read_list(root / "labels.csv"), root) == expected
 
 
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"path,label\na.png,0\n", "lacks the column image_path; it has path, label"),
+        (b"scan,label\na.png,0\n", "lacks the column image_path; it has scan, label"),
+        (b"scan;label\na.png;0\n", "lacks the column image_path; it has scan, label"),
         (b"", "lacks the column image_path; it has none"),
         (b"image_path,label\na.png,0\n,1\n", "line 3 has no image_path"),
         (b"label,image_path\n0,a.png\n1\n", "line 3 has no image_path"),
