@@ -79,7 +79,7 @@ def main(options: Namespace) -> None:
     base, epochs = PRESETS[options.preset], options.epochs
     recipe = dataclasses.replace(base.recipe, epochs=epochs, validate_every=epochs)
     preset = dataclasses.replace(base, recipe=recipe)
-    records, others = find_records(options.data), find_records(options.contaminants)
+    records, others = find_records(options.data), find_records(options.contaminants, "flat")
     seen = [record.path for split in SPLITS for record in select(records, split)]
     check_apart([record.path for record in others], seen)
     normal, _ = load_splits(records, base.image_size)

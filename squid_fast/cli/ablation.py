@@ -10,14 +10,14 @@ import torch
 import typer
 from typer import Option
 
-from ..data import find_records, load_images
+from ..data import load_images
 from ..experiments.ablation import VARIANTS, AblationData, as_markdown, digit_data, run_ablation
 from ..presets import preset as find_preset
 from ..training import load_splits
 from ..utils.devices import choose_device, choose_precision
 from . import options
 from .console import print_json, print_table, say, stop_on_signals, training_report
-from .models import labelled
+from .datasets import found_records, labelled
 from .tables import ablation_table
 
 
@@ -79,7 +79,7 @@ def ablate(
 
 
 def _images_of(data: Path, layout: str, side: int) -> AblationData:
-    records = find_records(data, layout)
+    records = found_records(data, layout)
     train_set, validation_set = load_splits(records, side)
     images = load_images(labelled(records, "test", data), side)
     groups = {"test": torch.arange(len(images))}

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from ..data import Record, find_records, load_images, select, write_digit_anatomy
+from ..data import load_images, write_digit_anatomy
 from ..experiments.baselines import load_scorer
 from ..experiments.demo import demo_folder, run_demo
 from ..experiments.research_scores import evaluate_others
@@ -22,13 +22,16 @@ from ..training import load_splits
 from ..utils.atomic import write_json
 from . import options
 from .console import print_json, print_table, progress_bar, say, stop_on_signals, training_report
+from .datasets import found_records, labelled
 from .tables import demo_table, evaluation_table
 
 
 def evaluate(
     bundle: options.BundleFolder,
     data: options.Data,
-    split: Annotated[str, Option(help="Split to evaluate, such as val.")] = "test",
+    split: Annotated[
+        str, Option(help="Split to evaluate, such as val; all for every labelled image.")
+    ] = "test",
     layout: options.Layout = "auto",
     out: Annotated[
         Path | None,
@@ -53,7 +56,7 @@ def evaluate(
     Example: squid-fast evaluate runs/zhang --data chest_xray
     """
     scorer = load_scorer(bundle, precision=precision, device=device, backend=backend)
-    records = labelled(find_records(data, layout), split, data)
+    records = labelled(found_records(data, layout), split, data)
     with progress_bar("reading images") as advance:
         images = load_images(records, scorer.image_size, on_progress=advance)
     evaluations, z = scorer.evaluate(images)
@@ -70,14 +73,6 @@ def evaluate(
     else:
         print_table(evaluation_table(evaluations))
     say(f"written: {out / 'evaluation.json'}, {out / 'roc.png'}")
-
-
-def labelled(records: list[Record], split: str, data: Path) -> list[Record]:
-    """The labelled records of a split; a ValueError names ``data`` if there are none."""
-    found = [record for record in select(records, split) if record.label is not None]
-    if not found:
-        raise ValueError(f"{data} has no labelled images in the split {split!r}.")
-    return found
 
 
 def convert(
@@ -107,7 +102,7 @@ def convert(
     pair = load_published(generator, discriminator, arguments)
     calibration = None
     if data is not None:
-        records = find_records(data, layout)
+        records = found_records(data, layout)
         with progress_bar("reading images") as advance:
             train_set, held_out = load_splits(records, pair[0].image_size, advance)
         normal = held_out.normal if held_out else None

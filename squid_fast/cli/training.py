@@ -11,6 +11,7 @@ from typer import Option
 
 from ..data import ImageSet, find_records, load_images
 from ..data.contamination import check_apart, contaminated
+from ..data.images import UNKNOWN
 from ..experiments.baselines import METHODS, RECIPE, BaselineResult, train_baseline
 from ..experiments.diagnostics import TrainingSnapshots, draw_memory, memory_use
 from ..inference.bundle import load_bundle
@@ -23,6 +24,7 @@ from ..utils.atomic import write_json
 from ..utils.devices import choose_device, choose_precision
 from . import options
 from .console import print_json, progress_bar, say, stop_on_signals, training_report
+from .datasets import found_records
 
 
 def train(
@@ -142,7 +144,7 @@ def diagnose(
     model = load_bundle(bundle).model
     out = out or bundle / "pictures"
     with progress_bar("reading images") as advance:
-        images, _ = load_splits(find_records(data, layout), model.image_size, advance)
+        images, _ = load_splits(found_records(data, layout), model.image_size, advance)
     uses = memory_use(model, images)
     out.mkdir(parents=True, exist_ok=True)
     draw_memory(uses, out / "memory.png")
@@ -162,14 +164,16 @@ def _images(
             f"--contaminate is {contaminate} and --contamination-rate {rate}; give both, or "
             "neither for training images as they are."
         )
-    records = find_records(data, layout)
+    records = found_records(data, layout)
     with progress_bar("reading images") as advance:
         train_set, validation_set = load_splits(records, size, advance)
     count = 0 if validation_set is None else len(validation_set)
-    say(f"{len(train_set)} normal training images, {count} for validation")
+    say(f"{len(train_set)} training images, {count} for validation")
+    if unknown := int((train_set.labels == UNKNOWN).sum()):
+        say(f"{unknown} training images of unknown label are taken as normal", "yellow")
     if contaminate is None or rate is None:
         return train_set, validation_set, {}
-    contaminants = find_records(contaminate)
+    contaminants = find_records(contaminate, "flat")
     held_out = [record.path for record in records if record.split in ("val", "test")]
     check_apart([record.path for record in contaminants], held_out)
     mixed, paths = contaminated(train_set, load_images(contaminants, size), rate, seed)

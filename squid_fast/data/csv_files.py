@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..utils.text import column_names, decoded
+from ..utils.text import decoded
 
 _SEPARATORS = ",;\t|"
 PATH_COLUMNS = ("image_path", "path", "filename", "file_name", "filepath", "file_path", "file")
@@ -33,12 +33,12 @@ class Table:
 
     @classmethod
     def parse(cls, content: bytes, origin: str) -> Table:
-        """Read the header; the separator is the one that gives a column of images, or most columns.
+        r"""Read the header. That separator counts which gives a column of images, or most columns.
 
         Raises:
             TableError: the content is no text, or its first line no CSV.
 
-        >>> Table.parse(b"filename;label\\na.png;0\\n", "set.csv").header
+        >>> Table.parse(b"filename;label\na.png;0\n", "set.csv").header
         ['filename', 'label']
         """
         text = decoded(content)
@@ -67,12 +67,12 @@ class Table:
         )
 
     def rows(self) -> Iterator[tuple[int, dict[str, str]]]:
-        """Each row that is not blank, as (number of its last line in the file, cells by column).
+        r"""Each row that is not blank, as (number of its last line in the file, cells by column).
 
         Raises:
             TableError: a line is no CSV.
 
-        >>> table = Table.parse(b"image_path,label\\na.png,0\\n\\n", "set.csv")
+        >>> table = Table.parse(b"image_path,label\na.png,0\n\n", "set.csv")
         >>> list(table.rows())
         [(2, {'image_path': 'a.png', 'label': '0'})]
         """
@@ -94,6 +94,7 @@ def _names_images(header: list[str]) -> bool:
 
 def _header(lines: list[str], separator: str, origin: str) -> list[str]:
     try:
-        return column_names(csv.reader(lines, delimiter=separator))
+        reader = csv.reader(lines, delimiter=separator)
+        return [name.strip().lower() for name in next(reader, [])]
     except csv.Error as error:
         raise TableError(f"{origin}, line 1 cannot be read as CSV: {error}") from error

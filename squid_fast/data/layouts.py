@@ -1,38 +1,47 @@
-"""Where the images of a dataset are and what is known of them, by the names of its folders.
-
-Layouts that read lists are in ``squid_fast.data.tables``.
-"""
+"""Where the images of a dataset are and what is known of them."""
 
 from __future__ import annotations
 
-import csv
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
-from .formats import IMAGE_SUFFIXES, is_image
-from .records import ANOMALOUS, NORMAL, SPLITS, Layout, LayoutError, Record, enumerated
-from .tables import TABLE_LAYOUTS
+from .csv_files import TableError
+from .folders import FLAT, FOLDER_LAYOUTS, subfolders, why_not_flat
+from .formats import IMAGE_SUFFIXES
+from .listing import LeftOut, is_passed_over
+from .records import SPLITS, Layout, LayoutError, Record, enumerated
+from .tables import TABLE_LAYOUTS, columns
 
 
-def find_records(root: str | os.PathLike[str], layout: str = "auto") -> list[Record]:
+def find_records(
+    root: str | os.PathLike[str], layout: str = "auto", left_out: LeftOut | None = None
+) -> list[Record]:
     """List the images of a dataset, each once, sorted by path.
 
     The layouts, in the order in which ``"auto"`` tries them:
 
     - ``authors``: ``{split}/normal_256`` and ``{split}/pneumonia_256`` or ``abnormal_256``, as in
-      the published code. A folder counts as a split by the first part of its name
-      (``valid_256_pa`` is "val").
+      the published code.
     - ``archive``: ``{train,val,test}/NORMAL``, and any other class folder beside it is anomalous
-      (``PNEUMONIA``). Upper and lower case are the same.
+      (``PNEUMONIA``); or these class folders alone, without splits. ``Training``, ``Testing`` and
+      ``good`` or ``healthy`` will do as well.
     - ``medianomaly``: ``images/`` and ``data.json``.
     - ``chexpert``: ``train.csv`` and perhaps ``valid.csv``.
     - ``covidx``: ``train.txt``, ``val.txt``, ``test.txt`` or ``train_COVIDx9A.txt`` and the like.
+    - ``nih``: a CSV with ``Image Index`` and ``Finding Labels``, as of ChestX-ray14.
+    - ``rsna``: a CSV with ``patientId`` and ``Target``, as of the pneumonia challenge.
     - ``table``: a CSV with the column ``image_path``, or a folder with exactly one such CSV.
-    - ``flat``: any folder of images, searched recursively; labels and splits unknown.
+    - ``flat``: a folder of images whose labels and splits are unknown. It is recognised only if
+      nothing speaks of labels: no table lies beside the images, and folders in it are called like
+      patients, sites or dates. By its name, it takes the images of any folder.
 
-    ``squid_fast.data.tables`` describes the four that read lists. A split may be absent. Files
-    that a list names are not opened here: whether they exist turns out when they are read.
+    ``squid_fast.data.folders`` and ``squid_fast.data.tables`` describe them. A split may be absent.
+    Where the only folder in ``root`` has such a layout, and not ``root`` itself, it is that one
+    which is listed. Files that a list names are not opened here: whether they exist turns out when
+    they are read.
+
+    Args:
+        left_out: counts the files in searched folders that are no images, and masks.
 
     Raises:
         LayoutError: nothing is there, no layout fits, or an image has two labels or two splits.
@@ -49,29 +58,80 @@ def find_records(root: str | os.PathLike[str], layout: str = "auto") -> list[Rec
         raise ValueError(f"layout is {layout!r}; known are auto, {', '.join(LAYOUTS)}")
     if not root.exists():
         raise LayoutError(f"{root} does not exist; give the folder of a dataset")
-    if root.is_file() and root.suffix.lower() != ".csv":
+    if root.is_file() and root.suffix.lower() not in (".csv", ".tsv"):
         raise LayoutError(f"{root} is a file; give the folder of a dataset, or a CSV table")
     if root.is_file() and layout not in ("auto", "table"):
         raise LayoutError(f"{root} is a file; the layout {layout!r} needs a folder")
     try:
-        name = _recognise(root) if layout == "auto" else layout
-        records = list(LAYOUTS[name][1](root))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        name, base = _recognise(root) if layout == "auto" else (layout, _base(root, layout))
+        records = list(LAYOUTS[name][1](base, left_out or LeftOut()))
+    except (OSError, TableError) as error:
         raise LayoutError(f"{root} cannot be listed: {error}") from error
     if not records:
         raise LayoutError(f"no images in the layout {name!r}: {_inventory(root)}")
     return _each_once(records)
 
 
-def _recognise(root: Path) -> str:
-    for name, (fits, _) in LAYOUTS.items():
-        if fits(root):
-            return name
+def _recognise(root: Path) -> tuple[str, Path]:
+    """The name of the layout, and the folder that has it: ``root``, or the only one in it."""
+    folder: Path | None = root
+    while folder:
+        for name, (fits, _) in LAYOUTS.items():
+            if (name != "flat" or folder is root) and fits(folder):
+                return name, folder
+        folder = _only_folder(folder)
     raise LayoutError(
-        f"no known layout fits {_inventory(root)}. Known are {', '.join(LAYOUTS)}; for example "
-        "train/NORMAL and test/PNEUMONIA folders, a CSV with the column image_path, or a folder "
-        "of images (layout 'flat' takes images without labels, whatever the folders are called)"
+        f"no known layout fits {_inventory(root)}. {_near(root)}Known are {', '.join(LAYOUTS)}; "
+        "for example train/NORMAL and test/PNEUMONIA folders, a CSV with the columns image_path "
+        "and label, or a folder of images (layout 'flat' takes images without labels, whatever "
+        "the folders are called)"
     )
+
+
+def _base(root: Path, layout: str) -> Path:
+    """The folder that has a layout asked for by name; ``root`` if none has."""
+    folder: Path | None = root if layout != "flat" else None
+    while folder:
+        if LAYOUTS[layout][0](folder):
+            return folder
+        folder = _only_folder(folder)
+    return root
+
+
+def _only_folder(root: Path) -> Path | None:
+    """The folder that an archive was unpacked into, if nothing else is there but notes on it."""
+    folders = list(subfolders(root).values())
+    if len(folders) != 1:
+        return None
+    others = (
+        path for path in root.iterdir() if not path.is_dir() and not is_passed_over(path.name)
+    )
+    return None if any(path.suffix.lower() in IMAGE_SUFFIXES for path in others) else folders[0]
+
+
+def _near(root: Path) -> str:
+    """Sentences on what keeps layouts from fitting, each with a space behind."""
+    if not root.is_dir():
+        return ""
+    hints = []
+    for folder in subfolders(root).values():
+        for name, (fits, _) in LAYOUTS.items():
+            if name != "flat" and fits(folder):
+                hints.append(f"The layout {name!r} fits {folder}: give that folder.")
+                break
+    for name, folder in subfolders(root).items():
+        if name in SPLITS and (classes := list(subfolders(folder))):
+            hints.append(
+                f"Of {enumerated(classes, 'folders')} in {folder} none is called NORMAL, which "
+                "the layout 'archive' needs."
+            )
+            break
+    for path in sorted(root.glob("*.[ct][sS][vV]")):
+        header = ", ".join(columns(path)) or "no columns"
+        hints.append(f"{path.name} has {header}; a table has image_path, and label for labels.")
+    if reason := why_not_flat(root):
+        hints.append(f"It is not taken for a flat folder of images of one kind: {reason}.")
+    return "".join(f"{hint} " for hint in hints)
 
 
 def _each_once(records: list[Record]) -> list[Record]:
@@ -95,92 +155,5 @@ def _inventory(root: Path) -> str:
     return f"{root} holds {enumerated(folders, 'folders')} and {enumerated(files, 'files')}"
 
 
-def _images_under(folder: Path) -> Iterator[Path]:
-    """Image files by suffix, and DICOM files that have none (or a UID for a name)."""
-    for parent, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not _hidden(name)]
-        for name in files:
-            path = Path(parent, name)
-            suffix = path.suffix.lower()
-            if _hidden(name):
-                continue
-            if suffix in IMAGE_SUFFIXES or (not suffix.strip(".0123456789") and is_image(path)):
-                yield path
-
-
-def _hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
-
-
-def _subfolders(folder: Path) -> dict[str, Path]:
-    """Folders by their name in lower case."""
-    if not folder.is_dir():
-        return {}
-    folders: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.is_dir() and not _hidden(path.name):
-            twin = folders.setdefault(path.name.lower(), path)
-            if twin is not path:
-                raise LayoutError(f"{twin} and {path} differ in case alone; one of them has to go")
-    return folders
-
-
-def _author_splits(root: Path) -> Iterator[tuple[str, dict[str, Path]]]:
-    for name, folder in _subfolders(root).items():
-        split = SPLITS.get(name.split("_")[0])
-        classes = _subfolders(folder) if split else {}
-        if split and "normal_256" in classes:
-            yield split, classes
-
-
-def _authors(root: Path) -> Iterator[Record]:
-    labels = {"normal_256": NORMAL, "pneumonia_256": ANOMALOUS, "abnormal_256": ANOMALOUS}
-    for split, classes in _author_splits(root):
-        for name, label in labels.items():
-            if name in classes:
-                yield from (Record(path, label, split) for path in _images_under(classes[name]))
-
-
-def _fits_authors(root: Path) -> bool:
-    return any(True for _ in _author_splits(root))
-
-
-def _archive(root: Path) -> Iterator[Record]:
-    splits = {name: path for name, path in _subfolders(root).items() if name in SPLITS}
-    for name, folder in splits.items():
-        loose = [path.name for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
-        if loose:
-            raise LayoutError(
-                f"{folder} holds {enumerated(loose, 'images')} beside its class folders; put them "
-                "into one of these"
-            )
-        for class_name, class_folder in _subfolders(folder).items():
-            label = NORMAL if class_name == "normal" else ANOMALOUS
-            yield from (Record(path, label, SPLITS[name]) for path in _images_under(class_folder))
-
-
-def _fits_archive(root: Path) -> bool:
-    return any(
-        name in SPLITS and "normal" in _subfolders(folder)
-        for name, folder in _subfolders(root).items()
-    )
-
-
-def _flat(root: Path) -> Iterator[Record]:
-    return (Record(path, None, None) for path in _images_under(root))
-
-
-def _fits_flat(root: Path) -> bool:
-    """Not if it has splits: without a NORMAL folder in them that is more likely a mistake."""
-    if not root.is_dir() or any(name in SPLITS for name in _subfolders(root)):
-        return False
-    return any(True for _ in _images_under(root))
-
-
-LAYOUTS: dict[str, Layout] = {
-    "authors": (_fits_authors, _authors),
-    "archive": (_fits_archive, _archive),
-    **TABLE_LAYOUTS,
-    "flat": (_fits_flat, _flat),
-}
+LAYOUTS: dict[str, Layout] = {**FOLDER_LAYOUTS, **TABLE_LAYOUTS, "flat": FLAT}
 """Layouts by name, in the order in which they are tried."""

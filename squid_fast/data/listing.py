@@ -46,9 +46,14 @@ class LeftOut:
         self._kept.add(os.path.abspath(path))
 
     @property
+    def paths(self) -> list[str]:
+        """Their absolute paths."""
+        return [path for path in self._kinds if path not in self._kept]
+
+    @property
     def counts(self) -> Counter[str]:
         """Number of files by kind."""
-        return Counter(kind for path, kind in self._kinds.items() if path not in self._kept)
+        return Counter(self._kinds[path] for path in self.paths)
 
 
 def counted(left_out: Mapping[str, int]) -> str:

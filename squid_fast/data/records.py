@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .listing import LeftOut
+
 NORMAL, ANOMALOUS = 0, 1
 
-SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+SPLITS = {
+    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
+    "test": "test", "testing": "test",
+}  # fmt: skip
 """Splits by the names that datasets give them, in lower case."""
 
 
@@ -34,8 +40,11 @@ class Record:
     split: str | None
 
 
-Layout = tuple[Callable[[Path], bool], Callable[[Path], Iterator[Record]]]
-"""A test whether a folder has this layout, and a function that lists its records."""
+Layout = tuple[Callable[[Path], bool], Callable[[Path, LeftOut], Iterator[Record]]]
+"""A test whether a folder has this layout, and a function that lists its records.
+
+The function counts files that are no images in ``LeftOut``.
+"""
 
 
 def select(
@@ -54,8 +63,33 @@ def select(
     ]
 
 
+def overview(records: Iterable[Record]) -> str:
+    """The number of images of each split and label, for people.
+
+    >>> overview([Record(Path("a.png"), NORMAL, "train"), Record(Path("b.png"), None, None)])
+    'train 1 normal; without split 1 of unknown label'
+    """
+    counts = Counter((record.split, record.label) for record in records)
+    order = {name: place for place, name in enumerate(dict.fromkeys(SPLITS.values()))}
+    splits = sorted(
+        {split for split, _ in counts}, key=lambda name: (order.get(name or "", 9), name or "")
+    )
+    kinds = {NORMAL: "normal", ANOMALOUS: "anomalous", None: "of unknown label"}
+    parts = []
+    for split in splits:
+        found = {kind: counts[split, label] for label, kind in kinds.items()}
+        listed = ", ".join(f"{count:,} {kind}" for kind, count in found.items() if count)
+        parts.append(f"{split or 'without split'} {listed}")
+    return "; ".join(parts)
+
+
 def enumerated(names: Sequence[str], noun: str) -> str:
-    """The number of names and the first few of them, for error messages."""
+    """The number of names and the first few of them, for error messages.
+
+    >>> enumerated(["train"], "folders")
+    '1 folder (train)'
+    """
     if not names:
         return f"no {noun}"
+    noun = noun.removesuffix("s") if len(names) == 1 else noun
     return f"{len(names)} {noun} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"

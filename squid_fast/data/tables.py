@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import itertools
 import json
+import os
 import posixpath
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..utils.text import column_names
+from ..utils.text import decoded, spellings
+from .csv_files import PATH_COLUMNS, Table, TableError
+from .listing import LeftOut, images_in
 from .records import ANOMALOUS, NORMAL, SPLITS, Layout, LayoutError, Record, enumerated
 
+_HEAD = 1 << 16  # bytes in which the header of a table is looked for
+_LIKE_LABELS = {
+    "labels", "class", "classes", "class_name", "class name", "category", "target", "finding",
+    "findings", "finding labels", "finding_labels", "diagnosis", "diagnoses", "disease",
+    "pathology", "condition", "status", "outcome", "ground_truth", "normal", "abnormal", "anomaly",
+    "anomalous", "no finding", "no_finding", "pneumonia", "covid", "covid19", "covid-19",
+    "tuberculosis", "edema", "effusion", "pleural effusion", "cardiomegaly", "atelectasis",
+}  # fmt: skip
 _LABELS = {
     **dict.fromkeys(("0", "0.0", "normal"), NORMAL),
     **dict.fromkeys(("1", "1.0", "abnormal", "anomaly", "anomalous"), ANOMALOUS),
 }
 
 
-def medianomaly(root: Path) -> Iterator[Record]:
+def medianomaly(root: Path, left_out: LeftOut) -> Iterator[Record]:
     """The benchmark MedIAnomaly: ``images/`` and ``data.json``.
 
     The JSON maps "train", "test" (and perhaps "val") to lists of file names by class:
@@ -33,7 +43,7 @@ def medianomaly(root: Path) -> Iterator[Record]:
     """
     table = root / "data.json"
     try:
-        content = json.loads(table.read_text(encoding="utf-8"))
+        content = json.loads(table.read_bytes())
     except ValueError as error:
         raise LayoutError(f"{table} is not valid JSON: {error}") from error
     if not isinstance(content, dict) or not set(content) & set(SPLITS):
@@ -67,7 +77,7 @@ def _fits_medianomaly(root: Path) -> bool:
 _CHEXPERT_COLUMNS = {"path", "frontal/lateral", "no finding"}
 
 
-def chexpert(root: Path) -> Iterator[Record]:
+def chexpert(root: Path, left_out: LeftOut) -> Iterator[Record]:
     """CheXpert: ``train.csv`` and ``valid.csv`` with Path, Frontal/Lateral and No Finding.
 
     Frontal images only. "No Finding" 1 is normal, everything else anomalous. All rows of
@@ -96,9 +106,9 @@ def chexpert(root: Path) -> Iterator[Record]:
 def _chexpert_rows(table: Path) -> list[dict[str, str]]:
     if not table.is_file():
         return []
-    if missing := _CHEXPERT_COLUMNS - set(_columns(table)):
+    if missing := _CHEXPERT_COLUMNS - set(columns(table)):
         raise LayoutError(f"{table} lacks the columns {', '.join(sorted(missing))}")
-    rows = _read_csv(table)
+    rows = _read(table)
     frontal = [row for row in rows if row.get("frontal/lateral", "").strip().lower() == "frontal"]
     if any("path" not in row for row in frontal):
         raise LayoutError(f"{table} has rows that are too short to name a Path")
@@ -120,7 +130,7 @@ def _patient_split(patient: str, with_test: bool) -> str:
 
 def _fits_chexpert(root: Path) -> bool:
     tables = [root / name for name in ("train.csv", "valid.csv")]
-    return any(path.is_file() and set(_columns(path)) >= _CHEXPERT_COLUMNS for path in tables)
+    return any(path.is_file() and set(columns(path)) >= _CHEXPERT_COLUMNS for path in tables)
 
 
 _COVIDX_LIST = re.compile(r"(train|val|valid|test)(_(covidx|split).*)?\.txt", re.IGNORECASE)
@@ -130,7 +140,7 @@ _COVIDX_LINE = re.compile(
 )
 
 
-def covidx(root: Path) -> Iterator[Record]:
+def covidx(root: Path, left_out: LeftOut) -> Iterator[Record]:
     """COVIDx: one text list per split with lines ``patient filename label [source]``.
 
     "normal" is normal, every other label anomalous. Of lists that tell COVID-19 ("positive") from
@@ -182,10 +192,9 @@ def _covidx_entry(table: Path, number: int, line: str) -> tuple[str, str]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield number, line.strip()
+    for number, line in enumerate(decoded(path.read_bytes()).split("\n"), start=1):
+        if line.strip():
+            yield number, line.strip()
 
 
 def _fits_covidx(root: Path) -> bool:
@@ -196,12 +205,100 @@ def _fits_covidx(root: Path) -> bool:
     return any(_COVIDX_LINE.fullmatch(line) for line in first_lines)
 
 
-def table(root: Path) -> Iterator[Record]:
+_NIH_COLUMNS = {"image index", "finding labels"}
+_NIH_LISTS = {"train_val_list.txt": "train", "test_list.txt": "test"}
+
+
+def nih(root: Path, left_out: LeftOut) -> Iterator[Record]:
+    """ChestX-ray14 of the NIH: a CSV with Image Index and Finding Labels, and images in folders.
+
+    "No Finding" is normal, everything else anomalous. The images that are there are listed, in
+    whatever folders they lie; those of ``train_val_list.txt`` are "train" and those of
+    ``test_list.txt`` "test", and without these lists no image has a split.
+    """
+    labels: dict[str, int] = {}
+    tables = _needed(root, _NIH_COLUMNS)
+    for table in tables:
+        for row in _read(table):
+            findings = row.get("finding labels", "").strip().lower()
+            labels[row["image index"].strip()] = NORMAL if findings == "no finding" else ANOMALOUS
+    lists = {root / name: split for name, split in _NIH_LISTS.items() if (root / name).is_file()}
+    splits = {line: split for path, split in lists.items() for _, line in _lines(path)}
+    for name, path in _listed_images(root, labels, left_out, tables[0]).items():
+        yield Record(path, labels[name], splits.get(name))
+
+
+_RSNA_COLUMNS = {"patientid", "target"}
+_RSNA_CLASSES = {"patientid", "class"}
+
+
+def rsna(root: Path, left_out: LeftOut) -> Iterator[Record]:
+    """RSNA's pneumonia challenge: a CSV with patientId and Target, and images named by patientId.
+
+    They lie in a folder of a name that ends in ``train_images``; those of ``test_images`` are the
+    split "test" and have no label. Target 1 is anomalous. Where the CSV with the ``class`` of each
+    image is there, "Normal" is normal and everything else anomalous; without it Target 0 is taken
+    as normal with a warning, since it includes other diseases.
+    """
+    table = _needed(root, _RSNA_COLUMNS)[0]
+    classes = _with_columns(root, _RSNA_CLASSES)
+    labels: dict[str, int] = {}
+    for row in _read(classes[0] if classes else table):
+        name, value = row["patientid"].strip(), row["class" if classes else "target"].strip()
+        normal = value.lower() == "normal" if classes else value in ("0", "0.0")
+        labels[name] = max(labels.get(name, NORMAL), NORMAL if normal else ANOMALOUS)
+    if not classes:
+        warnings.warn(
+            f"{root} tells pneumonia from its absence: Target 0 is taken as normal, though it "
+            "includes other diseases",
+            stacklevel=2,
+        )
+    for folder in sorted(path for path in root.iterdir() if path.is_dir()):
+        if folder.name.lower().endswith("train_images"):
+            for name, path in _listed_images(folder, labels, left_out, table).items():
+                yield Record(path, labels[name], "train")
+        elif folder.name.lower().endswith("test_images"):
+            for path, kind in images_in(str(folder), left_out):
+                if kind == "file":
+                    yield Record(Path(path), None, "test")
+
+
+def _listed_images(
+    folder: Path, names: Collection[str], left_out: LeftOut, table: Path
+) -> dict[str, Path]:
+    """The images under ``folder`` that ``names`` name, with or without suffix, by these names."""
+    found: dict[str, Path] = {}
+    for text, kind in sorted(images_in(str(folder), left_out)):
+        path = Path(text)
+        name = path.name if path.name in names else path.stem
+        if kind == "file" and (name not in names or name in found):
+            left_out.add(path, "copies" if name in found else f"not in {table.name}")
+        elif kind == "file":
+            found[name] = path
+    if not found:
+        raise LayoutError(
+            f"none of the {len(names)} images that {table} names, for example "
+            f"{next(iter(names), '')!r}, lies under {folder}"
+        )
+    if len(found) < len(names):
+        warnings.warn(
+            f"{len(names) - len(found):,} of the {len(names):,} images that {table} names are not "
+            f"under {folder}",
+            stacklevel=2,
+        )
+    return found
+
+
+def table(root: Path, left_out: LeftOut) -> Iterator[Record]:
     """A CSV with the column ``image_path`` and perhaps ``label`` and ``split``; others are ignored.
+
+    Instead of ``image_path`` it may have another one of ``PATH_COLUMNS``. Without ``label``, a
+    column that is called like labels is refused, since all images would count as unlabelled.
 
     Paths are relative to the CSV's folder, which they may not leave through ``..``; absolute paths
     are taken as they are. A label is 0 or normal, 1 or abnormal (anomaly, anomalous), or empty for
-    unknown. A split is any name or empty; "valid" and "validation" become "val".
+    unknown. A split is any name or empty; "training", "valid" and the like become "train" and
+    "val".
     """
     candidates = _tables(root)
     if len(candidates) != 1:
@@ -211,12 +308,19 @@ def table(root: Path) -> Iterator[Record]:
             "needed, or its path"
         )
     source = candidates[0]
-    for number, row in enumerate(_read_csv(source), start=1):
-        name = row.get("image_path", "").strip()
+    content = Table.parse(source.read_bytes(), str(source))
+    column, like_labels = content.path_column, _LIKE_LABELS & set(content.header)
+    if like_labels and "label" not in content.header:
+        raise LayoutError(
+            f"{source} has no column label, but {enumerated(sorted(like_labels), 'columns')} that "
+            "may hold labels; call the column of labels label, with 0 or normal and 1 or abnormal"
+        )
+    for number, (_, row) in enumerate(content.rows(), start=1):
+        name = row.get(column, "")
         label, split = (row.get(key, "").strip().lower() for key in ("label", "split"))
         origin = f"{source}, row {number}"
-        if not name:
-            raise LayoutError(f"{origin} has no image_path")
+        if not name.strip():
+            raise LayoutError(f"{origin} has no {column}")
         if label and label not in _LABELS:
             raise LayoutError(
                 f"{origin} has the label {label!r}; 0, 1, normal, abnormal or nothing is read"
@@ -226,12 +330,32 @@ def table(root: Path) -> Iterator[Record]:
 
 
 def _tables(root: Path) -> list[Path]:
-    files = [root] if root.is_file() else sorted(root.glob("*.[cC][sS][vV]"))
-    return [path for path in files if path.is_file() and "image_path" in _columns(path)]
+    """Tables that name images; those with ``image_path`` if there are any."""
+    files = [root] if root.is_file() else _csv_files(root)
+    for names in (PATH_COLUMNS[:1], PATH_COLUMNS[1:]):
+        if found := [path for path in files if set(names) & set(columns(path))]:
+            return found
+    return []
+
+
+def _needed(root: Path, names: set[str]) -> list[Path]:
+    if tables := _with_columns(root, names):
+        return tables
+    raise LayoutError(f"{root} holds no CSV with the columns {' and '.join(sorted(names))}")
+
+
+def _with_columns(root: Path, names: set[str]) -> list[Path]:
+    return [path for path in _csv_files(root) if names <= set(columns(path))]
+
+
+def _csv_files(root: Path) -> list[Path]:
+    found = sorted(root.glob("*.[ct][sS][vV]")) if root.is_dir() else []
+    return [path for path in found if path.is_file()]
 
 
 def _inside(folder: Path, name: str, origin: str) -> Path:
     """A listed path relative to its folder; absolute ones are taken as they are."""
+    name = next((other for other in spellings(name) if os.path.lexists(folder / other)), name)
     if not posixpath.isabs(name) and posixpath.normpath(name).split("/")[0] == "..":
         raise LayoutError(
             f"{origin} names {name!r}, which lies outside of {folder}; paths must stay in it"
@@ -243,7 +367,7 @@ def _first_that_holds(folders: Sequence[Path], names: Sequence[str], origin: Pat
     """The first folder in which any of the named files exists."""
     for name in names:
         for folder in folders:
-            if (folder / name).is_file():
+            if any((folder / other).is_file() for other in spellings(name)):
                 return folder
     places = " or ".join(str(folder) for folder in folders)
     raise LayoutError(
@@ -252,31 +376,26 @@ def _first_that_holds(folders: Sequence[Path], names: Sequence[str], origin: Pat
     )
 
 
-def _read_csv(path: Path) -> list[dict[str, str]]:
-    lines = _csv_lines(path)
-    header = next(lines)
-    return [dict(zip(header, row, strict=False)) for row in lines if row]
+def _read(path: Path) -> list[dict[str, str]]:
+    table = Table.parse(path.read_bytes(), str(path))
+    return [row for _, row in table.rows()]
 
 
-def _columns(path: Path) -> list[str]:
+def columns(path: Path) -> list[str]:
+    """The columns of a CSV table, in lower case; none if it is no table."""
     try:
-        return next(_csv_lines(path))
-    except (UnicodeDecodeError, csv.Error):
+        with open(path, "rb") as file:
+            return Table.parse(file.read(_HEAD), str(path)).header
+    except TableError:
         return []
-
-
-def _csv_lines(path: Path) -> Iterator[list[str]]:
-    """Column names in lower case, then the rows; a byte order mark is dropped."""
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        lines = csv.reader(file)
-        yield column_names(lines)
-        yield from lines
 
 
 TABLE_LAYOUTS: dict[str, Layout] = {
     "medianomaly": (_fits_medianomaly, medianomaly),
     "chexpert": (_fits_chexpert, chexpert),
     "covidx": (_fits_covidx, covidx),
+    "nih": (lambda root: bool(_with_columns(root, _NIH_COLUMNS)), nih),
+    "rsna": (lambda root: bool(_with_columns(root, _RSNA_COLUMNS)), rsna),
     "table": (lambda root: bool(_tables(root)), table),
 }
 """Layouts by name, in the order in which they are tried."""

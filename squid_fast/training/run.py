@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 
 from ..data import ImageSet, Record, load_images, select
-from ..data.records import NORMAL
+from ..data.records import NORMAL, overview
 from ..inference import calibrate
 from ..inference.bundle import Bundle, save_bundle
 from ..inference.scores import PAPER_SCORE
@@ -86,8 +86,8 @@ def load_splits(
     training = [r for r in records if r.split in ("train", None) and r.label in (NORMAL, None)]
     if not training:
         raise ValueError(
-            f"none of the {len(records)} images is a normal one for training; a split 'train' "
-            "with normal or unlabelled images is needed."
+            f"there are no images to train on ({overview(records)}); a split 'train' with normal "
+            "or unlabelled images is needed."
         )
     validation = [record for record in select(records, "val") if record.label is not None]
     images = load_images(training + validation, size, on_progress=on_progress)

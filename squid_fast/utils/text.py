@@ -57,9 +57,9 @@ def decoded(content: bytes) -> str:
 def spellings(name: str) -> Iterator[str]:
     r"""What a file may be called that ``name`` stands for, likeliest first.
 
-    A list may have been written in Windows' Western European code page, or with accents as
-    characters of their own (macOS) where the file's name has them in one with the letter, or with
-    blanks to fill a column.
+    A list may have been written with blanks to fill a column; on Windows, with backslashes or in
+    its Western European code page; or with accents as characters of their own, as on macOS, where
+    the file's name has them in one with the letter.
 
     >>> [ascii(name) for name in spellings("e\u0301.png")]
     ["'e\\u0301.png'", "'\\xe9.png'"]
@@ -67,17 +67,14 @@ def spellings(name: str) -> Iterator[str]:
     yield name
     if (bare := name.strip()) not in ("", name):
         yield from spellings(bare)
+    elif "\\" in name:
+        yield from spellings(name.replace("\\", "/"))
     elif any("\udc80" <= letter <= "\udcff" for letter in name):
         yield name.encode("utf-8", "surrogateescape").decode("cp1252", "replace")
     else:
         for form in ("NFC", "NFD"):
             if (other := unicodedata.normalize(form, name)) != name:
                 yield other
-
-
-def column_names(rows: Iterator[list[str]]) -> list[str]:
-    """Take the header of a CSV table off ``rows``: names without spaces around, in lower case."""
-    return [name.strip().lower() for name in next(rows, [])]
 
 
 def finite_or_none(value: float | None) -> float | None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
 from squid_fast.data import LAYOUTS, LayoutError, Record, find_records, select
+from squid_fast.data.listing import LeftOut
+from squid_fast.data.records import overview
 
 
 def touch(root: Path, *names: str) -> None:
@@ -60,22 +63,200 @@ def test_authors(tmp_path: Path) -> None:
 
 
 def test_flat(tmp_path: Path) -> None:
-    touch(tmp_path, "b.png", "a/deep/c.JPG", "readme.md", ".hidden/d.png", "plain")
+    touch(tmp_path, "b.png", "patient7/2021-03/c.JPG", "readme.md", ".hidden/d.png", "plain")
     (tmp_path / "IM0001").write_bytes(bytes(128) + b"DICM")
     (tmp_path / "1.2.840.5").write_bytes(bytes(128) + b"DICM")
     assert found(tmp_path, "flat") == [
         ("1.2.840.5", None, None),
         ("IM0001", None, None),
-        ("a/deep/c.JPG", None, None),
         ("b.png", None, None),
+        ("patient7/2021-03/c.JPG", None, None),
     ]
 
 
-def test_flat_is_not_guessed_for_folders_called_train(tmp_path: Path) -> None:
-    touch(tmp_path, "train/healthy/a.png", "train/sick/b.png")
-    with pytest.raises(LayoutError, match=r"holds 1 folders \(train\).*Known are authors, archive"):
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        (
+            ["train/clean/a.png", "train/sick/b.png"],
+            r"Of 2 folders \(clean, sick\) in .*train none",
+        ),
+        (["train/a.png", "test/b.png"], r"the names of 2 folders \(\w+, \w+\) may be labels"),
+        (["0/a.png", "1/b.png"], r"2 folders \([01], [01]\) may be labels"),
+        (["PNEUMONIA/a.png"], r"1 folder \(PNEUMONIA\) may be labels"),
+        (["a.png", "COVID/b.png"], r"1 folder \(COVID\) may be labels"),
+        (["images/a.png", "masks/a.png"], r"1 folder \(masks\) may be labels"),
+        (["a.png", "labels.xlsx"], r"1 table \(labels.xlsx\) may hold labels"),
+        (["images/a.png", "data/classes.json"], r"1 table \(classes.json\) may hold labels"),
+        (["a.png", "a_mask.png", "b.png", "b_mask_1.png"], r"2 files \(.*\) may be masks"),
+        (["IM-NORMAL-1.png", "person3_virus.png"], "1 of 2 images are called normal"),
+        (["CHN_1_0.png", "CHN_2_0.png", "CHN_3_1.png"], "end in _0 or _1"),
+        (["train\\NORMAL\\a.png", "test\\SICK\\b.png"], "whose name holds backslashes"),
+        (["x/chest/train/NORMAL/a.png", "x/other/b.png"], "may be labels or splits"),
+        (["chest/train/NORMAL/a.png", "other/b.png"], "'archive' fits .*chest: give that folder"),
+    ],
+)
+def test_flat_is_not_guessed_where_something_speaks_of_labels(
+    tmp_path: Path, names: list[str], reason: str
+) -> None:
+    touch(tmp_path, *names)
+    with pytest.raises(LayoutError, match=rf"{reason}.*Known are authors, archive"):
         find_records(tmp_path)
-    assert len(find_records(tmp_path, "flat")) == 2
+    images = [name for name in names if name.endswith(".png")]
+    assert len(find_records(tmp_path, "flat")) == len(images)
+
+
+def test_flat_takes_folders_that_say_nothing(tmp_path: Path) -> None:
+    folders = ["p10/p10000032/s50414267", "Patient 7", "2021-03-01", "images_001/images", "siteB"]
+    folders += ["1.2.840.113", "f0e1d2c3b4a59687", "CXR_png", "IMG/series2"]
+    touch(tmp_path, "a.png", "a.json", *(f"{folder}/b.png" for folder in folders))
+    records = find_records(tmp_path)
+    assert len(records) == 1 + len(folders)
+    assert {(record.label, record.split) for record in records} == {(None, None)}
+
+
+def test_archive_without_splits(tmp_path: Path) -> None:
+    """As the COVID-19 Radiography Database, which has masks beside its images."""
+    touch(tmp_path, "COVID/images/a.png", "COVID/masks/a.png", "Normal/images/b.png")
+    touch(tmp_path, "Normal/masks/b.png", "Viral Pneumonia/images/c.png", "Normal.metadata.xlsx")
+    touch(tmp_path, "Lung_Opacity/d.png", "Lung_Opacity/d_mask.png", "Lung_Opacity/notes.txt")
+    assert found(tmp_path, "archive") == [
+        ("COVID/images/a.png", 1, None),
+        ("Lung_Opacity/d.png", 1, None),
+        ("Normal/images/b.png", 0, None),
+        ("Viral Pneumonia/images/c.png", 1, None),
+    ]
+    left_out = LeftOut()
+    find_records(tmp_path, left_out=left_out)
+    assert left_out.counts == {"masks": 3, ".txt": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "label", "split"),
+    [
+        ("Training/notumor/a.png", 0, "train"),
+        ("Testing/glioma/a.png", 1, "test"),
+        ("train/good/a.png", 0, "train"),
+        ("Val/Normal cases/deep/a.png", 0, "val"),
+        ("validation/No_Finding/a.png", 0, "val"),
+        ("TEST/abnormal/a.png", 1, "test"),
+        ("test/non-normal/a.png", 1, "test"),
+    ],
+)
+def test_other_words_for_classes_and_splits(
+    tmp_path: Path, name: str, label: int, split: str
+) -> None:
+    touch(tmp_path, name, "train/normal/z.png", "ground_truth/scratch/a.png")
+    assert (name, label, split) in found(tmp_path, "archive")
+    assert len(find_records(tmp_path)) == 2
+
+
+def test_archive_with_the_splits_in_the_classes(tmp_path: Path) -> None:
+    touch(tmp_path, "Normal/train/a.png", "Normal/test/b.png", "Sick/test/c.png", "Other/d.png")
+    assert found(tmp_path, "archive") == [
+        ("Normal/test/b.png", 0, "test"),
+        ("Normal/train/a.png", 0, "train"),
+        ("Other/d.png", 1, None),
+        ("Sick/test/c.png", 1, "test"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["normal/a.png", "chest_xray/train/NORMAL/b.png", "chest_xray/more/c.png"],
+        ["normal/a.png", "chest_xray/x/test/b.png"],
+        ["normal/a.png", "chest_xray/normal/b.png"],
+        ["train/normal/a.png", "train/set/normal/a.png"],
+        ["normal/train/a.png", "normal/b.png"],
+        ["normal/a.png", "b.png"],
+    ],
+)
+def test_class_folders_that_hold_something_else_are_refused(
+    tmp_path: Path, names: list[str]
+) -> None:
+    touch(tmp_path, *names)
+    with pytest.raises(LayoutError, match=r"would be a class folder|beside"):
+        find_records(tmp_path)
+
+
+def test_the_only_folder_in_a_folder_is_meant(tmp_path: Path) -> None:
+    kaggle = tmp_path / "kaggle"
+    touch(kaggle, "a/chest_xray/train/NORMAL/b.png", "a/chest_xray.zip", "__MACOSX/x/c.png")
+    touch(kaggle, "a/chest_xray/test/PNEUMONIA/c.png", "README.txt")
+    assert found(kaggle, "archive") == [
+        ("a/chest_xray/test/PNEUMONIA/c.png", 1, "test"),
+        ("a/chest_xray/train/NORMAL/b.png", 0, "train"),
+    ]
+    chexpert(tmp_path / "parent" / "CheXpert-v1.0-small", 3)
+    records = find_records(tmp_path / "parent")
+    assert records == find_records(tmp_path / "parent" / "CheXpert-v1.0-small", "chexpert")
+    touch(tmp_path, "flat/scans of ours/a.png")
+    with pytest.raises(LayoutError, match=r"1 folder \(scans of ours\) may be labels"):
+        find_records(tmp_path / "flat")
+
+
+def test_links_are_followed_and_folders_that_cannot_be_listed_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touch(tmp_path, "store/a.png", "set/train/NORMAL/b.png", "set/train/NORMAL/c.png/d.txt")
+    (tmp_path / "set/train/NORMAL/more").symlink_to(tmp_path / "store")
+    (tmp_path / "set/train/NORMAL/loop").symlink_to(tmp_path / "set")
+    expected = [("train/NORMAL/b.png", 0, "train"), ("train/NORMAL/more/a.png", 0, "train")]
+    assert found(tmp_path / "set", "archive") == expected
+    locked = tmp_path / "set/train/NORMAL/locked"
+    touch(locked, "e.png")
+    scan = os.scandir
+
+    def refuse(path: str) -> object:  # permissions would not stop the superuser
+        if str(path) == str(locked):
+            raise PermissionError(13, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(LayoutError, match="locked is a folder that cannot be listed"):
+        find_records(tmp_path / "set")
+
+
+def test_nih(tmp_path: Path) -> None:
+    (tmp_path / "Data_Entry_2017.csv").write_text(
+        "Image Index,Finding Labels,Follow-up #,Patient ID\n1_0.png,Cardiomegaly|Effusion,0,1\n"
+        "2_0.png,No Finding,0,2\n3_0.png,No Finding,0,3\n4_0.png,No Finding,0,4\n"
+    )
+    touch(tmp_path, "images_001/images/1_0.png", "images_002/images/2_0.png", "images/3_0.png")
+    touch(tmp_path, "copy/1_0.png", "other.png", "README.txt")
+    (tmp_path / "train_val_list.txt").write_text("1_0.png\n2_0.png\n")
+    (tmp_path / "test_list.txt").write_text("3_0.png\r\n4_0.png\r\n")
+    left_out = LeftOut()
+    with pytest.warns(UserWarning, match="1 of the 4 images that .* names are not under"):
+        records = find_records(tmp_path, left_out=left_out)
+    assert rows(records, tmp_path) == [
+        ("copy/1_0.png", 1, "train"),
+        ("images/3_0.png", 0, "test"),
+        ("images_002/images/2_0.png", 0, "train"),
+    ]
+    counts = {"copies": 1, "not in Data_Entry_2017.csv": 1, ".txt": 3, ".csv": 1}
+    assert left_out.counts == counts
+
+
+def test_rsna(tmp_path: Path) -> None:
+    (tmp_path / "stage_2_train_labels.csv").write_text(
+        "patientId,x,y,width,height,Target\na,,,,,0\nb,1,1,5,5,1\nb,9,9,5,5,1\nd,,,,,0\n"
+    )
+    touch(tmp_path, *(f"stage_2_train_images/{name}.dcm" for name in "abd"))
+    touch(tmp_path, "stage_2_test_images/c.dcm")
+    with pytest.warns(UserWarning, match="Target 0 is taken as normal"):
+        records = rows(find_records(tmp_path), tmp_path)
+    test = ("stage_2_test_images/c.dcm", None, "test")
+    labels = {"a": 0, "b": 1, "d": 0}
+    train = [(f"stage_2_train_images/{name}.dcm", label, "train") for name, label in labels.items()]
+    assert records == [test, *train]
+    (tmp_path / "stage_2_detailed_class_info.csv").write_text(
+        "patientId,class\na,Normal\nb,Lung Opacity\nb,Lung Opacity\n"
+        "d,No Lung Opacity / Not Normal\n"
+    )
+    detailed = rows(find_records(tmp_path), tmp_path)
+    assert detailed == [test, *train[:2], ("stage_2_train_images/d.dcm", 1, "train")]
 
 
 @pytest.mark.parametrize(
@@ -270,6 +451,31 @@ def test_table_paths_inside_and_absolute(tmp_path: Path) -> None:
     assert paths == [tmp_path / "c.png", inner / "b.png"]  # the same row twice counts once
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "image_path;label;split\nü.png;normal;Training\nsub\\b.png;1;testing\n".encode("latin-1"),
+        "filename\tsplit\tlabel\nü.png\ttrain\t0\nsub\\b.png\ttest\tabnormal\n".encode("utf-16"),
+        "File_Path , Label, Split,age\n ü.png,0,TRAIN,3\nsub/b.png,1,test,4\n".encode("utf-8-sig"),
+    ],
+    ids=["latin-1", "utf-16", "utf-8"],
+)
+def test_tables_as_programs_write_them(tmp_path: Path, content: bytes) -> None:
+    touch(tmp_path, "ü.png", "sub/b.png")
+    (tmp_path / "set.csv").write_bytes(content)
+    assert found(tmp_path, "table") == [("sub/b.png", 1, "test"), ("ü.png", 0, "train")]
+
+
+def test_tables_whose_labels_are_called_otherwise_are_refused(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png", "b.png")
+    (tmp_path / "set.csv").write_text("image_path,Diagnosis\na.png,Pneumonia\nb.png,none\n")
+    with pytest.raises(LayoutError, match=r"no column label, but 1 column \(diagnosis\) that may"):
+        find_records(tmp_path)
+    (tmp_path / "set.csv").write_text("scan;Diagnosis\na.png;Pneumonia\nb.png;none\n")
+    with pytest.raises(LayoutError, match=r"set.csv has scan, diagnosis; a table has image_path"):
+        find_records(tmp_path)
+
+
 def test_errors_say_what_was_found(tmp_path: Path) -> None:
     with pytest.raises(LayoutError, match="does not exist"):
         find_records(tmp_path / "gone")
@@ -292,3 +498,13 @@ def test_select() -> None:
     assert select([a, b, c], label=0) == [a, c]
     assert select([a, b, c], "test", 0) == [c]
     assert select([a, b, c]) == [a, b, c]
+
+
+def test_overview() -> None:
+    known = [(0, "train"), (0, "train"), (1, "test"), (None, "test"), (0, None), (1, "external")]
+    records = [Record(Path(f"{i}.png"), *label_split) for i, label_split in enumerate(known)]
+    assert overview(records) == (
+        "train 2 normal; test 1 anomalous, 1 of unknown label; without split 1 normal; "
+        "external 1 anomalous"
+    )
+    assert overview([]) == ""

@@ -1,0 +1,251 @@
+"""Layouts in which the names of folders say what the images in them are."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from .formats import IMAGE_SUFFIXES
+from .listing import LeftOut, images_in, is_passed_over
+from .records import ANOMALOUS, NORMAL, SPLITS, Layout, LayoutError, Record, enumerated
+
+_NORMAL = {"normal", "healthy", "good", "nofinding", "nofindings", "notumor"}
+_MASKS = {"mask", "masks", "groundtruth", "gt", "annotation", "annotations", "segmentations"}
+_PADDING = {"image", "images", "img", "imgs", "case", "cases", "scan", "scans", "cxr", "xray"}
+_SILENT = _PADDING | {
+    "batch", "chunk", "data", "dataset", "dcm", "dicom", "dicoms", "file", "files", "folder",
+    "frames", "hospital", "jpeg", "jpg", "part", "pat", "patient", "patients", "png", "radiograph",
+    "radiographs", "ray", "rays", "room", "se", "ser", "series", "ses", "session", "site", "st",
+    "studies", "study", "sub", "subject", "subjects", "tif", "tiff", "visit", "ward", "xrays",
+    "year",
+}  # fmt: skip
+_TABLES = {".csv", ".tsv", ".xls", ".xlsx", ".json", ".jsonl", ".parquet"}
+_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+|[^\W\d_]+")
+_HASH = re.compile(r"[0-9a-f]{8,}", re.IGNORECASE)
+
+
+def authors(root: Path, left_out: LeftOut) -> Iterator[Record]:
+    """The published code's: ``{split}/normal_256`` and ``pneumonia_256`` or ``abnormal_256``.
+
+    A folder counts as a split by the first part of its name (``valid_256_pa`` is "val").
+    """
+    labels = {"normal_256": NORMAL, "pneumonia_256": ANOMALOUS, "abnormal_256": ANOMALOUS}
+    for split, classes in _author_splits(root):
+        for name, label in labels.items():
+            if name in classes:
+                yield from (Record(p, label, split) for p in _images_of(classes[name], left_out))
+
+
+def _author_splits(root: Path) -> Iterator[tuple[str, dict[str, Path]]]:
+    for name, folder in subfolders(root).items():
+        split = SPLITS.get(name.split("_")[0])
+        classes = subfolders(folder) if split else {}
+        if split and "normal_256" in classes:
+            yield split, classes
+
+
+def archive(root: Path, left_out: LeftOut) -> Iterator[Record]:
+    """``{train,val,test}/NORMAL`` or NORMAL alone, and other class folders beside it.
+
+    These are anomalous, whatever they are called. In a class folder there may be folders again,
+    also one for each split. Folders of masks are left out, and files that are called like an image
+    beside them but for an appended "mask". Upper and lower case are the same.
+    """
+    splits = _splits(root)
+    if not splits:
+        yield from _classes(root, None, left_out)
+    for name, folder in splits.items():
+        yield from _classes(folder, SPLITS[name], left_out)
+
+
+def _classes(folder: Path, split: str | None, left_out: LeftOut) -> Iterator[Record]:
+    if loose := _loose_images(folder):
+        raise LayoutError(
+            f"{folder} holds {enumerated(loose, 'images')} beside its class folders; put them "
+            "into one of these"
+        )
+    for name, inner in subfolders(folder).items():
+        label = NORMAL if _is_normal(name) else ANOMALOUS
+        parts = {} if split or _is_masks(name) else _splits(inner)
+        if parts and (len(parts) < len(subfolders(inner)) or _loose_images(inner)):
+            raise LayoutError(
+                f"{inner} holds {enumerated(sorted(parts), 'splits')} and other images beside; "
+                "put these into one of the splits"
+            )
+        for part, part_folder in (parts or {None: inner}).items():
+            own = SPLITS[part] if part else split
+            for path in _images_of(part_folder, left_out):
+                _check_between(path.relative_to(part_folder), part_folder, label)
+                yield Record(path, label, own)
+
+
+def _check_between(path: Path, folder: Path, label: int) -> None:
+    """Refuse folders inside a class folder whose names speak of splits or another class."""
+    for name in path.parts[:-1]:
+        if name.lower() in SPLITS or (label == ANOMALOUS and _is_normal(name)):
+            kind = "normal" if label == NORMAL else "anomalous"
+            raise LayoutError(
+                f"{folder} would be a class folder of {kind} images, but holds {path}; give a "
+                "folder with splits, or one with class folders, and nothing else in it"
+            )
+
+
+def flat(root: Path, left_out: LeftOut) -> Iterator[Record]:
+    """Any folder of images, searched with all folders in it; labels and splits unknown."""
+    return (Record(path, None, None) for path in _files_under(root, left_out))
+
+
+def _fits_authors(root: Path) -> bool:
+    return any(True for _ in _author_splits(root))
+
+
+def _fits_archive(root: Path) -> bool:
+    folders = _splits(root).values() or [root]
+    return any(_is_normal(name) for folder in folders for name in subfolders(folder))
+
+
+def _fits_flat(root: Path) -> bool:
+    return root.is_dir() and not why_not_flat(root)
+
+
+def why_not_flat(root: Path) -> str:
+    """Why images under ``root`` may not all be of one unknown kind; "" if nothing says so.
+
+    The names of folders and files, a table beside the images or masks may hold labels, and to
+    train on all images as normal ones would be wrong then.
+    """
+    left_out = LeftOut()
+    images = [path.relative_to(root) for path in _files_under(root, left_out)]
+    if not images:
+        return f"{root} holds no images"
+    if odd := [path.name for path in images if "\\" in path.name and os.sep != "\\"]:
+        return (
+            f"{odd[0]!r} is a file whose name holds backslashes, which were folders on Windows; "
+            "unpack the archive again with a program that makes folders of them, such as 7-Zip or "
+            "python -m zipfile"
+        )
+    folders = dict.fromkeys(part for path in images for part in path.parts[:-1])
+    if speaking := [name for name in folders if not _is_silent(name)]:
+        return f"the names of {enumerated(speaking, 'folders')} may be labels or splits"
+    stems = {path.stem.lower() for path in images}
+    tables = [p for p in map(Path, left_out.paths) if p.suffix.lower() in _TABLES]
+    if tables := sorted(p.name for p in tables if p.stem.lower() not in stems):
+        return f"{enumerated(tables, 'tables')} may hold labels"
+    if masks := [path.name for path in images if _is_mask(path.stem.lower(), stems)]:
+        return f"{enumerated(masks, 'files')} may be masks"
+    normal = [name for name in stems if _is_normal_name(name)]
+    if 0 < len(normal) < len(stems):
+        return f"{len(normal)} of {len(stems)} images are called normal and the others are not"
+    ends = [re.fullmatch(r"(.+)_([01])", name) for name in stems]
+    found = [(end[1], end[2]) for end in ends if end]
+    if len(found) == len(stems) == len(dict(found)) and len(set(dict(found).values())) == 2:
+        return "the names of all images end in _0 or _1, which may be labels"
+    return ""
+
+
+def subfolders(folder: Path) -> dict[str, Path]:
+    """Folders by their name in lower case, without those that ``images_in`` passes over.
+
+    Raises:
+        LayoutError: two differ in case alone.
+    """
+    if not folder.is_dir():
+        return {}
+    folders: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if not is_passed_over(path.name) and path.is_dir():
+            twin = folders.setdefault(path.name.lower(), path)
+            if twin is not path:
+                raise LayoutError(f"{twin} and {path} differ in case alone; one of them has to go")
+    return folders
+
+
+def _splits(root: Path) -> dict[str, Path]:
+    return {name: path for name, path in subfolders(root).items() if name in SPLITS}
+
+
+def _loose_images(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if _has_suffix(path))
+
+
+def _has_suffix(path: Path) -> bool:
+    named = path.suffix.lower() in IMAGE_SUFFIXES and not is_passed_over(path.name)
+    return named and not path.is_dir()
+
+
+def _images_of(folder: Path, left_out: LeftOut) -> Iterator[Path]:
+    """The images of a class, without masks."""
+    listed = list(_files_under(folder, left_out))
+    stems: dict[Path, set[str]] = {}
+    for path in listed:
+        stems.setdefault(path.parent, set()).add(path.stem.lower())
+    for path in listed:
+        inner = path.relative_to(folder.parent).parts[:-1]
+        if any(map(_is_masks, inner)) or _is_mask(path.stem.lower(), stems[path.parent]):
+            left_out.add(path, "masks")
+        else:
+            yield path
+
+
+def _files_under(folder: Path, left_out: LeftOut | None = None) -> Iterator[Path]:
+    for path, kind in images_in(str(folder), left_out):
+        if kind == "unlisted":
+            raise LayoutError(f"{path} is a folder that cannot be listed; you may not read it")
+        if kind == "file":
+            yield Path(path)
+
+
+def _words(name: str) -> list[str]:
+    """Words and numbers in a name, in lower case.
+
+    >>> _words("siteA-2 Normal_cases")
+    ['site', 'a', '2', 'normal', 'cases']
+    """
+    return [word.lower() for word in _WORD.findall(name)]
+
+
+def _is_normal(name: str) -> bool:
+    words = [word for word in _words(name) if word.isalpha() and word not in _PADDING]
+    return "".join(words) in _NORMAL
+
+
+def _is_normal_name(stem: str) -> bool:
+    return not _NORMAL.isdisjoint(_words(stem))
+
+
+def _is_masks(name: str) -> bool:
+    words = _words(name)
+    return not _MASKS.isdisjoint(words) or "".join(words) in _MASKS
+
+
+def _is_mask(stem: str, stems: set[str]) -> bool:
+    """Whether a file is called like another one in its folder with "mask" behind it."""
+    base = re.sub(r"[-_ ](mask|gt|seg|segmentation)([-_ ]?\d+)?$", "", stem)
+    return base != stem and base in stems
+
+
+def _is_silent(name: str) -> bool:
+    """Whether the name of a folder says nothing of what its images show."""
+    if _HASH.fullmatch(name):
+        return True
+    words = _words(name)
+    digits = sum(len(word) for word in words if word.isdigit())
+    letters = [word for word in words if word.isalpha()]
+    if not letters:
+        return digits > 2  # 0 and 1 may be labels
+    spoken = [word for word in letters if word not in _SILENT]
+    alone = len(spoken) == len(letters)
+    return all(len(word) == 1 and (not alone or word in "ps") for word in spoken) and (
+        not alone or digits > 1
+    )
+
+
+FOLDER_LAYOUTS: dict[str, Layout] = {
+    "authors": (_fits_authors, authors),
+    "archive": (_fits_archive, archive),
+}
+"""Layouts with labels by name, in the order in which they are tried."""
+
+FLAT: Layout = (_fits_flat, flat)
