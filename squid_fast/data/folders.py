@@ -11,7 +11,7 @@ from .formats import IMAGE_SUFFIXES
 from .listing import LeftOut, images_in, is_passed_over
 from .records import ANOMALOUS, NORMAL, SPLITS, Layout, LayoutError, Record, enumerated
 
-_NORMAL = {"normal", "healthy", "good", "nofinding", "nofindings", "notumor"}
+_NORMAL = {"normal", "healthy", "good", "ok", "nofinding", "nofindings", "notumor"}
 _MASKS = {"mask", "masks", "groundtruth", "gt", "annotation", "annotations", "segmentations"}
 _PADDING = {"image", "images", "img", "imgs", "case", "cases", "scan", "scans", "cxr", "xray"}
 _SILENT = _PADDING | {
@@ -53,6 +53,11 @@ def archive(root: Path, left_out: LeftOut) -> Iterator[Record]:
     also one for each split. Folders of masks are left out, and files that are called like an image
     beside them but for an appended "mask". Upper and lower case are the same.
     """
+    if not _fits_archive(root):
+        raise LayoutError(
+            f"{root} has no class folder called NORMAL; it or its folders train, val and test "
+            "need one"
+        )
     splits = _splits(root)
     if not splits:
         yield from _classes(root, None, left_out)
@@ -66,7 +71,13 @@ def _classes(folder: Path, split: str | None, left_out: LeftOut) -> Iterator[Rec
             f"{folder} holds {enumerated(loose, 'images')} beside its class folders; put them "
             "into one of these"
         )
-    for name, inner in subfolders(folder).items():
+    classes = subfolders(folder)
+    if numbers := [name for name in classes if name.isdigit()]:
+        raise LayoutError(
+            f"{folder} has class folders that are called by {enumerated(numbers, 'numbers')}; "
+            "which of them is normal? Call that one NORMAL and the others by what they show"
+        )
+    for name, inner in classes.items():
         label = NORMAL if _is_normal(name) else ANOMALOUS
         parts = {} if split or _is_masks(name) else _splits(inner)
         if parts and (len(parts) < len(subfolders(inner)) or _loose_images(inner)):
@@ -130,8 +141,9 @@ def why_not_flat(root: Path) -> str:
     if speaking := [name for name in folders if not _is_silent(name)]:
         return f"the names of {enumerated(speaking, 'folders')} may be labels or splits"
     stems = {path.stem.lower() for path in images}
-    tables = [p for p in map(Path, left_out.paths) if p.suffix.lower() in _TABLES]
-    if tables := sorted(p.name for p in tables if p.stem.lower() not in stems):
+    others = [Path(path.removesuffix(".gz")) for path in left_out.paths]
+    tables = [path for path in others if path.suffix.lower() in _TABLES]
+    if tables := sorted(path.name for path in tables if path.stem.lower() not in stems):
         return f"{enumerated(tables, 'tables')} may hold labels"
     if masks := [path.name for path in images if _is_mask(path.stem.lower(), stems)]:
         return f"{enumerated(masks, 'files')} may be masks"

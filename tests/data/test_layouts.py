@@ -87,6 +87,7 @@ def test_flat(tmp_path: Path) -> None:
         (["a.png", "COVID/b.png"], r"1 folder \(COVID\) may be labels"),
         (["images/a.png", "masks/a.png"], r"1 folder \(masks\) may be labels"),
         (["a.png", "labels.xlsx"], r"1 table \(labels.xlsx\) may hold labels"),
+        (["p10/p100/a.png", "labels.csv.gz"], r"1 table \(labels.csv\) may hold labels"),
         (["images/a.png", "data/classes.json"], r"1 table \(classes.json\) may hold labels"),
         (["a.png", "a_mask.png", "b.png", "b_mask_1.png"], r"2 files \(.*\) may be masks"),
         (["IM-NORMAL-1.png", "person3_virus.png"], "1 of 2 images are called normal"),
@@ -170,13 +171,14 @@ def test_archive_with_the_splits_in_the_classes(tmp_path: Path) -> None:
         ["train/normal/a.png", "train/set/normal/a.png"],
         ["normal/train/a.png", "normal/b.png"],
         ["normal/a.png", "b.png"],
+        ["train/normal/a.png", "test/0/b.png", "test/1/b.png"],
     ],
 )
 def test_class_folders_that_hold_something_else_are_refused(
     tmp_path: Path, names: list[str]
 ) -> None:
     touch(tmp_path, *names)
-    with pytest.raises(LayoutError, match=r"would be a class folder|beside"):
+    with pytest.raises(LayoutError, match=r"would be a class folder|beside|which of them is normal"):
         find_records(tmp_path)
 
 
