@@ -178,7 +178,9 @@ def test_class_folders_that_hold_something_else_are_refused(
     tmp_path: Path, names: list[str]
 ) -> None:
     touch(tmp_path, *names)
-    with pytest.raises(LayoutError, match=r"would be a class folder|beside|which of them is normal"):
+    with pytest.raises(
+        LayoutError, match=r"would be a class folder|beside|which of them is normal"
+    ):
         find_records(tmp_path)
 
 
