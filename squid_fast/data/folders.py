@@ -85,7 +85,7 @@ def _classes(folder: Path, split: str | None, left_out: LeftOut) -> Iterator[Rec
                 f"{inner} holds {enumerated(sorted(parts), 'splits')} and other images beside; "
                 "put these into one of the splits"
             )
-        for part, part_folder in (parts or {None: inner}).items():
+        for part, part_folder in (parts or {"": inner}).items():
             own = SPLITS[part] if part else split
             for path in _images_of(part_folder, left_out):
                 _check_between(path.relative_to(part_folder), part_folder, label)
@@ -105,7 +105,7 @@ def _check_between(path: Path, folder: Path, label: int) -> None:
 
 def flat(root: Path, left_out: LeftOut) -> Iterator[Record]:
     """Any folder of images, searched with all folders in it; labels and splits unknown."""
-    return (Record(path, None, None) for path in _files_under(root, left_out))
+    return (Record(path, None, None) for path in files_under(root, left_out))
 
 
 def _fits_authors(root: Path) -> bool:
@@ -128,7 +128,7 @@ def why_not_flat(root: Path) -> str:
     train on all images as normal ones would be wrong then.
     """
     left_out = LeftOut()
-    images = [path.relative_to(root) for path in _files_under(root, left_out)]
+    images = [path.relative_to(root) for path in files_under(root, left_out)]
     if not images:
         return f"{root} holds no images"
     if odd := [path.name for path in images if "\\" in path.name and os.sep != "\\"]:
@@ -143,8 +143,8 @@ def why_not_flat(root: Path) -> str:
     stems = {path.stem.lower() for path in images}
     others = [Path(path.removesuffix(".gz")) for path in left_out.paths]
     tables = [path for path in others if path.suffix.lower() in _TABLES]
-    if tables := sorted(path.name for path in tables if path.stem.lower() not in stems):
-        return f"{enumerated(tables, 'tables')} may hold labels"
+    if named := sorted(path.name for path in tables if path.stem.lower() not in stems):
+        return f"{enumerated(named, 'tables')} may hold labels"
     if masks := [path.name for path in images if _is_mask(path.stem.lower(), stems)]:
         return f"{enumerated(masks, 'files')} may be masks"
     normal = [name for name in stems if _is_normal_name(name)]
@@ -155,6 +155,19 @@ def why_not_flat(root: Path) -> str:
     if len(found) == len(stems) == len(dict(found)) and len(set(dict(found).values())) == 2:
         return "the names of all images end in _0 or _1, which may be labels"
     return ""
+
+
+def files_under(folder: Path, left_out: LeftOut | None = None) -> Iterator[Path]:
+    """The images in a folder and in all folders in it, see ``images_in``.
+
+    Raises:
+        LayoutError: a folder cannot be listed.
+    """
+    for path, kind in images_in(str(folder), left_out):
+        if kind == "unlisted":
+            raise LayoutError(f"{path} is a folder that cannot be listed; you may not read it")
+        if kind == "file":
+            yield Path(path)
 
 
 def subfolders(folder: Path) -> dict[str, Path]:
@@ -189,7 +202,7 @@ def _has_suffix(path: Path) -> bool:
 
 def _images_of(folder: Path, left_out: LeftOut) -> Iterator[Path]:
     """The images of a class, without masks."""
-    listed = list(_files_under(folder, left_out))
+    listed = list(files_under(folder, left_out))
     stems: dict[Path, set[str]] = {}
     for path in listed:
         stems.setdefault(path.parent, set()).add(path.stem.lower())
@@ -199,14 +212,6 @@ def _images_of(folder: Path, left_out: LeftOut) -> Iterator[Path]:
             left_out.add(path, "masks")
         else:
             yield path
-
-
-def _files_under(folder: Path, left_out: LeftOut | None = None) -> Iterator[Path]:
-    for path, kind in images_in(str(folder), left_out):
-        if kind == "unlisted":
-            raise LayoutError(f"{path} is a folder that cannot be listed; you may not read it")
-        if kind == "file":
-            yield Path(path)
 
 
 def _words(name: str) -> list[str]:

@@ -15,7 +15,8 @@ from typing import Any
 
 from ..utils.text import decoded, spellings
 from .csv_files import PATH_COLUMNS, Table, TableError
-from .listing import LeftOut, images_in
+from .folders import files_under
+from .listing import LeftOut
 from .records import ANOMALOUS, NORMAL, SPLITS, Layout, LayoutError, Record, enumerated
 
 _HEAD = 1 << 16  # bytes in which the header of a table is looked for
@@ -258,9 +259,7 @@ def rsna(root: Path, left_out: LeftOut) -> Iterator[Record]:
             for name, path in _listed_images(folder, labels, left_out, table).items():
                 yield Record(path, labels[name], "train")
         elif folder.name.lower().endswith("test_images"):
-            for path, kind in images_in(str(folder), left_out):
-                if kind == "file":
-                    yield Record(Path(path), None, "test")
+            yield from (Record(path, None, "test") for path in files_under(folder, left_out))
 
 
 def _listed_images(
@@ -268,12 +267,11 @@ def _listed_images(
 ) -> dict[str, Path]:
     """The images under ``folder`` that ``names`` name, with or without suffix, by these names."""
     found: dict[str, Path] = {}
-    for text, kind in sorted(images_in(str(folder), left_out)):
-        path = Path(text)
+    for path in sorted(files_under(folder, left_out)):
         name = path.name if path.name in names else path.stem
-        if kind == "file" and (name not in names or name in found):
+        if name not in names or name in found:
             left_out.add(path, "copies" if name in found else f"not in {table.name}")
-        elif kind == "file":
+        else:
             found[name] = path
     if not found:
         raise LayoutError(

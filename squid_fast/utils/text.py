@@ -47,10 +47,9 @@ def decoded(content: bytes) -> str:
             return content[len(mark) :].decode(encoding, "replace")
     # Of text in UTF-16 every other byte is 0, but for what is neither Latin nor a line break.
     head = content[:_LOOKED_AT]
-    zeros = [head[start::2].count(0) * 2 / max(len(head), 1) for start in (0, 1)]
-    for zero, other, encoding in ((*zeros, "utf-16-be"), (*reversed(zeros), "utf-16-le")):
-        if zero > 0.5 and other < 0.05:
-            return content.decode(encoding, "replace")
+    even, odd = (head[start::2].count(0) * 2 / max(len(head), 1) for start in (0, 1))
+    if max(even, odd) > 0.5 and min(even, odd) < 0.05:
+        return content.decode("utf-16-be" if even > odd else "utf-16-le", "replace")
     return content.decode("utf-8", "surrogateescape")
 
 
