@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import codecs
 import math
+import re
 import unicodedata
 from collections.abc import Iterator
 
+_BREAKS = re.compile(r" *[\t\n\v\f\r\x1c-\x1f\x85\u2028\u2029][\s\x1c-\x1f]*")
 _LOOKED_AT = 4096
 _MARKS = {
     codecs.BOM_UTF32_LE: "utf-32-le",  # begins like UTF-16
@@ -29,8 +31,14 @@ def utf8_text(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """``text`` with a single space in place of every line break and run of white space."""
-    return " ".join(text.split())
+    r"""``text`` with a space in place of tabs, line breaks and what is blank around them.
+
+    Other blanks stay, for the names of files may have them in a row or at their end.
+
+    >>> one_line("scan  7 .png\n   is empty\n")
+    'scan  7 .png is empty'
+    """
+    return _BREAKS.sub(" ", text.strip("\r\n"))
 
 
 def decoded(content: bytes) -> str:

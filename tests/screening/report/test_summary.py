@@ -92,7 +92,7 @@ def test_errors_that_differ_in_the_file_alone_are_of_one_kind() -> None:
 
 def test_a_path_in_a_sentence_of_one_line_is_found() -> None:
     path = "two  spaces\n.png"
-    assert kinds(failed(path, "two spaces .png: no pixels")) == [("no pixels", 1)]
+    assert kinds(failed(path, "two  spaces .png: no pixels")) == [("no pixels", 1)]
     assert kinds(failed(" ", "there is no image")) == [("there is no image", 1)]
 
 
