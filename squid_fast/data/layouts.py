@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from .csv_files import TableError
@@ -10,7 +11,7 @@ from .folders import FLAT, FOLDER_LAYOUTS, subfolders, why_not_flat
 from .formats import IMAGE_SUFFIXES
 from .listing import LeftOut, is_passed_over
 from .records import SPLITS, Layout, LayoutError, Record, enumerated
-from .tables import TABLE_LAYOUTS, columns
+from .tables import TABLE_LAYOUTS, columns, csv_files
 
 
 def find_records(
@@ -80,12 +81,7 @@ def _recognise(root: Path) -> tuple[str, Path]:
             if (name != "flat" or folder is root) and fits(folder):
                 return name, folder
         folder = _only_folder(folder)
-    raise LayoutError(
-        f"no known layout fits {_inventory(root)}. {_near(root)}Known are {', '.join(LAYOUTS)}; "
-        "for example train/NORMAL and test/PNEUMONIA folders, a CSV with the columns image_path "
-        "and label, or a folder of images (layout 'flat' takes images without labels, whatever "
-        "the folders are called)"
-    )
+    raise LayoutError("\n".join(_refusal(root)))
 
 
 def _base(root: Path, layout: str) -> Path:
@@ -109,29 +105,34 @@ def _only_folder(root: Path) -> Path | None:
     return None if any(path.suffix.lower() in IMAGE_SUFFIXES for path in others) else folders[0]
 
 
-def _near(root: Path) -> str:
-    """Sentences on what keeps layouts from fitting, each with a space behind."""
-    if not root.is_dir():
-        return ""
-    hints = []
-    for folder in subfolders(root).values():
-        for name, (fits, _) in LAYOUTS.items():
-            if name != "flat" and fits(folder):
-                hints.append(f"The layout {name!r} fits {folder}: give that folder.")
-                break
-    for name, folder in subfolders(root).items():
-        if name in SPLITS and (classes := list(subfolders(folder))):
-            hints.append(
-                f"Of {enumerated(classes, 'folders')} in {folder} none is called NORMAL, which "
+def _refusal(root: Path) -> Iterator[str]:
+    """Sentences on what was found and what keeps layouts from fitting."""
+    shown = root
+    while (inner := _only_folder(shown)) and not _files(shown) and inner.name.lower() not in SPLITS:
+        shown = inner
+    yield f"no known layout fits {_inventory(shown)}."
+    folders = subfolders(shown)
+    for inner in folders.values():
+        if name := next((n for n, (fits, _) in LAYOUTS.items() if n != "flat" and fits(inner)), ""):
+            yield f"The layout {name!r} fits {inner}: give that folder."
+    for name, inner in folders.items():
+        if name in SPLITS and (classes := list(subfolders(inner))):
+            yield (
+                f"Of {enumerated(classes, 'folders')} in {inner} none is called NORMAL, which "
                 "the layout 'archive' needs."
             )
             break
-    for path in sorted(root.glob("*.[ct][sS][vV]")):
+    for path in csv_files(shown):
         header = ", ".join(columns(path)) or "no columns"
-        hints.append(f"{path.name} has {header}; a table has image_path, and label for labels.")
-    if reason := why_not_flat(root):
-        hints.append(f"It is not taken for a flat folder of images of one kind: {reason}.")
-    return "".join(f"{hint} " for hint in hints)
+        yield f"{path.name} has {header}; a table has image_path, and label for labels."
+    if root.is_dir():
+        reason = why_not_flat(shown) or why_not_flat(root)
+        yield f"It is not taken for a flat folder of images of one kind: {reason}."
+    yield (
+        f"Known are {', '.join(LAYOUTS)}; for example train/NORMAL and test/PNEUMONIA folders, a "
+        "CSV with the columns image_path and label, or a folder of images. The layout 'flat', if "
+        "asked for, takes images without labels, whatever the folders are called."
+    )
 
 
 def _each_once(records: list[Record]) -> list[Record]:
@@ -149,9 +150,8 @@ def _each_once(records: list[Record]) -> list[Record]:
 def _inventory(root: Path) -> str:
     if root.is_file():
         return f"{root} (a file)"
-    entries = sorted(os.scandir(root), key=lambda entry: entry.name)
-    folders = [entry.name for entry in entries if entry.is_dir()]
-    files = [entry.name for entry in entries if not entry.is_dir()]
+    folders = [path.name for path in subfolders(root).values()]
+    files = sorted(path.name for path in _files(root))
     return f"{root} holds {enumerated(folders, 'folders')} and {enumerated(files, 'files')}"
 
 

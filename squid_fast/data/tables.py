@@ -329,7 +329,7 @@ def table(root: Path, left_out: LeftOut) -> Iterator[Record]:
 
 def _tables(root: Path) -> list[Path]:
     """Tables that name images; those with ``image_path`` if there are any."""
-    files = [root] if root.is_file() else _csv_files(root)
+    files = [root] if root.is_file() else csv_files(root)
     for names in (PATH_COLUMNS[:1], PATH_COLUMNS[1:]):
         if found := [path for path in files if set(names) & set(columns(path))]:
             return found
@@ -343,10 +343,11 @@ def _needed(root: Path, names: set[str]) -> list[Path]:
 
 
 def _with_columns(root: Path, names: set[str]) -> list[Path]:
-    return [path for path in _csv_files(root) if names <= set(columns(path))]
+    return [path for path in csv_files(root) if names <= set(columns(path))]
 
 
-def _csv_files(root: Path) -> list[Path]:
+def csv_files(root: Path) -> list[Path]:
+    """The CSV tables in a folder."""
     found = sorted(root.glob("*.[ct][sS][vV]")) if root.is_dir() else []
     return [path for path in found if path.is_file()]
 

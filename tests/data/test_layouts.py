@@ -101,7 +101,7 @@ def test_flat_is_not_guessed_where_something_speaks_of_labels(
     tmp_path: Path, names: list[str], reason: str
 ) -> None:
     touch(tmp_path, *names)
-    with pytest.raises(LayoutError, match=rf"{reason}.*Known are authors, archive"):
+    with pytest.raises(LayoutError, match=rf"(?s){reason}.*Known are authors, archive"):
         find_records(tmp_path)
     images = [name for name in names if name.endswith(".png")]
     assert len(find_records(tmp_path, "flat")) == len(images)
