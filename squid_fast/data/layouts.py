@@ -99,10 +99,11 @@ def _only_folder(root: Path) -> Path | None:
     folders = list(subfolders(root).values())
     if len(folders) != 1:
         return None
-    others = (
-        path for path in root.iterdir() if not path.is_dir() and not is_passed_over(path.name)
-    )
-    return None if any(path.suffix.lower() in IMAGE_SUFFIXES for path in others) else folders[0]
+    return None if any(p.suffix.lower() in IMAGE_SUFFIXES for p in _files(root)) else folders[0]
+
+
+def _files(folder: Path) -> list[Path]:
+    return [p for p in folder.iterdir() if not p.is_dir() and not is_passed_over(p.name)]
 
 
 def _refusal(root: Path) -> Iterator[str]:
