@@ -68,8 +68,8 @@ def archive(root: Path, left_out: LeftOut) -> Iterator[Record]:
 def _classes(folder: Path, split: str | None, left_out: LeftOut) -> Iterator[Record]:
     if loose := _loose_images(folder):
         raise LayoutError(
-            f"{folder} holds {enumerated(loose, 'images')} beside its class folders; put them "
-            "into one of these"
+            f"{folder} holds {enumerated(loose, 'images')} beside class folders; put them into one "
+            "of these, such as NORMAL"
         )
     classes = subfolders(folder)
     if numbers := [name for name in classes if name.isdigit()]:
