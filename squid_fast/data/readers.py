@@ -6,9 +6,12 @@ The first bytes of a file tell its format, not its name: archives are full of JP
 
 from __future__ import annotations
 
+import gzip
 import io
 import os
+import re
 import stat
+import zlib
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,12 +20,21 @@ import numpy.typing as npt
 
 from ..utils.extras import require
 from .dicom import read_dicom
-from .formats import DICOM_SUFFIXES, HEAD_BYTES, KNOWN, image_format
+from .formats import GZIP, HEAD_BYTES, KNOWN, image_format, unread_format, unzipped
+from .headers import jpeg_2000_bits, jpeg_variant, png_depth
 from .npy import read_npy
 from .pixels import MAX_PIXELS, FloatImage, ImageReadError, check_pixels, stretched
+from .tiff import load_as_stored, plain_samples, wide_samples
 
 _MAX_TIFF_BYTES = 2 << 30
-_TIFF_BITS_PER_SAMPLE, _TIFF_PHOTOMETRIC, _TIFF_WHITE_IS_ZERO = 258, 262, 0
+_MAX_UNZIPPED = 1 << 29  # bytes
+_CODECS = {"AVIF": "avif", "JPEG2000": "jpg_2000", "WEBP": "webp"}  # that Pillow may lack
+_UNSUPPORTED = re.compile(
+    "(?i)unsupported|not (yet )?(supported|implemented)|cannot handle|unable to determine"
+)
+_INTERNAL = re.compile(
+    r"[_<>{}\n]|\b(array|buffer|object|argument|codec|decoder|unpack|shape|tile|tag)\b"
+)
 
 
 def read_image(path: str | os.PathLike[str]) -> FloatImage:
@@ -85,19 +97,21 @@ def load_bytes(path: str | os.PathLike[str], size: int) -> npt.NDArray[np.uint8]
 def _read(path: Path, size: int | None) -> FloatImage:
     """Read an image in [0, 1]: [H, W], or [size, size] from readers that resize as they decode."""
     _check_is_file(path)
-    kind = "file"
+    kind = None
     try:
         with open(path, "rb") as file:
             before = os.fstat(file.fileno())
             try:
-                kind = _kind(file.read(HEAD_BYTES), path)
+                head = file.read(HEAD_BYTES)
+                kind = _kind(head, path)
                 file.seek(0)
+                source = _unzipped(file, path) if head.startswith(GZIP) else file
                 if kind == "DICOM":
-                    image = read_dicom(file, path)
+                    image = read_dicom(_with_preamble(source, unzipped(head)), path)
                 elif kind == "NPY":
-                    image = read_npy(file, path)
+                    image = read_npy(source, path)
                 else:
-                    image = _read_pil(file, path, kind, size)
+                    image = _read_pil(source, path, kind, size)
             finally:
                 _check_unchanged(before, os.fstat(file.fileno()), path)
     except (ImageReadError, ImportError):
@@ -108,18 +122,28 @@ def _read(path: Path, size: int | None) -> FloatImage:
         message = "{path} takes more memory to decode than there is"
         raise ImageReadError(message, path=path) from error
     except Exception as error:  # decoders raise nearly anything on damaged files
-        reason = type(error).__name__ + (": {detail}" if str(error) else "")
-        raise ImageReadError(
-            f"{{path}} could not be decoded as {kind}, it is damaged or truncated or uses an "
-            f"unsupported variant of the format ({reason})",
-            path=path,
-            detail=error,
-        ) from error
+        raise _undecodable(error, kind, path) from error
     if not np.isfinite(image).all():
         message = "{path} holds NaN or infinite pixels; every pixel must be finite"
         raise ImageReadError(message, path=path)
     # Headers may promise fewer bits than the values have.
     return np.clip(np.ascontiguousarray(image, dtype=np.float32), 0.0, 1.0)
+
+
+def _undecodable(error: Exception, kind: str | None, path: Path) -> ImageReadError:
+    """What a decoder's error comes to, with its own words where they are meant for people."""
+    if kind is None or (isinstance(error, OSError) and error.strerror):
+        return ImageReadError("{path} cannot be read: {error}", path=path, error=error)
+    if isinstance(error.args[0] if error.args else None, Exception):
+        error = error.args[0]  # Pillow's way to pass an error on
+    text = re.sub(r"\bb'(\w*)'", r"\1", str(error))
+    ours = isinstance(error, (OSError, ValueError, SyntaxError, RuntimeError))
+    detail = " ({detail})" if ours and text and not _INTERNAL.search(text) else ""
+    if isinstance(error, NotImplementedError) or _UNSUPPORTED.search(text):
+        message = f"{{path}} uses a variant of {kind} that is not read{detail}"
+    else:
+        message = f"{{path}} could not be decoded as {kind}, it is damaged or truncated{detail}"
+    return ImageReadError(message, path=path, detail=ValueError(text[:200]))
 
 
 def _check_is_file(path: Path) -> None:
@@ -149,14 +173,36 @@ def _kind(head: bytes, path: Path) -> str:
         raise ImageReadError(message, path=path)
     if kind := image_format(head):
         return kind
-    if path.suffix.lower() in DICOM_SUFFIXES:
-        return "DICOM"  # old files lack the preamble
+    if other := unread_format(head):
+        message = f"{{path}} is {other}, which is not read; {KNOWN} are"
+        raise ImageReadError(message, path=path)
     raise ImageReadError(
         "{path} is not an image in a known format, it begins with {start}; "
         f"{KNOWN} are read, and the content decides, not the name",
         path=path,
-        start=head[:8],
+        start=unzipped(head)[:8],
     )
+
+
+def _unzipped(file: BinaryIO, path: Path) -> BinaryIO:
+    """What a file compressed by gzip holds, in memory."""
+    try:
+        content = gzip.GzipFile(fileobj=file).read(_MAX_UNZIPPED + 1)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        message = "{path} could not be decompressed, it is damaged or truncated"
+        raise ImageReadError(message, path=path) from error
+    if len(content) > _MAX_UNZIPPED:
+        raise ImageReadError(
+            f"{{path}} decompresses to more than {_MAX_UNZIPPED} bytes, which is the most that is "
+            "read",
+            path=path,
+        )
+    return io.BytesIO(content)
+
+
+def _with_preamble(file: BinaryIO, head: bytes) -> BinaryIO:
+    """A DICOM file that begins with the mark alone, completed."""
+    return io.BytesIO(bytes(128) + file.read()) if head.startswith(b"DICM") else file
 
 
 def _check_unchanged(before: os.stat_result, after: os.stat_result, path: Path) -> None:
@@ -171,9 +217,10 @@ def _check_unchanged(before: os.stat_result, after: os.stat_result, path: Path) 
 
 
 def _read_pil(file: BinaryIO, path: Path, kind: str, size: int | None) -> FloatImage:
-    pil = require("PIL.Image", "screen")
     if kind == "TIFF":
-        if (length := os.fstat(file.fileno()).st_size) > _MAX_TIFF_BYTES:
+        length = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        if length > _MAX_TIFF_BYTES:
             raise ImageReadError(
                 f"{{path}} has {{length}} bytes; TIFF files of at most {_MAX_TIFF_BYTES} are read",
                 path=path,
@@ -182,21 +229,69 @@ def _read_pil(file: BinaryIO, path: Path, kind: str, size: int | None) -> FloatI
         # libtiff maps a file into memory: if the file becomes shorter, the process is killed.
         file = io.BytesIO(file.read())
     try:
-        image = pil.open(file, formats=(kind,))
+        return _decoded(file, path, kind, size)
+    except (OSError, SyntaxError) as error:
+        if kind == "JPEG" and (variant := jpeg_variant(file)):
+            message = f"{{path}} is {variant}, which is not read; JPEGs of 8 bits with loss are"
+            raise ImageReadError(message, path=path) from error
+        raise
+
+
+def _decoded(file: BinaryIO, path: Path, kind: str, size: int | None) -> FloatImage:
+    try:
+        image = _opened(file, path, kind)
+    except SyntaxError:
+        if isinstance(file, io.BytesIO) and kind == "TIFF":
+            return plain_samples(file, path)
+        raise
+    with image:
+        check_pixels(image.width, image.height, path)
+        if kind == "TIFF":
+            image, tags = load_as_stored(image)
+            wide = wide_samples(image, tags)
+            return _grey(image, kind, size, None) if wide is None else wide
+        if kind == "PNG":
+            _correct_transparency(image, *png_depth(file), path)
+        bits = jpeg_2000_bits(file) if kind == "JPEG2000" else 8
+        box = None
+        if kind == "JPEG":
+            scaled = image.draft("L", None if size is None else (2 * size, 2 * size))
+            box = scaled and scaled[1]  # without the margin of sides that are no multiple of 8
+        image.load()
+        grey = _grey(image, kind, size, box)
+    if bits == 8 or (bits > 8 and image.mode != "I;16"):
+        return grey
+    top = 16 if bits > 8 else 8  # bits that Pillow fills up with zeros from below
+    return grey * np.float32((2**top - 1) / (2**top - 2 ** (top - bits)))
+
+
+def _opened(file: BinaryIO, path: Path, kind: str) -> Any:
+    pil = require("PIL.Image", "screen")
+    if kind in _CODECS and not require("PIL.features", "screen").check(_CODECS[kind]):
+        message = f"{{path}} is a {kind} image, which the installed Pillow cannot decode"
+        raise ImageReadError(f"{message}; install the newest Pillow from PyPI", path=path)
+    try:
+        return pil.open(file, formats=(kind,))
     except (pil.DecompressionBombError, pil.DecompressionBombWarning) as error:
         raise ImageReadError(
             f"{{path}} has too many pixels; at most {MAX_PIXELS} are read ({{error}})",
             path=path,
             error=error,
         ) from error
-    with image:
-        check_pixels(image.width, image.height, path)
-        box = None
-        if kind == "JPEG":
-            scaled = image.draft("L", None if size is None else (2 * size, 2 * size))
-            box = scaled and scaled[1]  # without the margin of sides that are no multiple of 8
-        image.load()
-        return _grey(image, kind, size, box)
+    except pil.UnidentifiedImageError:
+        # Pillow keeps the reason to itself; its reader of the format does not.
+        file.seek(0)
+        return pil.OPEN[kind][0](file, "")
+
+
+def _correct_transparency(image: Any, bits: int, is_grey: bool, path: Path) -> None:
+    """Pillow widens grey pixels of 2 and 4 bits to 8, but not the one that is transparent."""
+    clear = image.info.get("transparency")
+    if clear is not None and bits == 16 and not is_grey:
+        message = "{path} is a PNG of 16-bit colour with a transparent colour, which is not read"
+        raise ImageReadError(message, path=path)
+    if isinstance(clear, int) and is_grey and bits in (2, 4) and clear < 2**bits:
+        image.info["transparency"] = clear * 255 // (2**bits - 1)
 
 
 def _grey(
@@ -204,17 +299,19 @@ def _grey(
 ) -> FloatImage:
     """Reduce a decoded PIL image to luminance in [0, 1]: [H, W], or [size, size] if cheaper."""
     mode: str = image.mode
-    if mode.startswith("I;16") or (mode == "I" and kind == "PNG"):  # older Pillow: 16-bit PNG is I
-        tags = image.tag_v2 if kind == "TIFF" else {}
-        bits = tags.get(_TIFF_BITS_PER_SAMPLE, (16,))[0]
-        grey: FloatImage = np.asarray(image).astype(np.float32) / np.float32(2**bits - 1)
-        return np.float32(1) - grey if tags.get(_TIFF_PHOTOMETRIC) == _TIFF_WHITE_IS_ZERO else grey
+    if mode.startswith("I;16") or (mode == "I" and kind in ("PNG", "PPM")):  # I where Pillow is old
+        grey: FloatImage = np.asarray(image).astype(np.float32)
+        if (clear := image.info.get("transparency")) is not None:
+            grey[grey == clear] = 0
+        return grey / np.float32(65535)
     if mode in ("F", "I"):
         return stretched(np.asarray(image))
     if mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         luminance: FloatImage = np.asarray(rgba.convert("L"), dtype=np.float32)
         opacity: FloatImage = np.asarray(rgba.getchannel("A"), dtype=np.float32)
+        if kind == "BMP" and not opacity.any():
+            return luminance / np.float32(255)  # a fourth byte that nobody filled in
         return np.asarray(luminance * opacity / (255 * 255), dtype=np.float32)
     if mode not in ("L", "1", "RGB"):
         image = image.convert("RGB")

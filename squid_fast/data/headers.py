@@ -1,0 +1,49 @@
+"""What headers say that Pillow keeps to itself."""
+
+from __future__ import annotations
+
+from typing import BinaryIO
+
+_SEARCHED = (
+    1 << 20
+)  # bytes; frame headers stand before the pixels, but behind profiles and previews
+_LOSSLESS, _HIERARCHICAL = (0xC3, 0xC7, 0xCB, 0xCF), (0xC5, 0xC6, 0xCD, 0xCE)
+_NO_FRAMES = (0xC4, 0xC8, 0xCC)  # among the markers from 0xC0 to 0xCF
+_JPEG_LS = 0xF7
+
+
+def png_depth(file: BinaryIO) -> tuple[int, bool]:
+    """The bits per channel of a PNG, and whether it is greyscale without an alpha channel."""
+    file.seek(24)
+    bits, colour = file.read(2)
+    return bits, colour == 0
+
+
+def jpeg_2000_bits(file: BinaryIO) -> int:
+    """The bits of the first channel of a JPEG 2000 image; 8 if they are not found."""
+    file.seek(0)
+    head = file.read(_SEARCHED)
+    start = head.find(b"\xff\x4f\xff\x51")
+    return (head[start + 42] & 0x7F) + 1 if 0 <= start < len(head) - 42 else 8
+
+
+def jpeg_variant(file: BinaryIO) -> str | None:
+    """What kind of JPEG a file is, as words, if it is one that few decoders know."""
+    file.seek(0)
+    head = file.read(_SEARCHED)
+    start = 2
+    while start + 10 <= len(head) and head[start] == 0xFF:
+        marker, bits, channels = head[start + 1], head[start + 4], head[start + 9]
+        if marker == _JPEG_LS:
+            return "a JPEG-LS image"
+        if 0xC0 <= marker <= 0xCF and marker not in _NO_FRAMES:
+            if marker in _LOSSLESS:
+                return f"a lossless JPEG of {bits} bits"
+            if marker in _HIERARCHICAL:
+                return "a hierarchical JPEG"
+            if bits != 8:
+                return f"a JPEG of {bits} bits"
+            return None if channels in (1, 3, 4) else f"a JPEG of {channels} channels"
+        padding = marker == 0xFF
+        start += 1 if padding else 2 + int.from_bytes(head[start + 2 : start + 4], "big")
+    return None
