@@ -24,7 +24,7 @@ from .formats import GZIP, HEAD_BYTES, KNOWN, image_format, unread_format, unzip
 from .headers import jpeg_2000_bits, jpeg_variant, png_depth
 from .npy import read_npy
 from .pixels import MAX_PIXELS, FloatImage, ImageReadError, check_pixels, stretched
-from .tiff import load_as_stored, plain_samples, wide_samples
+from .tiff import is_misread, load_as_stored, other_samples, wide_samples
 
 _MAX_TIFF_BYTES = 2 << 30
 _MAX_UNZIPPED = 1 << 29  # bytes
@@ -241,12 +241,14 @@ def _decoded(file: BinaryIO, path: Path, kind: str, size: int | None) -> FloatIm
     try:
         image = _opened(file, path, kind)
     except SyntaxError:
-        if isinstance(file, io.BytesIO) and kind == "TIFF":
-            return plain_samples(file, path)
+        if kind == "TIFF":
+            return other_samples(file, path)
         raise
     with image:
         check_pixels(image.width, image.height, path)
         if kind == "TIFF":
+            if is_misread(image):
+                return other_samples(file, path)
             image, tags = load_as_stored(image)
             wide = wide_samples(image, tags)
             return _grey(image, kind, size, None) if wide is None else wide
@@ -306,7 +308,9 @@ def _grey(
         return grey / np.float32(65535)
     if mode in ("F", "I"):
         return stretched(np.asarray(image))
-    if mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+    if mode == "La":  # multiplied by its alpha, which is what lying over black does
+        return np.asarray(image)[..., 0] / np.float32(255)
+    if mode in ("RGBA", "RGBa", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         luminance: FloatImage = np.asarray(rgba.convert("L"), dtype=np.float32)
         opacity: FloatImage = np.asarray(rgba.getchannel("A"), dtype=np.float32)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -13,14 +12,29 @@ import numpy.typing as npt
 from ..utils.extras import require
 from .pixels import FloatImage, ImageReadError, check_pixels, stretched
 
-_WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER = 256, 257, 258, 259, 262, 266
-_STRIPS, _ORIENTATION, _SAMPLES, _STRIP_BYTES, _SAMPLE_FORMAT = 273, 274, 277, 279, 339
-_WHITE_IS_ZERO, _BLACK_IS_ZERO = 0, 1
-_UNSIGNED, _SIGNED, _FLOAT = 1, 2, 3
-_CODES = {_UNSIGNED: "u", _SIGNED: "i", _FLOAT: "f"}
-_NAMES = {_UNSIGNED: "unsigned", _SIGNED: "signed", _FLOAT: "floating-point"}
+_BITS, _PHOTOMETRIC, _ORIENTATION, _SAMPLES, _PLANES, _SAMPLE_FORMAT = 258, 262, 274, 277, 284, 339
+_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB = 0, 1, 2
+_UNSIGNED, _SIGNED = 1, 2
+_ALPHA = 2  # an extra sample that the others are not multiplied by
+_LUMA = np.array([0.299, 0.587, 0.114])
+_SEPARATE = 2
+_TURNED_TWICE = ("I;16BS", "I;32BS", "F;32BF")  # raw modes
 
 Tags = Mapping[int, Any]
+
+
+def is_misread(image: Any) -> bool:
+    """Whether Pillow, as of version 13, decodes an opened TIFF to wrong values.
+
+    It turns the bytes of compressed big-endian samples once more after libtiff did, and mixes up
+    separate planes unless there are three of 8 bits.
+    """
+    codec, _, _, arguments = image.tile[0]
+    bits = image.tag_v2.get(_BITS, (1,))
+    separate = image.tag_v2.get(_PLANES) == _SEPARATE and image.tag_v2.get(_SAMPLES, 1) > 1
+    return (codec == "libtiff" and arguments[0] in _TURNED_TWICE) or (
+        separate and tuple(bits) != (8, 8, 8)
+    )
 
 
 def load_as_stored(image: Any) -> tuple[Any, Tags]:
@@ -42,63 +56,80 @@ def load_as_stored(image: Any) -> tuple[Any, Tags]:
 
 def wide_samples(image: Any, tags: Tags) -> FloatImage | None:
     """A decoded TIFF as greyscale, [H, W] in [0, 1]; None if its samples are unsigned bytes."""
-    bits, form = tags.get(_BITS, (1,))[0], tags.get(_SAMPLE_FORMAT, (_UNSIGNED,))[0]
+    (bits, *_), (form, *_) = tags.get(_BITS, (1,)), tags.get(_SAMPLE_FORMAT, (_UNSIGNED,))
     values: npt.NDArray[Any] = np.asarray(image)
+    photometric = tags.get(_PHOTOMETRIC)
+    if image.mode.startswith("I;16"):
+        return _shade(values, bits, photometric)
     if image.mode == "L" and form == _SIGNED:
         values = values.view(np.int8)
-    elif image.mode == "I" and form == _UNSIGNED:
-        values = values.view(np.uint32)
-    elif not (image.mode in ("I", "F") or image.mode.startswith("I;16")):
+    elif image.mode == "I":
+        values = values.astype(np.int16) if bits == 16 else values
+        values = values.view(np.uint32) if form == _UNSIGNED else values
+    elif image.mode != "F":
         return None
-    return _grey(values, bits, tags)
+    return _shade(values, None, photometric)
 
 
-def plain_samples(file: io.BytesIO, path: Path) -> FloatImage:
-    """Read a TIFF that Pillow does not know: one of uncompressed grey samples of whole bytes.
+def other_samples(file: BinaryIO, path: Path) -> FloatImage:
+    """Read a TIFF that Pillow does not know, such as one of float64 or of 16 bits with alpha.
 
     Raises:
-        ImageReadError: it is of another kind.
+        ImageReadError: tifffile does not know it either, or is not installed.
     """
-    content = file.getvalue()
-    head = content[:16]
-    tags = require("PIL.TiffImagePlugin", "screen").ImageFileDirectory_v2(head)
-    file.seek(tags.next)
-    tags.load(file)
-    forms = set(tags.get(_SAMPLE_FORMAT, (_UNSIGNED,)))
-    depths = set(tags.get(_BITS, (1,)))
-    bits, form = max(depths), max(forms)
-    if (
-        tags.get(_SAMPLES, 1) != 1
-        or tags.get(_COMPRESSION, 1) != 1
-        or tags.get(_FILL_ORDER, 1) != 1
-        or tags.get(_PHOTOMETRIC, _BLACK_IS_ZERO) not in (_WHITE_IS_ZERO, _BLACK_IS_ZERO)
-        or form not in _CODES
-        or bits not in ((16, 32, 64) if form == _FLOAT else (8, 16, 32, 64))
-        or _STRIPS not in tags
-    ):
-        raise ImageReadError(
-            "{path} is a TIFF of a kind that is not read: {samples} {form} samples of {bits} bits, "
-            "photometric interpretation {photometric}, compression {compression}; greyscale and "
-            "RGB of 8 or 16 bits without compression are read",
-            path=path,
-            samples=tags.get(_SAMPLES, 1),
-            form=_NAMES.get(form, "other"),
-            bits=" and ".join(map(str, sorted(depths)[:4])),
-            photometric=tags.get(_PHOTOMETRIC, "missing"),
-            compression=tags.get(_COMPRESSION, 1),
-        )
-    width, height = tags[_WIDTH], tags[_HEIGHT]
-    check_pixels(width, height, path)
-    order = ">" if content.startswith(b"MM") else "<"
-    strips = zip(tags[_STRIPS], tags[_STRIP_BYTES], strict=True)
-    data = b"".join(content[start : start + length] for start, length in strips)
-    values = np.frombuffer(data, f"{order}{_CODES[form]}{bits // 8}", width * height)
-    return _grey(values.reshape(height, width), bits, tags)
+    try:
+        tifffile = require("tifffile", "screen")
+    except ImportError as error:
+        message = "{path} is a TIFF of a kind that Pillow does not know: {error}"
+        raise ImageReadError(message, path=path, error=error) from error
+    file.seek(0)
+    with tifffile.TiffFile(file) as tiff:
+        page = tiff.pages[0]
+        check_pixels(page.imagewidth, page.imagelength, path)
+        colours = 3 if page.photometric == _RGB else 1
+        extra = page.samplesperpixel - colours
+        narrow = page.dtype is not None and page.dtype.kind == "u" and page.bitspersample <= 16
+        known = page.photometric in (_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB)
+        numbers = page.dtype is not None and page.dtype.kind in "uif"
+        try:
+            if not known or not numbers or not 0 <= extra <= narrow:
+                raise NotImplementedError
+            values = page.asarray(maxworkers=1)
+        except Exception as error:
+            # tifffile leaves some compressions and packed bits to imagecodecs, which is large.
+            lacks = isinstance(error, (NotImplementedError, ImportError))
+            if not lacks and "imagecodecs" not in str(error):
+                raise
+            raise _refusal(page, path) from error
+    if values.ndim == 2:
+        values = values[..., None]
+    elif page.axes == "SYX":
+        values = np.moveaxis(values, 0, -1)
+    grey = values[..., 0] if colours == 1 else values[..., :colours] @ _LUMA
+    shade = _shade(grey, page.bitspersample if narrow else None, page.photometric)
+    if _ALPHA not in page.extrasamples:  # that is, premultiplied or of no meaning
+        return shade
+    return shade * (values[..., colours] / np.float32(2**page.bitspersample - 1))
 
 
-def _grey(values: npt.NDArray[Any], bits: int, tags: Tags) -> FloatImage:
-    inverted = tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
-    if values.dtype.kind == "u" and bits <= 16:
-        grey: FloatImage = values.astype(np.float32) / np.float32(2**bits - 1)
-        return np.float32(1) - grey if inverted else grey
-    return stretched(-values.astype(np.float64) if inverted else values)
+def _refusal(page: Any, path: Path) -> ImageReadError:
+    return ImageReadError(
+        "{path} is a TIFF of a kind that is not read: {samples} samples of {bits} bits, sample "
+        "format {form}, photometric interpretation {photometric}, compression {compression}; "
+        "greyscale and RGB of 8 or 16 bits are read",
+        path=path,
+        samples=page.samplesperpixel,
+        bits=page.bitspersample,
+        form=page.sampleformat,
+        photometric=page.photometric,
+        compression=page.compression,
+    )
+
+
+def _shade(values: npt.NDArray[Any], bits: int | None, photometric: int | None) -> FloatImage:
+    """Scale samples to [0, 1]: by their range of so many bits, from minimum to maximum if None."""
+    inverted = photometric == _WHITE_IS_ZERO
+    if bits is None:
+        return stretched(-values.astype(np.float64) if inverted else values)
+    grey: FloatImage = values.astype(np.float32) / np.float32(2**bits - 1)
+    return np.float32(1) - grey if inverted else grey
