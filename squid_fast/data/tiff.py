@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -12,28 +13,34 @@ import numpy.typing as npt
 from ..utils.extras import require
 from .pixels import FloatImage, ImageReadError, check_pixels, stretched
 
-_BITS, _PHOTOMETRIC, _ORIENTATION, _SAMPLES, _PLANES, _SAMPLE_FORMAT = 258, 262, 274, 277, 284, 339
-_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB = 0, 1, 2
+_BITS, _COMPRESSION, _PHOTOMETRIC, _ORIENTATION = 258, 259, 262, 274
+_SAMPLES, _PLANES, _COLOURS, _SAMPLE_FORMAT = 277, 284, 320, 339
+_WHITE_IS_ZERO, _RGB = 0, 2  # 1 is black
 _UNSIGNED, _SIGNED = 1, 2
 _ALPHA = 2  # an extra sample that the others are not multiplied by
 _LUMA = np.array([0.299, 0.587, 0.114])
-_SEPARATE = 2
+_SEPARATE, _OLD_JPEG = 2, 6
 _TURNED_TWICE = ("I;16BS", "I;32BS", "F;32BF")  # raw modes
 
 Tags = Mapping[int, Any]
+
+logging.getLogger("tifffile").addHandler(logging.NullHandler())  # errors are raised, not printed
 
 
 def is_misread(image: Any) -> bool:
     """Whether Pillow, as of version 13, decodes an opened TIFF to wrong values.
 
-    It turns the bytes of compressed big-endian samples once more after libtiff did, and mixes up
-    separate planes unless there are three of 8 bits.
+    It turns the bytes of compressed big-endian samples once more after libtiff did, mixes up
+    separate planes unless there are three of 8 bits, and inverts grey of unknown photometric
+    interpretation.
     """
+    tags = image.tag_v2
     codec, _, _, arguments = image.tile[0]
-    bits = image.tag_v2.get(_BITS, (1,))
-    separate = image.tag_v2.get(_PLANES) == _SEPARATE and image.tag_v2.get(_SAMPLES, 1) > 1
-    return (codec == "libtiff" and arguments[0] in _TURNED_TWICE) or (
-        separate and tuple(bits) != (8, 8, 8)
+    separate = tags.get(_PLANES) == _SEPARATE and tags.get(_SAMPLES, 1) > 1
+    return (
+        (codec == "libtiff" and arguments[0] in _TURNED_TWICE)
+        or (separate and tuple(tags.get(_BITS, (1,))) != (8, 8, 8))
+        or (_PHOTOMETRIC not in tags and tags.get(_COMPRESSION) != _OLD_JPEG)
     )
 
 
@@ -41,6 +48,10 @@ def load_as_stored(image: Any) -> tuple[Any, Tags]:
     """Decode an opened TIFF and undo the turn that Pillow gives it; the image and its tags."""
     orientation = image.getexif().get(_ORIENTATION)
     image.load()
+    colours = np.array(image.tag_v2.get(_COLOURS, ()))
+    if image.mode == "P" and 0 < colours.max(initial=0) < 256:
+        # Of 8 bits instead of 16, which Pillow takes for black.
+        image.putpalette(colours.reshape(3, -1).T.astype(np.uint8).tobytes())
     turns = require("PIL.Image", "screen").Transpose
     undo = {
         2: turns.FLIP_LEFT_RIGHT,
@@ -89,7 +100,7 @@ def other_samples(file: BinaryIO, path: Path) -> FloatImage:
         colours = 3 if page.photometric == _RGB else 1
         extra = page.samplesperpixel - colours
         narrow = page.dtype is not None and page.dtype.kind == "u" and page.bitspersample <= 16
-        known = page.photometric in (_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB)
+        known = _PHOTOMETRIC in page.tags and page.photometric <= _RGB
         numbers = page.dtype is not None and page.dtype.kind in "uif"
         try:
             if not known or not numbers or not 0 <= extra <= narrow:
@@ -121,7 +132,7 @@ def _refusal(page: Any, path: Path) -> ImageReadError:
         samples=page.samplesperpixel,
         bits=page.bitspersample,
         form=page.sampleformat,
-        photometric=page.photometric,
+        photometric=page.photometric if _PHOTOMETRIC in page.tags else "missing",
         compression=page.compression,
     )
 
