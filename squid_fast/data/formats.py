@@ -23,7 +23,7 @@ GZIP = b"\x1f\x8b\x08"
 _MAGIC = {
     "PNG": (b"\x89PNG\r\n\x1a\n",),
     "JPEG": (b"\xff\xd8\xff",),
-    "JPEG2000": (b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51"),
+    "JPEG 2000": (b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51"),
     "TIFF": (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+"),
     "GIF": (b"GIF87a", b"GIF89a"),
     "NPY": (b"\x93NUMPY",),
@@ -42,7 +42,7 @@ _UNREAD = {
     "a JPEG XL image": (b"\xff\x0a", b"\0\0\0\x0cJXL "),
     "a Photoshop document": (b"8BPS",),
     "a web page, SVG or XML": (b"<svg", b"<?xml", b"<html", b"<HTML", b"<!DOCTYPE", b"<!doctype"),
-    "a pointer of git-lfs, whose file has to be fetched": (b"version https://git-lfs",),
+    "a pointer of git-lfs in place of an image": (b"version https://git-lfs",),
 }
 
 _VRS = frozenset(
@@ -66,14 +66,14 @@ def image_format(head: bytes) -> str | None:
     if b"DICM" in (head[128:132], head[:4]) or _is_bare_dicom(head):
         return "DICOM"
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
-        return "WEBP"
+        return "WebP"
     if {b"avif", b"avis"} & _brands(head):
         return "AVIF"
     for name, beginnings in _MAGIC.items():
         if head.startswith(beginnings):
             return name
     if _PNM_START.match(head):
-        return "PPM"
+        return "PNM"
     return "BMP" if _is_bmp(head) else None
 
 
@@ -137,10 +137,10 @@ def _is_bare_dicom(head: bytes) -> bool:
     The first belongs to group 2 or 8. Tags ascend, lengths are even, and either all or none of the
     elements have a value representation (VR).
     """
-    order = ">" if head[:2] == b"\0\x08" else "<"
+    start, last, explicit = 0, -1, head[4:6] in _VRS
+    order = ">" if explicit and head[:2] == b"\0\x08" else "<"
     if order == "<" and head[:2] not in (b"\x02\0", b"\x08\0"):
         return False
-    start, last, explicit = 0, -1, head[4:6] in _VRS
     for _ in range(_ELEMENTS):
         if len(head) < start + 12:
             return False

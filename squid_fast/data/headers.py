@@ -19,6 +19,14 @@ def png_depth(file: BinaryIO) -> tuple[int, bool]:
     return bits, colour == 0
 
 
+def bmp_bits(file: BinaryIO) -> int:
+    """The bits per pixel of a BMP."""
+    file.seek(14)
+    header = file.read(16)
+    start = 10 if header[0] == 12 else 14
+    return int.from_bytes(header[start : start + 2], "little")
+
+
 def jpeg_2000_bits(file: BinaryIO) -> int:
     """The bits of the first channel of a JPEG 2000 image; 8 if they are not found."""
     file.seek(0)

@@ -21,19 +21,20 @@ import numpy.typing as npt
 from ..utils.extras import require
 from .dicom import read_dicom
 from .formats import GZIP, HEAD_BYTES, KNOWN, image_format, unread_format, unzipped
-from .headers import jpeg_2000_bits, jpeg_variant, png_depth
+from .headers import bmp_bits, jpeg_2000_bits, jpeg_variant, png_depth
 from .npy import read_npy
 from .pixels import MAX_PIXELS, FloatImage, ImageReadError, check_pixels, stretched
 from .tiff import is_misread, load_as_stored, other_samples, wide_samples
 
 _MAX_TIFF_BYTES = 2 << 30
 _MAX_UNZIPPED = 1 << 29  # bytes
-_CODECS = {"AVIF": "avif", "JPEG2000": "jpg_2000", "WEBP": "webp"}  # that Pillow may lack
+_PILLOW = {"JPEG 2000": "JPEG2000", "PNM": "PPM", "WebP": "WEBP"}  # where its names differ
+_CODECS = {"AVIF": "avif", "JPEG 2000": "jpg_2000", "WebP": "webp"}  # that Pillow may lack
 _UNSUPPORTED = re.compile(
     "(?i)unsupported|not (yet )?(supported|implemented)|cannot handle|unable to determine"
 )
 _INTERNAL = re.compile(
-    r"[_<>{}\n]|\b(array|buffer|object|argument|codec|decoder|unpack|shape|tile|tag)\b"
+    r"[_<>{}\n]|\b(array|buffer|object|argument|codec|decoder|driver|unpack|shape|tile|tag)\b"
 )
 
 
@@ -136,7 +137,7 @@ def _undecodable(error: Exception, kind: str | None, path: Path) -> ImageReadErr
         return ImageReadError("{path} cannot be read: {error}", path=path, error=error)
     if isinstance(error.args[0] if error.args else None, Exception):
         error = error.args[0]  # Pillow's way to pass an error on
-    text = re.sub(r"\bb'(\w*)'", r"\1", str(error))
+    text = re.sub(r"\bb'([^']*)'", r"\1", str(error))
     ours = isinstance(error, (OSError, ValueError, SyntaxError, RuntimeError))
     detail = " ({detail})" if ours and text and not _INTERNAL.search(text) else ""
     if isinstance(error, NotImplementedError) or _UNSUPPORTED.search(text):
@@ -170,6 +171,9 @@ def _check_is_file(path: Path) -> None:
 def _kind(head: bytes, path: Path) -> str:
     if not head:
         message = f"{{path}} is empty (0 bytes); an image file of {KNOWN} is read"
+        raise ImageReadError(message, path=path)
+    if not unzipped(head):
+        message = "{path} is compressed by gzip and empty or damaged"
         raise ImageReadError(message, path=path)
     if kind := image_format(head):
         return kind
@@ -232,7 +236,9 @@ def _read_pil(file: BinaryIO, path: Path, kind: str, size: int | None) -> FloatI
         return _decoded(file, path, kind, size)
     except (OSError, SyntaxError) as error:
         if kind == "JPEG" and (variant := jpeg_variant(file)):
-            message = f"{{path}} is {variant}, which is not read; JPEGs of 8 bits with loss are"
+            message = (
+                f"{{path}} is {variant}, which is not read; baseline and progressive JPEGs are"
+            )
             raise ImageReadError(message, path=path) from error
         raise
 
@@ -253,8 +259,10 @@ def _decoded(file: BinaryIO, path: Path, kind: str, size: int | None) -> FloatIm
             wide = wide_samples(image, tags)
             return _grey(image, kind, size, None) if wide is None else wide
         if kind == "PNG":
-            _correct_transparency(image, *png_depth(file), path)
-        bits = jpeg_2000_bits(file) if kind == "JPEG2000" else 8
+            _check_png(image, *png_depth(file), path)
+        if kind == "BMP":
+            _check_bmp(image, bmp_bits(file), path)
+        bits = jpeg_2000_bits(file) if kind == "JPEG 2000" else 8
         box = None
         if kind == "JPEG":
             scaled = image.draft("L", None if size is None else (2 * size, 2 * size))
@@ -270,10 +278,11 @@ def _decoded(file: BinaryIO, path: Path, kind: str, size: int | None) -> FloatIm
 def _opened(file: BinaryIO, path: Path, kind: str) -> Any:
     pil = require("PIL.Image", "screen")
     if kind in _CODECS and not require("PIL.features", "screen").check(_CODECS[kind]):
-        message = f"{{path}} is a {kind} image, which the installed Pillow cannot decode"
-        raise ImageReadError(f"{message}; install the newest Pillow from PyPI", path=path)
+        message = f"{{path}} is in {kind}, which the installed Pillow cannot decode; the newest can"
+        raise ImageReadError(message, path=path)
+    name = _PILLOW.get(kind, kind)
     try:
-        return pil.open(file, formats=(kind,))
+        return pil.open(file, formats=(name,))
     except (pil.DecompressionBombError, pil.DecompressionBombWarning) as error:
         raise ImageReadError(
             f"{{path}} has too many pixels; at most {MAX_PIXELS} are read ({{error}})",
@@ -283,17 +292,27 @@ def _opened(file: BinaryIO, path: Path, kind: str) -> Any:
     except pil.UnidentifiedImageError:
         # Pillow keeps the reason to itself; its reader of the format does not.
         file.seek(0)
-        return pil.OPEN[kind][0](file, "")
+        return pil.OPEN[name][0](file, "")
 
 
-def _correct_transparency(image: Any, bits: int, is_grey: bool, path: Path) -> None:
-    """Pillow widens grey pixels of 2 and 4 bits to 8, but not the one that is transparent."""
+def _check_png(image: Any, bits: int, is_grey: bool, path: Path) -> None:
+    """Correct and refuse what Pillow reads wrongly."""
     clear = image.info.get("transparency")
+    if image.mode == "P" and image.palette is None:
+        raise ImageReadError("{path} is a PNG without the palette that it needs", path=path)
     if clear is not None and bits == 16 and not is_grey:
         message = "{path} is a PNG of 16-bit colour with a transparent colour, which is not read"
         raise ImageReadError(message, path=path)
-    if isinstance(clear, int) and is_grey and bits in (2, 4) and clear < 2**bits:
+    if isinstance(clear, int) and is_grey and clear < 2**bits < 256:
+        # Pixels of 1, 2 and 4 bits are widened to 8, but not the value of the transparent ones.
         image.info["transparency"] = clear * 255 // (2**bits - 1)
+
+
+def _check_bmp(image: Any, bits: int, path: Path) -> None:
+    """Refuse grey palettes for which Pillow takes wider or narrower pixels than there are."""
+    if {"1": 1, "L": 8}.get(image.mode, bits) != bits:
+        message = f"{{path}} is a BMP of {bits} bits with a short grey palette, which is not read"
+        raise ImageReadError(message, path=path)
 
 
 def _grey(
@@ -301,7 +320,7 @@ def _grey(
 ) -> FloatImage:
     """Reduce a decoded PIL image to luminance in [0, 1]: [H, W], or [size, size] if cheaper."""
     mode: str = image.mode
-    if mode.startswith("I;16") or (mode == "I" and kind in ("PNG", "PPM")):  # I where Pillow is old
+    if mode.startswith("I;16") or (mode == "I" and kind in ("PNG", "PNM")):  # I where Pillow is old
         grey: FloatImage = np.asarray(image).astype(np.float32)
         if (clear := image.info.get("transparency")) is not None:
             grey[grey == clear] = 0

@@ -127,7 +127,7 @@ def _refusal(page: Any, path: Path) -> ImageReadError:
     return ImageReadError(
         "{path} is a TIFF of a kind that is not read: {samples} samples of {bits} bits, sample "
         "format {form}, photometric interpretation {photometric}, compression {compression}; "
-        "greyscale and RGB of 8 or 16 bits are read",
+        "saved without compression, in 8 or 16 bits, it would be",
         path=path,
         samples=page.samplesperpixel,
         bits=page.bitspersample,
