@@ -30,25 +30,28 @@ _MAX_TIFF_BYTES = 2 << 30
 _MAX_UNZIPPED = 1 << 29  # bytes
 _PILLOW = {"JPEG 2000": "JPEG2000", "PNM": "PPM", "WebP": "WEBP"}  # where its names differ
 _CODECS = {"AVIF": "avif", "JPEG 2000": "jpg_2000", "WebP": "webp"}  # that Pillow may lack
+# What libraries say of files that are whole, and words that are meant for programmers.
 _UNSUPPORTED = re.compile(
     "(?i)unsupported|not (yet )?(supported|implemented)|cannot handle|unable to determine"
 )
 _INTERNAL = re.compile(
-    r"[_<>{}\n]|\b(array|buffer|object|argument|codec|decoder|driver|unpack|shape|tile|tag)\b"
+    r"[_<>{}\\\n]|\b(array|buffer|object|argument|codec|decoder|driver|literal|unpack|shape|tile|tag)\b"
 )
 
 
 def read_image(path: str | os.PathLike[str]) -> FloatImage:
     """Read an image file as greyscale: float32 ``[H, W]`` in [0, 1].
 
-    - **Integers** of 8 and 16 bits are divided by their full range (255, 65535; a TIFF of n bits
-      by 2^n - 1), so 16-bit greyscale keeps its precision. Colour is reduced to ITU-R 601
-      luminance with 8 bits per channel; transparency is composited over black. A JPEG gives the
-      luminance that it stores: the same within 1/255, except where its colours lie outside of the
-      range of RGB.
-    - **Floats and wider integers** are scaled from their minimum and maximum to [0, 1], except NPY
+    - **Formats**: PNG, JPEG, JPEG 2000, TIFF, BMP, GIF, WebP, AVIF, PNM, NPY and DICOM, each also
+      compressed by gzip. What of a format is not read is refused and named.
+    - **Integers** without sign, of up to 16 bits, are divided by their full range (2^n - 1 for n
+      bits), so 16-bit greyscale keeps its precision. Colour is reduced to ITU-R 601 luminance with
+      8 bits per channel; transparency is composited over black. A JPEG gives the luminance that it
+      stores: the same within 1/255, except where its colours lie outside of the range of RGB.
+    - **Floats and other integers** are scaled from their minimum and maximum to [0, 1], except NPY
       arrays that lie in [0, 1] already. A constant image that would be scaled so becomes zeros.
-    - **Animations and multi-frame files** give their first frame. EXIF orientation is ignored.
+    - **Animations and multi-frame files** give their first frame. Orientations that TIFF or EXIF
+      ask for, colour profiles and gamma are ignored. A TIFF that is white at zero is inverted.
     - **NPY**: ``[H, W]``, ``[1, H, W]`` or ``[H, W, 1]`` of bool, integers or floats.
     - **DICOM**: modality LUT, then VOI LUT or window (the first of several) scaled by its output
       range, or minimum to maximum where there is none; MONOCHROME1 is inverted last.
@@ -139,7 +142,9 @@ def _undecodable(error: Exception, kind: str | None, path: Path) -> ImageReadErr
         error = error.args[0]  # Pillow's way to pass an error on
     text = re.sub(r"\bb'([^']*)'", r"\1", str(error))
     ours = isinstance(error, (OSError, ValueError, SyntaxError, RuntimeError))
-    detail = " ({detail})" if ours and text and not _INTERNAL.search(text) else ""
+    detail = (
+        " ({detail})" if ours and re.search("[a-z]", text) and not _INTERNAL.search(text) else ""
+    )
     if isinstance(error, NotImplementedError) or _UNSUPPORTED.search(text):
         message = f"{{path}} uses a variant of {kind} that is not read{detail}"
     else:
