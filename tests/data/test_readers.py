@@ -240,8 +240,8 @@ def test_errors_carry_their_kind_without_the_particulars(tmp_path: Path) -> None
         ),
         "text.png": (
             "the file is not an image in a known format, it begins with …; PNG, JPEG, JPEG "
-            "2000, TIFF, BMP, GIF, WebP, AVIF, PNM, NPY and DICOM are read, and the content decides, "
-            "not the name"
+            "2000, TIFF, BMP, GIF, WebP, AVIF, PNM, NPY and DICOM are read, and the content "
+            "decides, not the name"
         ),
     }
     for name, kind in kinds.items():
