@@ -141,7 +141,8 @@ def _is_bare_dicom(head: bytes) -> bool:
     order = ">" if explicit and head[:2] == b"\0\x08" else "<"
     if order == "<" and head[:2] not in (b"\x02\0", b"\x08\0"):
         return False
-    for _ in range(_ELEMENTS):
+    found = 0
+    while found < _ELEMENTS:
         if len(head) < start + 12:
             return False
         group, element, length = struct.unpack_from(f"{order}HHI", head, start)
@@ -156,4 +157,5 @@ def _is_bare_dicom(head: bytes) -> bool:
         if tag <= last or length % 2 or (vr in _VRS) != explicit:
             return False
         start, last = value + length, tag
+        found += element > 0  # the length of a group is no evidence: small numbers look like one
     return True
