@@ -101,7 +101,7 @@ def load_bytes(path: str | os.PathLike[str], size: int) -> npt.NDArray[np.uint8]
 def _read(path: Path, size: int | None) -> FloatImage:
     """Read an image in [0, 1]: [H, W], or [size, size] from readers that resize as they decode."""
     _check_is_file(path)
-    kind = None
+    kind = "an image"
     try:
         with open(path, "rb") as file:
             before = os.fstat(file.fileno())
@@ -134,17 +134,17 @@ def _read(path: Path, size: int | None) -> FloatImage:
     return np.clip(np.ascontiguousarray(image, dtype=np.float32), 0.0, 1.0)
 
 
-def _undecodable(error: Exception, kind: str | None, path: Path) -> ImageReadError:
+def _undecodable(error: Exception, kind: str, path: Path) -> ImageReadError:
     """What a decoder's error comes to, with its own words where they are meant for people."""
-    if kind is None or (isinstance(error, OSError) and error.strerror):
-        return ImageReadError("{path} cannot be read: {error}", path=path, error=error)
+    if isinstance(error, OSError) and error.strerror:
+        reason = OSError(error.strerror)
+        return ImageReadError("{path} cannot be read: {reason}", path=path, reason=reason)
     if isinstance(error.args[0] if error.args else None, Exception):
         error = error.args[0]  # Pillow's way to pass an error on
     text = re.sub(r"\bb'([^']*)'", r"\1", str(error))
     ours = isinstance(error, (OSError, ValueError, SyntaxError, RuntimeError))
-    detail = (
-        " ({detail})" if ours and re.search("[a-z]", text) and not _INTERNAL.search(text) else ""
-    )
+    plain = ours and re.search("[a-z]", text) and not _INTERNAL.search(text)
+    detail = " ({detail})" if plain else ""
     if isinstance(error, NotImplementedError) or _UNSUPPORTED.search(text):
         message = f"{{path}} uses a variant of {kind} that is not read{detail}"
     else:
@@ -241,6 +241,8 @@ def _read_pil(file: BinaryIO, path: Path, kind: str, size: int | None) -> FloatI
         return _decoded(file, path, kind, size)
     except (OSError, SyntaxError) as error:
         if kind == "JPEG" and (variant := jpeg_variant(file)):
+            if size is not None:  # what is lossless cannot be decoded at a part of its size
+                return _read_pil(file, path, kind, None)
             message = (
                 f"{{path}} is {variant}, which is not read; baseline and progressive JPEGs are"
             )

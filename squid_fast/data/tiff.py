@@ -68,18 +68,18 @@ def load_as_stored(image: Any) -> tuple[Any, Tags]:
 def wide_samples(image: Any, tags: Tags) -> FloatImage | None:
     """A decoded TIFF as greyscale, [H, W] in [0, 1]; None if its samples are unsigned bytes."""
     (bits, *_), (form, *_) = tags.get(_BITS, (1,)), tags.get(_SAMPLE_FORMAT, (_UNSIGNED,))
-    values: npt.NDArray[Any] = np.asarray(image)
     photometric = tags.get(_PHOTOMETRIC)
     if image.mode.startswith("I;16"):
-        return _shade(values, bits, photometric)
+        return _shade(np.asarray(image), bits, photometric)
+    if image.mode == "F":
+        return _shade(np.asarray(image), None, photometric)
     if image.mode == "L" and form == _SIGNED:
-        values = values.view(np.int8)
-    elif image.mode == "I":
-        values = values.astype(np.int16) if bits == 16 else values
-        values = values.view(np.uint32) if form == _UNSIGNED else values
-    elif image.mode != "F":
-        return None
-    return _shade(values, None, photometric)
+        return _shade(np.asarray(image).view(np.int8), None, photometric)
+    if image.mode == "I":
+        values: npt.NDArray[Any] = np.asarray(image)  # int32, whatever the samples are
+        wraps = form == _UNSIGNED and bits == 32
+        return _shade(values.view(np.uint32) if wraps else values, None, photometric)
+    return None
 
 
 def other_samples(file: BinaryIO, path: Path) -> FloatImage:
@@ -103,7 +103,8 @@ def other_samples(file: BinaryIO, path: Path) -> FloatImage:
         known = _PHOTOMETRIC in page.tags and page.photometric <= _RGB
         numbers = page.dtype is not None and page.dtype.kind in "uif"
         try:
-            if not known or not numbers or not 0 <= extra <= narrow:
+            blends = narrow or _ALPHA not in page.extrasamples
+            if not (known and numbers and blends and 0 <= extra <= 1):
                 raise NotImplementedError
             values = page.asarray(maxworkers=1)
         except Exception as error:

@@ -16,6 +16,7 @@ from squid_fast.data import ImageReadError, load_image, read_image
 from tests.data.drawn import DICOM_MARK, LUMA, bmp, dicom, file_meta, packed, png, slope, tiff
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+FEATURES = pytest.importorskip("PIL.features")
 
 GREY = np.round(slope(255)).astype(np.uint8)
 COLOUR = np.stack([GREY, GREY // 2, GREY[::-1]], axis=-1)
@@ -145,6 +146,38 @@ def jpeg_with_frame(marker: int, bits: int = 8, channels: int = 1) -> bytes:
         + parts
         + (content[frame + 13 :])
     )
+
+
+def lossless_jpeg(values: Any) -> bytes:
+    """Differences to the pixel on the left (above, in the first column), coded by their length."""
+    values = values.astype(np.int64)
+    before = np.full_like(values, 128)
+    before[1:, 0], before[:, 1:] = values[:-1, 0], values[:, :-1]
+    bits = ""
+    for difference in (values - before).ravel().tolist():
+        length = abs(difference).bit_length()
+        bits += f"{length:04b}"  # nine codes of four bits
+        if length:
+            bits += format(difference + (2**length - 1 if difference < 0 else 0), f"0{length}b")
+    bits += "1" * (-len(bits) % 8)
+    data = int(bits, 2).to_bytes(len(bits) // 8, "big").replace(b"\xff", b"\xff\0")
+    table = bytes([0, 0, 0, 0, 9] + [0] * 12) + bytes(range(9))
+    frame = struct.pack(">BHHB3B", 8, *values.shape, 1, 1, 0x11, 0)
+    segments = ((0xC3, frame), (0xC4, table), (0xDA, bytes([1, 1, 0, 1, 0, 0])))
+    head = b"".join(
+        struct.pack(">BBH", 0xFF, marker, len(body) + 2) + body for marker, body in segments
+    )
+    return b"\xff\xd8" + head + data + b"\xff\xd9"
+
+
+@pytest.mark.skipif(not FEATURES.check("libjpeg_turbo"), reason="Pillow has another libjpeg")
+def test_lossless_jpeg_of_8_bits(tmp_path: Path) -> None:
+    values = np.repeat(np.repeat(GREY, 8, axis=0), 8, axis=1)
+    image = read(tmp_path, lossless_jpeg(values))
+    np.testing.assert_allclose(image, values / 255, atol=1e-6)
+    (tmp_path / "b").write_bytes(png(values, 8))
+    half = load_image(tmp_path / "b", 12)
+    np.testing.assert_allclose(load_image(tmp_path / "a", 12), half, atol=1e-6)
 
 
 @pytest.mark.parametrize(
