@@ -241,8 +241,6 @@ def _read_pil(file: BinaryIO, path: Path, kind: str, size: int | None) -> FloatI
         return _decoded(file, path, kind, size)
     except (OSError, SyntaxError) as error:
         if kind == "JPEG" and (variant := jpeg_variant(file)):
-            if size is not None:  # what is lossless cannot be decoded at a part of its size
-                return _read_pil(file, path, kind, None)
             message = (
                 f"{{path}} is {variant}, which is not read; baseline and progressive JPEGs are"
             )
@@ -272,7 +270,12 @@ def _decoded(file: BinaryIO, path: Path, kind: str, size: int | None) -> FloatIm
         bits = jpeg_2000_bits(file) if kind == "JPEG 2000" else 8
         box = None
         if kind == "JPEG":
-            scaled = image.draft("L", None if size is None else (2 * size, 2 * size))
+            wanted = None if size is None else (2 * size, 2 * size)
+            if size is not None and min(image.size) >= 4 * size and jpeg_variant(file):
+                wanted = (
+                    None  # a lossless one is not decoded at a part of its size: old Pillows die
+                )
+            scaled = image.draft("L", wanted)
             box = scaled and scaled[1]  # without the margin of sides that are no multiple of 8
         image.load()
         grey = _grey(image, kind, size, box)
