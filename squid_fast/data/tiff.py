@@ -108,7 +108,7 @@ def other_samples(file: BinaryIO, path: Path) -> FloatImage:
                 raise NotImplementedError
             values = page.asarray(maxworkers=1)
         except Exception as error:
-            # tifffile leaves some compressions and packed bits to imagecodecs, which is large.
+            # tifffile leaves some compressions and packed bits to imagecodecs, which may be missing.
             lacks = isinstance(error, (NotImplementedError, ImportError))
             if not lacks and "imagecodecs" not in str(error):
                 raise
