@@ -102,9 +102,10 @@ def other_samples(file: BinaryIO, path: Path) -> FloatImage:
         narrow = page.dtype is not None and page.dtype.kind == "u" and page.bitspersample <= 16
         known = _PHOTOMETRIC in page.tags and page.photometric <= _RGB
         numbers = page.dtype is not None and page.dtype.kind in "uif"
+        whole = page.bitspersample <= 16 or page.bitspersample in (32, 64)  # 24 in either order
         try:
             blends = narrow or _ALPHA not in page.extrasamples
-            if not (known and numbers and blends and 0 <= extra <= 1):
+            if not (known and numbers and whole and blends and 0 <= extra <= 1):
                 raise NotImplementedError
             values = page.asarray(maxworkers=1)
         except Exception as error:

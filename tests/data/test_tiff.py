@@ -145,6 +145,7 @@ def test_colour_maps(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
+        (tiff(np.zeros((3, 4), np.uint32), bits=24), "1 samples of 24 bits"),
         (tiff(GREY, photometric=None), "photometric interpretation missing"),
         (tiff(slope(65535).astype(np.uint16), photometric=3), "photometric interpretation 3"),
         (tiff(np.zeros((3, 4, 5), np.float16)), "5 samples of 16 bits, sample format 3"),
