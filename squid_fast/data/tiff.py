@@ -98,20 +98,13 @@ def other_samples(file: BinaryIO, path: Path) -> FloatImage:
         page = tiff.pages[0]
         check_pixels(page.imagewidth, page.imagelength, path)
         colours = 3 if page.photometric == _RGB else 1
-        extra = page.samplesperpixel - colours
-        narrow = page.dtype is not None and page.dtype.kind == "u" and page.bitspersample <= 16
-        known = _PHOTOMETRIC in page.tags and page.photometric <= _RGB
-        numbers = page.dtype is not None and page.dtype.kind in "uif"
-        whole = page.bitspersample <= 16 or page.bitspersample in (32, 64)  # 24 in either order
+        if not _is_known(page, colours):
+            raise _refusal(page, path)
         try:
-            blends = narrow or _ALPHA not in page.extrasamples
-            if not (known and numbers and whole and blends and 0 <= extra <= 1):
-                raise NotImplementedError
             values = page.asarray(maxworkers=1)
         except Exception as error:
-            # tifffile leaves some compressions and packed bits to imagecodecs, which may be missing.
-            lacks = isinstance(error, (NotImplementedError, ImportError))
-            if not lacks and "imagecodecs" not in str(error):
+            # Some compressions and packed bits take imagecodecs, which may be missing.
+            if not isinstance(error, ImportError) and "imagecodecs" not in str(error):
                 raise
             raise _refusal(page, path) from error
     if values.ndim == 2:
@@ -119,10 +112,27 @@ def other_samples(file: BinaryIO, path: Path) -> FloatImage:
     elif page.axes == "SYX":
         values = np.moveaxis(values, 0, -1)
     grey = values[..., 0] if colours == 1 else values[..., :colours] @ _LUMA
-    shade = _shade(grey, page.bitspersample if narrow else None, page.photometric)
+    shade = _shade(grey, page.bitspersample if _is_narrow(page) else None, page.photometric)
     if _ALPHA not in page.extrasamples:  # that is, premultiplied or of no meaning
         return shade
     return shade * (values[..., colours] / np.float32(2**page.bitspersample - 1))
+
+
+def _is_narrow(page: Any) -> bool:
+    return page.dtype is not None and page.dtype.kind == "u" and page.bitspersample <= 16
+
+
+def _is_known(page: Any, colours: int) -> bool:
+    """Whether a page of tifffile is grey or RGB, by itself or with one more sample."""
+    return (
+        _PHOTOMETRIC in page.tags
+        and page.photometric <= _RGB
+        and page.dtype is not None
+        and page.dtype.kind in "uif"
+        and (page.bitspersample <= 16 or page.bitspersample in (32, 64))  # 24 come in two orders
+        and 0 <= page.samplesperpixel - colours <= 1
+        and (_is_narrow(page) or _ALPHA not in page.extrasamples)
+    )
 
 
 def _refusal(page: Any, path: Path) -> ImageReadError:
