@@ -37,11 +37,13 @@ def jpeg_2000_bits(file: BinaryIO) -> int:
 
 def jpeg_variant(file: BinaryIO) -> str | None:
     """What kind of JPEG a file is, as words, if it is one that few decoders know."""
-    file.seek(0)
-    head = file.read(_SEARCHED)
     start = 2
-    while start + 10 <= len(head) and head[start] == 0xFF:
-        marker, bits, channels = head[start + 1], head[start + 4], head[start + 9]
+    for _ in range(_SEGMENTS):
+        file.seek(start)
+        head = file.read(10)
+        if len(head) < 10 or head[0] != 0xFF:
+            break
+        marker, bits, channels = head[1], head[4], head[9]
         if marker == _JPEG_LS:
             return "a JPEG-LS image"
         if 0xC0 <= marker <= 0xCF and marker not in _NO_FRAMES:
@@ -53,5 +55,5 @@ def jpeg_variant(file: BinaryIO) -> str | None:
                 return f"a JPEG of {bits} bits"
             return None if channels in (1, 3, 4) else f"a JPEG of {channels} channels"
         padding = marker == 0xFF
-        start += 1 if padding else 2 + int.from_bytes(head[start + 2 : start + 4], "big")
+        start += 1 if padding else 2 + int.from_bytes(head[2:4], "big")
     return None
