@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import BinaryIO
 
-_SEARCHED = (
-    1 << 20
-)  # bytes; frame headers stand before the pixels, but behind profiles and previews
+# The code stream of JPEG 2000 stands behind boxes with profiles, the frame of JPEG behind segments.
+_SEARCHED, _SEGMENTS = 1 << 20, 10_000
 _LOSSLESS, _HIERARCHICAL = (0xC3, 0xC7, 0xCB, 0xCF), (0xC5, 0xC6, 0xCD, 0xCE)
 _NO_FRAMES = (0xC4, 0xC8, 0xCC)  # among the markers from 0xC0 to 0xCF
 _JPEG_LS = 0xF7
