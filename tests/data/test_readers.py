@@ -16,6 +16,7 @@ import pytest
 
 from squid_fast.data import ImageReadError, load_image, npy, read_image, readers
 from squid_fast.data.readers import load_bytes
+from tests.data.drawn import chunk
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
 
@@ -27,11 +28,6 @@ def saved(path: Path, array: Any, mode: str | None = None, **options: Any) -> Pa
     image = array if isinstance(array, Image.Image) else Image.fromarray(array)
     (image.convert(mode) if mode else image).save(path, **options)
     return path
-
-
-def chunk(name: bytes, data: bytes) -> bytes:
-    size, check = struct.pack(">I", len(data)), struct.pack(">I", zlib.crc32(name + data))
-    return size + name + data + check
 
 
 def png_of_size(width: int, height: int) -> bytes:
