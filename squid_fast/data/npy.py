@@ -14,7 +14,12 @@ def read_npy(file: BinaryIO, path: Path) -> FloatImage:
     """Read the array as an image, [H, W] in [0, 1]; see ``read_image``."""
     form = np.lib.format
     headers = {(1, 0): form.read_array_header_1_0, (2, 0): form.read_array_header_2_0}
-    shape, _, dtype = headers[form.read_magic(file)](file)
+    version = form.read_magic(file)
+    if version not in headers:
+        raise ImageReadError(
+            "{path} is in version {version} of NPY; 1 and 2 are read", path=path, version=version[0]
+        )
+    shape, _, dtype = headers[version](file)
     if dtype.kind not in "buif":
         raise ImageReadError(
             "{path} holds values of type {dtype}; bool, integers and floats are read",

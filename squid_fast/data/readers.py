@@ -6,9 +6,12 @@ The first bytes of a file tell its format, not its name: archives are full of JP
 
 from __future__ import annotations
 
+import gzip
 import io
 import os
+import re
 import stat
+import zlib
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,25 +20,38 @@ import numpy.typing as npt
 
 from ..utils.extras import require
 from .dicom import read_dicom
-from .formats import DICOM_SUFFIXES, HEAD_BYTES, KNOWN, image_format
+from .formats import GZIP, HEAD_BYTES, KNOWN, image_format, unread_format, unzipped
+from .headers import bmp_bits, jpeg_2000_bits, jpeg_variant, png_depth
 from .npy import read_npy
 from .pixels import MAX_PIXELS, FloatImage, ImageReadError, check_pixels, stretched
+from .tiff import is_misread, load_as_stored, other_samples, wide_samples
 
 _MAX_TIFF_BYTES = 2 << 30
-_TIFF_BITS_PER_SAMPLE, _TIFF_PHOTOMETRIC, _TIFF_WHITE_IS_ZERO = 258, 262, 0
+_MAX_UNZIPPED = 1 << 29  # bytes
+_PILLOW = {"JPEG 2000": "JPEG2000", "PNM": "PPM", "WebP": "WEBP"}  # where its names differ
+_CODECS = {"AVIF": "avif", "JPEG 2000": "jpg_2000", "WebP": "webp"}  # that Pillow may lack
+# What libraries say of files that are whole, and words that are meant for programmers.
+_UNSUPPORTED = re.compile(
+    "(?i)unsupported|not (yet )?(supported|implemented)|cannot handle|unable to determine"
+)
+_INTERNAL = re.compile(
+    r"[_<>{}\\\n]|\b(array|buffer|object|argument|codec|decoder|driver|literal|unpack|shape|tile|tag)\b"
+)
 
 
 def read_image(path: str | os.PathLike[str]) -> FloatImage:
     """Read an image file as greyscale: float32 ``[H, W]`` in [0, 1].
 
-    - **Integers** of 8 and 16 bits are divided by their full range (255, 65535; a TIFF of n bits
-      by 2^n - 1), so 16-bit greyscale keeps its precision. Colour is reduced to ITU-R 601
-      luminance with 8 bits per channel; transparency is composited over black. A JPEG gives the
-      luminance that it stores: the same within 1/255, except where its colours lie outside of the
-      range of RGB.
-    - **Floats and wider integers** are scaled from their minimum and maximum to [0, 1], except NPY
+    - **Formats**: PNG, JPEG, JPEG 2000, TIFF, BMP, GIF, WebP, AVIF, PNM, NPY and DICOM, each also
+      compressed by gzip. What of a format is not read is refused and named.
+    - **Integers** without sign, of up to 16 bits, are divided by their full range (2^n - 1 for n
+      bits), so 16-bit greyscale keeps its precision. Colour is reduced to ITU-R 601 luminance with
+      8 bits per channel; transparency is composited over black. A JPEG gives the luminance that it
+      stores: the same within 1/255, except where its colours lie outside of the range of RGB.
+    - **Floats and other integers** are scaled from their minimum and maximum to [0, 1], except NPY
       arrays that lie in [0, 1] already. A constant image that would be scaled so becomes zeros.
-    - **Animations and multi-frame files** give their first frame. EXIF orientation is ignored.
+    - **Animations and multi-frame files** give their first frame. Orientations that TIFF or EXIF
+      ask for, colour profiles and gamma are ignored. A TIFF that is white at zero is inverted.
     - **NPY**: ``[H, W]``, ``[1, H, W]`` or ``[H, W, 1]`` of bool, integers or floats.
     - **DICOM**: modality LUT, then VOI LUT or window (the first of several) scaled by its output
       range, or minimum to maximum where there is none; MONOCHROME1 is inverted last.
@@ -85,19 +101,21 @@ def load_bytes(path: str | os.PathLike[str], size: int) -> npt.NDArray[np.uint8]
 def _read(path: Path, size: int | None) -> FloatImage:
     """Read an image in [0, 1]: [H, W], or [size, size] from readers that resize as they decode."""
     _check_is_file(path)
-    kind = "file"
+    kind = "an image"
     try:
         with open(path, "rb") as file:
             before = os.fstat(file.fileno())
             try:
-                kind = _kind(file.read(HEAD_BYTES), path)
+                head = file.read(HEAD_BYTES)
+                kind = _kind(head, path)
                 file.seek(0)
+                source = _unzipped(file, path) if head.startswith(GZIP) else file
                 if kind == "DICOM":
-                    image = read_dicom(file, path)
+                    image = read_dicom(_with_preamble(source, unzipped(head)), path)
                 elif kind == "NPY":
-                    image = read_npy(file, path)
+                    image = read_npy(source, path)
                 else:
-                    image = _read_pil(file, path, kind, size)
+                    image = _read_pil(source, path, kind, size)
             finally:
                 _check_unchanged(before, os.fstat(file.fileno()), path)
     except (ImageReadError, ImportError):
@@ -108,18 +126,30 @@ def _read(path: Path, size: int | None) -> FloatImage:
         message = "{path} takes more memory to decode than there is"
         raise ImageReadError(message, path=path) from error
     except Exception as error:  # decoders raise nearly anything on damaged files
-        reason = type(error).__name__ + (": {detail}" if str(error) else "")
-        raise ImageReadError(
-            f"{{path}} could not be decoded as {kind}, it is damaged or truncated or uses an "
-            f"unsupported variant of the format ({reason})",
-            path=path,
-            detail=error,
-        ) from error
+        raise _undecodable(error, kind, path) from error
     if not np.isfinite(image).all():
         message = "{path} holds NaN or infinite pixels; every pixel must be finite"
         raise ImageReadError(message, path=path)
     # Headers may promise fewer bits than the values have.
     return np.clip(np.ascontiguousarray(image, dtype=np.float32), 0.0, 1.0)
+
+
+def _undecodable(error: Exception, kind: str, path: Path) -> ImageReadError:
+    """What a decoder's error comes to, with its own words where they are meant for people."""
+    if isinstance(error, OSError) and error.strerror:
+        reason = OSError(error.strerror)
+        return ImageReadError("{path} cannot be read: {reason}", path=path, reason=reason)
+    if isinstance(error.args[0] if error.args else None, Exception):
+        error = error.args[0]  # Pillow's way to pass an error on
+    text = re.sub(r"\bb'([^']*)'", r"\1", str(error))
+    ours = isinstance(error, (OSError, ValueError, SyntaxError, RuntimeError))
+    plain = ours and re.search("[a-z]", text) and not _INTERNAL.search(text)
+    detail = " ({detail})" if plain else ""
+    if isinstance(error, NotImplementedError) or _UNSUPPORTED.search(text):
+        message = f"{{path}} uses a variant of {kind} that is not read{detail}"
+    else:
+        message = f"{{path}} could not be decoded as {kind}, it is damaged or truncated{detail}"
+    return ImageReadError(message, path=path, detail=ValueError(text[:200]))
 
 
 def _check_is_file(path: Path) -> None:
@@ -147,16 +177,41 @@ def _kind(head: bytes, path: Path) -> str:
     if not head:
         message = f"{{path}} is empty (0 bytes); an image file of {KNOWN} is read"
         raise ImageReadError(message, path=path)
+    if not unzipped(head):
+        message = "{path} is compressed by gzip and empty or damaged"
+        raise ImageReadError(message, path=path)
     if kind := image_format(head):
         return kind
-    if path.suffix.lower() in DICOM_SUFFIXES:
-        return "DICOM"  # old files lack the preamble
+    if other := unread_format(head):
+        message = f"{{path}} is {other}, which is not read; {KNOWN} are"
+        raise ImageReadError(message, path=path)
     raise ImageReadError(
         "{path} is not an image in a known format, it begins with {start}; "
         f"{KNOWN} are read, and the content decides, not the name",
         path=path,
-        start=head[:8],
+        start=unzipped(head)[:8],
     )
+
+
+def _unzipped(file: BinaryIO, path: Path) -> BinaryIO:
+    """What a file compressed by gzip holds, in memory."""
+    try:
+        content = gzip.GzipFile(fileobj=file).read(_MAX_UNZIPPED + 1)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        message = "{path} could not be decompressed, it is damaged or truncated"
+        raise ImageReadError(message, path=path) from error
+    if len(content) > _MAX_UNZIPPED:
+        raise ImageReadError(
+            f"{{path}} decompresses to more than {_MAX_UNZIPPED} bytes, which is the most that is "
+            "read",
+            path=path,
+        )
+    return io.BytesIO(content)
+
+
+def _with_preamble(file: BinaryIO, head: bytes) -> BinaryIO:
+    """A DICOM file that begins with the mark alone, completed."""
+    return io.BytesIO(bytes(128) + file.read()) if head.startswith(b"DICM") else file
 
 
 def _check_unchanged(before: os.stat_result, after: os.stat_result, path: Path) -> None:
@@ -171,9 +226,10 @@ def _check_unchanged(before: os.stat_result, after: os.stat_result, path: Path) 
 
 
 def _read_pil(file: BinaryIO, path: Path, kind: str, size: int | None) -> FloatImage:
-    pil = require("PIL.Image", "screen")
     if kind == "TIFF":
-        if (length := os.fstat(file.fileno()).st_size) > _MAX_TIFF_BYTES:
+        length = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        if length > _MAX_TIFF_BYTES:
             raise ImageReadError(
                 f"{{path}} has {{length}} bytes; TIFF files of at most {_MAX_TIFF_BYTES} are read",
                 path=path,
@@ -182,21 +238,91 @@ def _read_pil(file: BinaryIO, path: Path, kind: str, size: int | None) -> FloatI
         # libtiff maps a file into memory: if the file becomes shorter, the process is killed.
         file = io.BytesIO(file.read())
     try:
-        image = pil.open(file, formats=(kind,))
+        return _decoded(file, path, kind, size)
+    except (OSError, SyntaxError) as error:
+        if kind == "JPEG" and (variant := jpeg_variant(file)):
+            message = (
+                f"{{path}} is {variant}, which is not read; baseline and progressive JPEGs are"
+            )
+            raise ImageReadError(message, path=path) from error
+        raise
+
+
+def _decoded(file: BinaryIO, path: Path, kind: str, size: int | None) -> FloatImage:
+    try:
+        image = _opened(file, path, kind)
+    except SyntaxError:
+        if kind == "TIFF":
+            return other_samples(file, path)
+        raise
+    with image:
+        check_pixels(image.width, image.height, path)
+        if kind == "TIFF":
+            if is_misread(image):
+                return other_samples(file, path)
+            image, tags = load_as_stored(image)
+            wide = wide_samples(image, tags)
+            return _grey(image, kind, size, None) if wide is None else wide
+        if kind == "PNG":
+            _check_png(image, *png_depth(file), path)
+        if kind == "BMP":
+            _check_bmp(image, bmp_bits(file), path)
+        bits = jpeg_2000_bits(file) if kind == "JPEG 2000" else 8
+        box = None
+        if kind == "JPEG":
+            wanted = None if size is None else (2 * size, 2 * size)
+            if size is not None and min(image.size) >= 4 * size and jpeg_variant(file):
+                wanted = (
+                    None  # a lossless one is not decoded at a part of its size: old Pillows die
+                )
+            scaled = image.draft("L", wanted)
+            box = scaled and scaled[1]  # without the margin of sides that are no multiple of 8
+        image.load()
+        grey = _grey(image, kind, size, box)
+    if bits == 8 or (bits > 8 and image.mode != "I;16"):
+        return grey
+    top = 16 if bits > 8 else 8  # bits that Pillow fills up with zeros from below
+    return grey * np.float32((2**top - 1) / (2**top - 2 ** (top - bits)))
+
+
+def _opened(file: BinaryIO, path: Path, kind: str) -> Any:
+    pil = require("PIL.Image", "screen")
+    if kind in _CODECS and not require("PIL.features", "screen").check(_CODECS[kind]):
+        message = f"{{path}} is in {kind}, which the installed Pillow cannot decode; the newest can"
+        raise ImageReadError(message, path=path)
+    name = _PILLOW.get(kind, kind)
+    try:
+        return pil.open(file, formats=(name,))
     except (pil.DecompressionBombError, pil.DecompressionBombWarning) as error:
         raise ImageReadError(
             f"{{path}} has too many pixels; at most {MAX_PIXELS} are read ({{error}})",
             path=path,
             error=error,
         ) from error
-    with image:
-        check_pixels(image.width, image.height, path)
-        box = None
-        if kind == "JPEG":
-            scaled = image.draft("L", None if size is None else (2 * size, 2 * size))
-            box = scaled and scaled[1]  # without the margin of sides that are no multiple of 8
-        image.load()
-        return _grey(image, kind, size, box)
+    except pil.UnidentifiedImageError:
+        # Pillow keeps the reason to itself; its reader of the format does not.
+        file.seek(0)
+        return pil.OPEN[name][0](file, "")
+
+
+def _check_png(image: Any, bits: int, is_grey: bool, path: Path) -> None:
+    """Correct and refuse what Pillow reads wrongly."""
+    clear = image.info.get("transparency")
+    if image.mode == "P" and image.palette is None:
+        raise ImageReadError("{path} is a PNG without the palette that it needs", path=path)
+    if clear is not None and bits == 16 and not is_grey:
+        message = "{path} is a PNG of 16-bit colour with a transparent colour, which is not read"
+        raise ImageReadError(message, path=path)
+    if isinstance(clear, int) and is_grey and clear < 2**bits < 256:
+        # Pixels of 1, 2 and 4 bits are widened to 8, but not the value of the transparent ones.
+        image.info["transparency"] = clear * 255 // (2**bits - 1)
+
+
+def _check_bmp(image: Any, bits: int, path: Path) -> None:
+    """Refuse grey palettes for which Pillow takes wider or narrower pixels than there are."""
+    if {"1": 1, "L": 8}.get(image.mode, bits) != bits:
+        message = f"{{path}} is a BMP of {bits} bits with a short grey palette, which is not read"
+        raise ImageReadError(message, path=path)
 
 
 def _grey(
@@ -204,17 +330,21 @@ def _grey(
 ) -> FloatImage:
     """Reduce a decoded PIL image to luminance in [0, 1]: [H, W], or [size, size] if cheaper."""
     mode: str = image.mode
-    if mode.startswith("I;16") or (mode == "I" and kind == "PNG"):  # older Pillow: 16-bit PNG is I
-        tags = image.tag_v2 if kind == "TIFF" else {}
-        bits = tags.get(_TIFF_BITS_PER_SAMPLE, (16,))[0]
-        grey: FloatImage = np.asarray(image).astype(np.float32) / np.float32(2**bits - 1)
-        return np.float32(1) - grey if tags.get(_TIFF_PHOTOMETRIC) == _TIFF_WHITE_IS_ZERO else grey
+    if mode.startswith("I;16") or (mode == "I" and kind in ("PNG", "PNM")):  # I where Pillow is old
+        grey: FloatImage = np.asarray(image).astype(np.float32)
+        if (clear := image.info.get("transparency")) is not None:
+            grey[grey == clear] = 0
+        return grey / np.float32(65535)
     if mode in ("F", "I"):
         return stretched(np.asarray(image))
-    if mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+    if mode == "La":  # multiplied by its alpha, which is what lying over black does
+        return np.asarray(image)[..., 0] / np.float32(255)
+    if mode in ("RGBA", "RGBa", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         luminance: FloatImage = np.asarray(rgba.convert("L"), dtype=np.float32)
         opacity: FloatImage = np.asarray(rgba.getchannel("A"), dtype=np.float32)
+        if kind == "BMP" and not opacity.any():
+            return luminance / np.float32(255)  # a fourth byte that nobody filled in
         return np.asarray(luminance * opacity / (255 * 255), dtype=np.float32)
     if mode not in ("L", "1", "RGB"):
         image = image.convert("RGB")
