@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from squid_fast.data import ImageReadError, load_image, npy, read_image, readers
+from squid_fast.data import ImageReadError, load_image, npy, pillow, read_image, readers
 from squid_fast.data.readers import load_bytes
 from tests.data.drawn import chunk
 
@@ -327,7 +327,7 @@ def test_a_jpeg_gives_the_luminance_that_it_stores(tmp_path: Path) -> None:
 
 def changed_by(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
     """Have ``change()`` happen between the header of an image and its pixels."""
-    for module in (readers, npy):
+    for module in (pillow, npy):
         check = module.check_pixels
         monkeypatch.setattr(module, "check_pixels", lambda *args, c=check: (c(*args), change()))
 
@@ -350,7 +350,7 @@ def test_a_file_that_changes_while_it_is_read(
 
 CUT_SHORT = """
 import os, sys, time
-from squid_fast.data import ImageReadError, npy, read_image, readers
+from squid_fast.data import ImageReadError, npy, pillow, read_image
 
 path, seconds = sys.argv[1], float(sys.argv[2])
 
@@ -362,7 +362,7 @@ def cut(*_):
     if seconds:
         os._exit(0)
 
-readers.check_pixels = npy.check_pixels = cut
+pillow.check_pixels = npy.check_pixels = cut
 try:
     read_image(path)
 except ImageReadError as error:
@@ -405,7 +405,7 @@ def test_running_out_of_memory_is_an_error_of_the_file(
     def swell(*_: Any) -> None:
         bytearray(1 << 62)
 
-    monkeypatch.setattr(readers, "_grey", swell)
+    monkeypatch.setattr(pillow, "_grey", swell)
     with pytest.raises(ImageReadError, match="takes more memory to decode than there is"):
         read_image(path)
 
@@ -425,6 +425,6 @@ def test_large_tiffs_are_not_read_into_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = saved(tmp_path / "a.tif", GREY)
-    monkeypatch.setattr(readers, "_MAX_TIFF_BYTES", 100)
+    monkeypatch.setattr(pillow, "_MAX_TIFF_BYTES", 100)
     with pytest.raises(ImageReadError, match="TIFF files of at most 100 are read"):
         read_image(path)
