@@ -99,7 +99,14 @@ def _inflated(file: BinaryIO, path: Path) -> io.BytesIO:
     """Inflate a data set, unless it is too large."""
     inflate, data = zlib.decompressobj(-zlib.MAX_WBITS), io.BytesIO()
     while piece := file.read(1 << 16):
-        data.write(inflate.decompress(piece, _MAX_INFLATED + 1 - data.tell()))
+        try:
+            data.write(inflate.decompress(piece, _MAX_INFLATED + 1 - data.tell()))
+        except zlib.error as error:
+            raise ImageReadError(
+                "{path} could not be decoded as DICOM: its transfer syntax says that it is "
+                "deflated, but it is not, or damaged",
+                path=path,
+            ) from error
         if data.tell() > _MAX_INFLATED:
             raise ImageReadError(
                 "{path} is a DICOM file that inflates to more than "

@@ -119,7 +119,7 @@ def by_pydicom(
             pixel_vr=vr,
         )
     )
-    return np.asarray(values)
+    return np.asarray(values, dtype=values.dtype.newbyteorder("="))
 
 
 def _decode(kind: str, header: Header, decoder: Any) -> Values:
@@ -137,7 +137,7 @@ def _described(data: bytes, header: Header) -> _Codestream:
     """Find how a JPEG or JPEG 2000 codestream describes itself."""
     try:
         if data.startswith(_SOI):
-            return _described_jpeg(data, header)
+            return _described_jpeg(data)
         start = 0 if data.startswith(_J2K) else data.index(_J2K, 0, 4096)  # behind boxes of JP2
         width, height, left, top = struct.unpack_from(">4I", data, start + 8)
         samples, precision = struct.unpack_from(">HB", data, start + 40)
@@ -151,19 +151,14 @@ def _described(data: bytes, header: Header) -> _Codestream:
         ) from error
 
 
-def _described_jpeg(data: bytes, header: Header) -> _Codestream:
+def _described_jpeg(data: bytes) -> _Codestream:
     position = 2
     while data[position] == 0xFF:
         marker = data[position + 1]
         if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in _OTHER_MARKERS):
             precision, rows, columns, samples = struct.unpack_from(">BHHB", data, position + 4)
-            if marker not in _KINDS:
-                raise header.error(
-                    "it is a JPEG of the kind {marker}; baseline, extended, progressive and "
-                    "lossless JPEG with Huffman codes are read",
-                    marker=f"SOF{marker - 0xC0}",
-                )
-            return _Codestream(_KINDS[marker], precision, rows, columns, samples)
+            kind = _KINDS.get(marker, f"JPEG SOF{marker - 0xC0}")
+            return _Codestream(kind, precision, rows, columns, samples)
         if marker == 0xFF:  # a fill byte
             position += 1
         else:
@@ -173,6 +168,12 @@ def _described_jpeg(data: bytes, header: Header) -> _Codestream:
 
 def _check(stream: _Codestream, header: Header, frame: FrameFormat) -> None:
     """Refuse a codestream that contradicts the header, before anything is decoded."""
+    if " SOF" in stream.kind:
+        raise header.error(
+            "its compressed pixels are {kind}; baseline, extended, progressive and lossless JPEG "
+            "with Huffman codes are read",
+            kind=stream.kind,
+        )
     if (stream.rows, stream.columns) != (frame.rows, frame.columns):
         raise header.error(
             f"its {stream.kind} data has {{columns}}x{{rows}} pixels, but "
@@ -200,13 +201,13 @@ def _check(stream: _Codestream, header: Header, frame: FrameFormat) -> None:
 
 def _by_imagecodecs(data: bytes, stream: _Codestream, frame: FrameFormat) -> Values:
     codecs = require("imagecodecs", "screen")
-    if stream.kind == "JPEG-LS":
-        values = codecs.jpegls_decode(data)
-    elif stream.kind in ("HTJ2K", "JPEG 2000"):
+    if stream.kind in ("HTJ2K", "JPEG 2000"):
         values = codecs.jpeg2k_decode(data)
+    elif not data.rstrip(b"\0").endswith(_EOI):  # libjpeg would fill in the rest, CharLS search on
+        raise ValueError("no end of image")
+    elif stream.kind == "JPEG-LS":
+        values = codecs.jpegls_decode(data)
     else:
-        if not data.rstrip(b"\0").endswith(_EOI):  # the decoder would fill in the rest
-            raise ValueError("no end of image")
         space = "RGB" if stream.samples == 3 else None  # which is to say, as they are stored
         values = codecs.jpeg8_decode(data, colorspace=space, outcolorspace=space)
     shape = (frame.rows, frame.columns) + (frame.samples,) * (frame.samples > 1)

@@ -70,7 +70,7 @@ def _pixel_element(file: BinaryIO, header: Header) -> tuple[int, str, int]:
     order = "<" if header.little_endian else ">"
     start = file.read(8)
     if len(start) < 8:
-        raise header.error("Pixel Data (7FE0,0010) is missing")
+        raise header.error("Pixel Data (7FE0,0010) is missing; it may be cut short")
     group, element, vr, length = struct.unpack(f"{order}HH2sH", start)
     if not (vr.isalpha() and vr.isupper()):
         vr, length = b"", struct.unpack(f"{order}I", start[4:])[0]

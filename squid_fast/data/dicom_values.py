@@ -111,7 +111,7 @@ def _windowed(header: Header, values: npt.NDArray[Any], center: float, width: fl
     if width <= 0:
         raise header.error(
             f"{header.name('WindowWidth')} is {{width}}, and it has to be greater than 0",
-            width=width,
+            width=f"{width:g}",
         )
     x = values.astype(np.float64)
     if function == "SIGMOID":
