@@ -27,6 +27,7 @@ COMPRESSED = (_RLE,) + tuple(
 
 _SOI, _EOI = b"\xff\xd8", b"\xff\xd9"
 _J2K = b"\xff\x4f\xff\x51"  # begins a codestream of JPEG 2000, with its size and precision
+_MAX_BOXES = 4096  # bytes before it
 _HIGH_THROUGHPUT = b"\xff\x50"  # then says that there is more than JPEG 2000 in it
 # JPEG by the marker of the frame header.
 _KINDS = {
@@ -78,6 +79,8 @@ def decompressed(data: bytes, header: Header, syntax: str, frame: FrameFormat) -
     """
     if syntax == _RLE:
         return _decode("RLE", header, lambda: by_pydicom(data, _RLE, frame))
+    if not data.startswith(_SOI):  # without boxes of JP2, in which pydicom may search for ever
+        data = data[max(0, data.find(_J2K, 0, _MAX_BOXES)) :]
     stream = _described(data, header)
     _check(stream, header, frame)
     if stream.kind == "JPEG 2000" and (frame.samples == 1 or stream.precision <= 8):
@@ -138,11 +141,11 @@ def _described(data: bytes, header: Header) -> _Codestream:
     try:
         if data.startswith(_SOI):
             return _described_jpeg(data)
-        start = 0 if data.startswith(_J2K) else data.index(_J2K, 0, 4096)  # behind boxes of JP2
-        width, height, left, top = struct.unpack_from(">4I", data, start + 8)
-        samples, precision = struct.unpack_from(">HB", data, start + 40)
-        (length,) = struct.unpack_from(">H", data, start + 4)
-        after = start + 4 + length
+        if not data.startswith(_J2K):
+            raise ValueError(data[:4])
+        width, height, left, top = struct.unpack_from(">4I", data, 8)
+        samples, precision = struct.unpack_from(">HB", data, 40)
+        after = 4 + struct.unpack_from(">H", data, 4)[0]
         kind = "HTJ2K" if data[after : after + 2] == _HIGH_THROUGHPUT else "JPEG 2000"
         return _Codestream(kind, (precision & 127) + 1, height - top, width - left, samples)
     except (ValueError, IndexError, struct.error) as error:
