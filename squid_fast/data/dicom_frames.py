@@ -109,6 +109,7 @@ def by_pydicom(
             data,
             index=0,
             validate=False,  # it warns of what has been looked at here
+        view_only=True,  # spares a copy
             rows=frame.rows,
             columns=frame.columns,
             samples_per_pixel=frame.samples,
@@ -206,7 +207,9 @@ def _by_imagecodecs(data: bytes, stream: _Codestream, frame: FrameFormat) -> Val
     codecs = require("imagecodecs", "screen")
     if stream.kind in ("HTJ2K", "JPEG 2000"):
         values = codecs.jpeg2k_decode(data)
-    elif not data.rstrip(b"\0").endswith(_EOI):  # libjpeg would fill in the rest, CharLS search on
+    elif not data.rstrip(b"\0\xff").endswith(
+        _EOI
+    ):  # libjpeg would fill in the rest, CharLS search on
         raise ValueError("no end of image")
     elif stream.kind == "JPEG-LS":
         values = codecs.jpegls_decode(data)

@@ -146,14 +146,14 @@ def looked_up(
         )
     count, first, bits = description
     table = _table(item, data, count or 2**16, bits)
-    # Writers disagree whether the first value is signed (C.11.1.1 leaves it to the pixels).
-    low, high = np.floor(values.min()), np.floor(values.max())
-    if first >= 2**15:
+    indices = values if values.dtype.kind in "iu" else np.floor(values)
+    if first >= 2**15:  # writers disagree whether this is signed: the values tell (C.11.1.1)
+        low, high = int(indices.min()), int(indices.max())
         signed, unsigned = first - 2**16, first
         reached = [start <= high and start + table.size > low for start in (signed, unsigned)]
         first = signed if (low < 0 if reached[0] == reached[1] else reached[0]) else unsigned
-    index = np.clip(np.floor(values).astype(np.int64) - first, 0, table.size - 1)
-    return table[index], 2**bits - 1
+    indices = np.clip(indices.astype(np.int64) - first, 0, table.size - 1)
+    return table[indices], 2**bits - 1
 
 
 def _table(item: Header, data: str, count: int, bits: int) -> npt.NDArray[Any]:
@@ -165,12 +165,12 @@ def _table(item: Header, data: str, count: int, bits: int) -> npt.NDArray[Any]:
     words = np.frombuffer(
         value, dtype=f"{order}{'i' if vr == 'SS' else 'u'}2", count=len(value) // 2
     )
-    packed = len(value) in (count, count + 1) or (words >> 8).any() if bits <= 8 else False
+    packed = bits <= 8 and (len(value) in (count, count + 1) or bool((words >> 8).any()))
     if not packed or len(value) >= 2 * count:
-        return words[:count].astype(np.int64)
+        return words[:count]
     if not item.little_endian and vr != "OB":
         value = words.astype("<u2").tobytes()
-    return np.frombuffer(value, dtype=np.uint8)[:count].astype(np.int64)
+    return np.frombuffer(value, dtype=np.uint8)[:count]
 
 
 def _is_padding(

@@ -200,6 +200,7 @@ def test_fragments_and_frames(tmp_path: Path) -> None:
         (made.fragments(first, second), two),
         (made.fragments(first, second), TWELVE),  # the count of frames is missing
         (made.fragments(first, second, table=table), two),
+        (made.fragments(first + b"\xff"), TWELVE),  # padded with another byte than 0
         (made.fragments(first)[:-8], TWELVE),  # the end of the sequence is missing
     ):
         path = made.write(tmp_path / "a.dcm", V, tags, JPEG + "70", pixels=pixels, vr="OB")
