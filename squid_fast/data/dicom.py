@@ -73,8 +73,8 @@ def _opened(file: BinaryIO, path: Path) -> tuple[Header, BinaryIO, str]:
     syntax = meta.text("TransferSyntaxUID")
     if syntax == _DEFLATED:
         file = _inflated(file, path)
-    little_endian = _encoding(file)[1]
-    return Header(_elements(file, _PIXELS.__contains__), path, little_endian), file, syntax
+    encoding = _encoding(file)
+    return Header(_elements(file, _PIXELS.__contains__), path, *encoding), file, syntax
 
 
 def _elements(file: BinaryIO, stop: Any) -> Any:

@@ -95,7 +95,6 @@ def by_pydicom(
     data: bytes,
     syntax: str,
     frame: FrameFormat,
-    photometric: str | None = None,
     vr: str = "OW",
     bits: int | None = None,
 ) -> Values:
@@ -109,12 +108,12 @@ def by_pydicom(
             data,
             index=0,
             validate=False,  # it warns of what has been looked at here
-        view_only=True,  # spares a copy
+            view_only=True,  # spares a copy
             rows=frame.rows,
             columns=frame.columns,
             samples_per_pixel=frame.samples,
             planar_configuration=frame.planar,
-            photometric_interpretation=photometric or frame.photometric,
+            photometric_interpretation=frame.photometric,
             bits_allocated=bits or frame.allocated,
             bits_stored=bits or frame.allocated,
             pixel_representation=int(frame.signed),

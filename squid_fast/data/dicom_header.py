@@ -21,8 +21,11 @@ class Header:
     pydicom's own conversion fails or warns on texts that people's files have, such as ``2047,5``.
     """
 
-    def __init__(self, data_set: Any, path: Path, little_endian: bool = True) -> None:
-        self._data_set, self._path, self.little_endian = data_set, path, little_endian
+    def __init__(
+        self, data_set: Any, path: Path, implicit: bool = False, little_endian: bool = True
+    ) -> None:
+        self.data_set, self._path = data_set, path
+        self.implicit, self.little_endian = implicit, little_endian
 
     def name(self, keyword: str) -> str:
         """Name and tag of an element, such as ``Rows (0028,0010)``."""
@@ -39,9 +42,10 @@ class Header:
         """VR and bytes of an element, given by keyword or tag; no bytes if it is absent."""
         dictionary = require("pydicom.datadict", "screen")
         tag = keyword if isinstance(keyword, int) else dictionary.tag_for_keyword(keyword)
-        element = self._data_set.get_item(tag)
-        value = getattr(element, "value", None)
-        vr: str = getattr(element, "VR", None) or "UN"
+        element = self.data_set.get_item(tag)
+        if element is None:
+            return "", b""
+        value, vr = element.value, element.VR or "UN"
         if vr == "UN":
             vr = dictionary.dictionary_VR(tag)
         return vr, value if isinstance(value, bytes) else b""
@@ -122,9 +126,11 @@ class Header:
     def items(self, keyword: str) -> list[Header]:
         """The items of a sequence; none if it is absent."""
         tag = require("pydicom.datadict", "screen").tag_for_keyword(keyword)
-        if tag not in self._data_set:
+        if tag not in self.data_set:
             return []
-        sequence = self._data_set[tag]
+        sequence = self.data_set[tag]
         if sequence.VR != "SQ":
             return []
-        return [Header(item, self._path, self.little_endian) for item in sequence.value]
+        return [
+            Header(item, self._path, self.implicit, self.little_endian) for item in sequence.value
+        ]

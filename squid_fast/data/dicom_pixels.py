@@ -66,13 +66,13 @@ def _syntax_name(syntax: str) -> str:
 
 
 def _pixel_element(file: BinaryIO, header: Header) -> tuple[int, str, int]:
-    """Read tag, VR (empty if implicit) and length of the element with the pixels."""
+    """Read tag, VR (empty if it is left out) and length of the element with the pixels."""
     order = "<" if header.little_endian else ">"
     start = file.read(8)
     if len(start) < 8:
         raise header.error("Pixel Data (7FE0,0010) is missing; it may be cut short")
     group, element, vr, length = struct.unpack(f"{order}HH2sH", start)
-    if not (vr.isalpha() and vr.isupper()):
+    if header.implicit or not vr.isalpha():
         vr, length = b"", struct.unpack(f"{order}I", start[4:])[0]
     elif vr not in (b"US", b"SS"):
         (length,) = struct.unpack(f"{order}I", file.read(4).ljust(4, b"\0"))
@@ -166,17 +166,19 @@ def _uncompressed(
             planar=header.text("PlanarConfiguration") or "missing",
         )
     whole = (frame.count * frame.allocated + 7) // 8
-    photometric, needed = frame.photometric, whole
-    if photometric == "YBR_FULL_422":
+    needed = whole
+    if frame.photometric == "YBR_FULL_422":
         if length >= whole * (header.integer("NumberOfFrames") or 1):
-            photometric = "YBR_FULL"  # not subsampled after all
-        else:
-            needed = whole // 3 * 2
+            raise header.error(
+                f"{header.name('PhotometricInterpretation')} is YBR_FULL_422, but its colours are "
+                "not subsampled, and may be YBR_FULL or RGB"
+            )
+        needed = whole // 3 * 2
     data = _read(file, header, length, needed)
     if not header.little_endian and needed % 2:
         data += file.read(1)  # the last byte, where bytes of words are swapped
     syntax = _LITTLE_ENDIAN if header.little_endian else _BIG_ENDIAN
-    return by_pydicom(data, syntax, frame, photometric, vr or "OW")
+    return by_pydicom(data, syntax, frame, vr or "OW")
 
 
 def _first_compressed(file: BinaryIO, header: Header) -> bytes:
@@ -207,19 +209,20 @@ def _used_bits(header: Header, frame: FrameFormat, decoded: Values) -> Values:
         return decoded
     allocated, stored = 8 * decoded.dtype.itemsize, frame.stored
     bits = decoded.view(f"u{decoded.dtype.itemsize}")
-    if overlays := _overlay_bits(header, allocated):
-        bits = bits & bits.dtype.type(2**allocated - 1 - overlays)
     high = header.integer("HighBit")
+    top = stored - 1 if high is None or high >= allocated else high
+    if overlays := _overlay_bits(header, top, stored):
+        bits = bits & bits.dtype.type((2**allocated - 1) & ~overlays)
     values = _lowest(bits, stored, decoded.dtype)
-    if high is None or high == stored - 1 or high >= allocated:
+    shift = top + 1 - stored
+    if shift == 0:
         return values
-    shift = high + 1 - stored
     if shift > 0:
         if not (bits & bits.dtype.type(2**shift - 1)).any():
             return _lowest(bits >> bits.dtype.type(shift), stored, decoded.dtype)
         known = (values == bits.view(decoded.dtype)).all()
     else:  # a highest bit that is set may be a sign
-        known = not frame.signed or int(bits.max()).bit_length() != high + 1
+        known = not frame.signed or int(bits.max()).bit_length() != top + 1
     if known:
         return values
     raise header.error(
@@ -240,12 +243,18 @@ def _lowest(bits: Values, count: int, dtype: np.dtype[Any]) -> Values:
     return (bits << bits.dtype.type(shift)).view(dtype) >> dtype.type(shift)
 
 
-def _overlay_bits(header: Header, allocated: int) -> int:
-    """A mask of the bits that hold overlays, as they could until 2004 (PS3.3 C.9.2)."""
-    mask = 0
+def _overlay_bits(header: Header, top: int, stored: int) -> int:
+    """A mask of the bits that hold overlays, as they could until 2004 (PS3.3 C.9.2).
+
+    The value has ``stored`` bits, ``top`` is the highest. A bit among them is taken for an overlay
+    only if none of the value lies above it.
+    """
+    positions = set()
     for group in range(0x60000000, 0x60200000, 0x20000):
-        position = header.words(group | 0x0102)
         embedded = not header.raw(group | 0x3000) and header.words(group | 0x0100) != [1]
-        if position and embedded and position[0] < allocated:
-            mask |= 1 << position[0]
-    return mask
+        if embedded:
+            positions.update(header.words(group | 0x0102)[:1])
+    below = top
+    while below in positions:
+        below -= 1
+    return sum(1 << bit for bit in positions if not top - stored < bit <= below)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..utils.extras import require
 from .dicom_header import Header
 from .pixels import FloatImage, stretched
 
@@ -49,6 +50,9 @@ def grey_levels(header: Header, stored: npt.NDArray[Any], raw: npt.NDArray[Any])
 
 def colours_of_palette(header: Header, stored: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], int]:
     """Look up red, green and blue of each pixel, [H, W, 3], and the top of their range."""
+    if header.raw("SegmentedRedPaletteColorLookupTableData"):
+        colours = require("pydicom.pixels", "screen").apply_color_lut(stored, header.data_set)
+        return colours[..., :3], np.iinfo(colours.dtype).max
     channels = [
         looked_up(
             header,

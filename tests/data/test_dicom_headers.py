@@ -64,6 +64,11 @@ VALUES: dict[str, Case] = {
         SHIFTED | {0x60000100: ("US", 16), 0x60000102: ("US", 0)},
         SCALED,
     ),
+    "an overlay that cannot be where it is said to be": (
+        V,
+        {0x60000100: ("US", 16), 0x60000102: ("US", 3)},
+        SCALED,
+    ),
     "an overlay of its own": (
         V,
         {0x60000100: ("US", 1), 0x60000102: ("US", 0), 0x60003000: ("OW", b"\xff\0")},
@@ -187,6 +192,15 @@ VALUES: dict[str, Case] = {
         | {0x00281203: ("OW", struct.pack("<4H", 0, 0, 0, 65535))},
         [[0, 0.299], [0.587, 0.114]],
     ),
+    "colours by a palette in segments": (
+        np.array([[0, 1], [2, 3]], dtype=np.uint8),
+        {0x00280004: ("CS", "PALETTE COLOR")}
+        | {tag: ("US", [4, 0, 16]) for tag in (0x00281101, 0x00281102, 0x00281103)}
+        | {0x00281221: ("OW", struct.pack("<6H", 0, 4, 0, 65535, 0, 0))}
+        | {0x00281222: ("OW", struct.pack("<6H", 0, 4, 0, 0, 65535, 0))}
+        | {0x00281223: ("OW", struct.pack("<6H", 0, 4, 0, 0, 0, 65535))},
+        [[0, 0.299], [0.587, 0.114]],
+    ),
     # Padding
     "padding counts neither as minimum nor as maximum": (
         PADDED,
@@ -286,6 +300,15 @@ REFUSED: dict[str, tuple[made.Tags, str]] = {
         {0x00280002: ("US", 3), 0x00280004: ("CS", "RGB")},
         r"Planar Configuration \(0028,0006\) is missing; 0 and 1 are read",
     ),
+    "colours that are not subsampled": (
+        {
+            0x00280002: ("US", 3),
+            0x00280004: ("CS", "YBR_FULL_422"),
+            0x00280006: ("US", 0),
+            0x7FE00010: ("OW", V.tobytes() * 3),
+        },
+        r"Photometric Interpretation \(0028,0004\) is YBR_FULL_422, but its colours are not",
+    ),
     "a slope of 0": ({0x00281053: ("DS", "0")}, r"Rescale Slope \(0028,1053\) is 0, which"),
     "a word for a slope": ({0x00281053: ("DS", "x")}, r"Slope \(0028,1053\) is x, and a finite"),
     "a word for a window": (
@@ -349,6 +372,32 @@ def test_the_data_set_tells_its_encoding(
     path = made.write(tmp_path / "a.dcm", stored, WINDOW, syntax, kind=kind)
     expected = WINDOWED if stored is V else np.clip((S - 2047.5) / 4095 + 0.5, 0, 1)
     np.testing.assert_allclose(read_image(path), expected, rtol=0, atol=1e-6)
+
+
+def test_a_length_that_looks_like_a_vr(tmp_path: Path) -> None:
+    stored = np.arange(20290, dtype=np.uint8).reshape(10, 2029)
+    path = made.write(tmp_path / "a.dcm", stored, None, made.IMPLICIT, kind=("<", True))
+    assert b"\xe0\x7f\x10\x00BO\0\0" in path.read_bytes()
+    np.testing.assert_allclose(read_image(path), stored / 255, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [("<", True), (">", False)])
+def test_lookup_tables_in_every_encoding(tmp_path: Path, kind: made.Kind) -> None:
+    order, implicit = kind
+    for data, bits, expected in (
+        (RAMP, 16, V * 16 / 65535),
+        (RAMP_8.tobytes(), 8, (V >> 4) / 255),
+        (RAMP_8.astype(np.uint8).tobytes(), 8, (V >> 4) / 255),
+    ):
+        if order == ">":
+            data = np.frombuffer(data, "<u2").astype(">u2").tobytes()
+        item = made.element(0x00283002, "US", [4096, 0, bits], kind)
+        item += made.element(0x00283006, "OW", data, kind)
+        items = struct.pack(order + "HHI", 0xFFFE, 0xE000, len(item)) + item
+        path = made.write(
+            tmp_path / "a.dcm", V, {0x00283010: ("SQ", items)}, "", kind=(order, implicit)
+        )
+        np.testing.assert_allclose(read_image(path), expected, rtol=0, atol=1e-6)
 
 
 def test_bytes_swapped_in_words(tmp_path: Path) -> None:
