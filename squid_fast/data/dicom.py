@@ -74,7 +74,13 @@ def _opened(file: BinaryIO, path: Path) -> tuple[Header, BinaryIO, str]:
     if syntax == _DEFLATED:
         file = _inflated(file, path)
     encoding = _encoding(file)
-    return Header(_elements(file, _PIXELS.__contains__), path, *encoding), file, syntax
+    header = Header(_elements(file, _PIXELS.__contains__), path, *encoding)
+    if b"DICM" not in head and not any(map(header.values, ("SOPClassUID", "Modality", "Rows"))):
+        raise ImageReadError(
+            "{path} is not a DICOM file: it has neither the mark DICM nor the elements of one",
+            path=path,
+        )
+    return header, file, syntax
 
 
 def _elements(file: BinaryIO, stop: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,11 +15,8 @@ from .pixels import ImageReadError
 
 Values = npt.NDArray[Any]
 
-_RLE, _JPEG_BASELINE, _JPEG_2000 = (
-    "1.2.840.10008.1.2.5",
-    "1.2.840.10008.1.2.4.50",
-    "1.2.840.10008.1.2.4.90",
-)
+_RLE = "1.2.840.10008.1.2.5"
+_JPEG_BASELINE, _JPEG_2000 = "1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.90"
 COMPRESSED = (_RLE,) + tuple(
     f"1.2.840.10008.1.2.4.{number}" for number in (50, 51, 57, 70, 80, 81, 90, 91, 201, 202, 203)
 )
@@ -68,6 +65,7 @@ class _Codestream:
     rows: int
     columns: int
     samples: int
+    jfif: bool = False  # JFIF, whose colours are YCbCr
 
 
 def decompressed(data: bytes, header: Header, syntax: str, frame: FrameFormat) -> Values:
@@ -86,41 +84,36 @@ def decompressed(data: bytes, header: Header, syntax: str, frame: FrameFormat) -
     if stream.kind == "JPEG 2000" and (frame.samples == 1 or stream.precision <= 8):
         return _decode(stream.kind, header, lambda: by_pydicom(data, _JPEG_2000, frame))
     if stream.precision == 8 and stream.kind in ("JPEG", "progressive JPEG"):
+        if stream.jfif and frame.photometric == "RGB":
+            frame = replace(frame, photometric="YBR_FULL")
         return _decode(stream.kind, header, lambda: by_pydicom(data, _JPEG_BASELINE, frame, bits=8))
     values = _decode(stream.kind, header, lambda: _by_imagecodecs(data, stream, frame))
     return _as_header_says(values, stream, header, frame)
 
 
 def by_pydicom(
-    data: bytes,
-    syntax: str,
-    frame: FrameFormat,
-    vr: str = "OW",
-    bits: int | None = None,
+    data: bytes, syntax: str, frame: FrameFormat, vr: str = "OW", bits: int | None = None
 ) -> Values:
     """Decode one frame, compressed or not, with all of its bits; colours become RGB."""
     if syntax in COMPRESSED:
         data = require("pydicom.encaps", "screen").encapsulate([data], has_bot=False)
-    values, _ = (
-        require("pydicom.pixels", "screen")
-        .get_decoder(syntax)
-        .as_array(
-            data,
-            index=0,
-            validate=False,  # it warns of what has been looked at here
-            view_only=True,  # spares a copy
-            rows=frame.rows,
-            columns=frame.columns,
-            samples_per_pixel=frame.samples,
-            planar_configuration=frame.planar,
-            photometric_interpretation=frame.photometric,
-            bits_allocated=bits or frame.allocated,
-            bits_stored=bits or frame.allocated,
-            pixel_representation=int(frame.signed),
-            number_of_frames=1,
-            pixel_keyword="PixelData",
-            pixel_vr=vr,
-        )
+    decoder = require("pydicom.pixels", "screen").get_decoder(syntax)
+    values, _ = decoder.as_array(
+        data,
+        index=0,
+        validate=False,  # it warns of what has been looked at here
+        view_only=True,  # spares a copy
+        rows=frame.rows,
+        columns=frame.columns,
+        samples_per_pixel=frame.samples,
+        planar_configuration=frame.planar,
+        photometric_interpretation=frame.photometric,
+        bits_allocated=bits or frame.allocated,
+        bits_stored=bits or frame.allocated,
+        pixel_representation=int(frame.signed),
+        number_of_frames=1,
+        pixel_keyword="PixelData",
+        pixel_vr=vr,
     )
     return np.asarray(values, dtype=values.dtype.newbyteorder("="))
 
@@ -155,16 +148,17 @@ def _described(data: bytes, header: Header) -> _Codestream:
 
 
 def _described_jpeg(data: bytes) -> _Codestream:
-    position = 2
+    position, jfif = 2, False
     while data[position] == 0xFF:
         marker = data[position + 1]
         if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in _OTHER_MARKERS):
             precision, rows, columns, samples = struct.unpack_from(">BHHB", data, position + 4)
             kind = _KINDS.get(marker, f"JPEG SOF{marker - 0xC0}")
-            return _Codestream(kind, precision, rows, columns, samples)
+            return _Codestream(kind, precision, rows, columns, samples, jfif)
         if marker == 0xFF:  # a fill byte
             position += 1
         else:
+            jfif = jfif or (marker == 0xE0 and data[position + 4 : position + 8] == b"JFIF")
             position += 2 + struct.unpack_from(">H", data, position + 2)[0]
     raise ValueError(data[:position])
 

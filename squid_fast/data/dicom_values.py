@@ -122,7 +122,7 @@ def _windowed(header: Header, values: npt.NDArray[Any], center: float, width: fl
         with np.errstate(over="ignore"):
             grey = 1 / (1 + np.exp(-4 * (x - center) / width))
     elif function == "LINEAR" and width == 1:
-        grey = x > center - 0.5
+        grey = np.where(x > center - 0.5, 1.0, 0.0)
     elif function == "LINEAR" and width > 1:
         grey = np.clip((x - (center - 0.5)) / (width - 1) + 0.5, 0, 1)
     else:  # LINEAR has no narrower windows; whoever writes one means the exact function

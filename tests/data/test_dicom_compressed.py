@@ -151,6 +151,16 @@ def test_jpeg_lossless_in_colour(tmp_path: Path) -> None:
     np.testing.assert_allclose(read_image(path), expected, rtol=0, atol=1e-6)
 
 
+def test_a_jfif_that_is_called_rgb(tmp_path: Path) -> None:
+    from PIL import Image
+
+    coded = io.BytesIO()
+    colours = np.full((8, 8, 3), (200, 60, 20), dtype=np.uint8)
+    Image.fromarray(colours).save(coded, "JPEG", quality=100)
+    image = read_image(write(tmp_path / "a.dcm", colours, "50", coded.getvalue()))
+    np.testing.assert_allclose(image, (0.299 * 200 + 0.587 * 60 + 0.114 * 20) / 255, atol=1.5 / 255)
+
+
 def test_jpeg_of_12_bits(tmp_path: Path) -> None:
     blocks = np.array([[13, 4095, 0], [2048, 777, 1234]], dtype=np.uint16)
     stored = np.kron(blocks, np.ones((8, 8), dtype=np.uint16))
