@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[1]
 WITHOUT_EXTRAS = """
 import sys
 for name in (
-    "triton lightning_fabric sklearn matplotlib PIL pydicom pyarrow jinja2 rich typer tensorboard"
+    "triton lightning_fabric sklearn matplotlib PIL pydicom imagecodecs pyarrow jinja2 rich typer "
+    "tensorboard"
 ).split():
     sys.modules[name] = None
 """
@@ -125,7 +126,7 @@ import sys
 
 import squid_fast.data.readers, squid_fast.screening.reading.pool
 import squid_fast, squid_fast.data, squid_fast.screening
-assert not {"torch", "PIL", "pydicom", "pyarrow"} & set(sys.modules)
+assert not {"torch", "PIL", "pydicom", "imagecodecs", "pyarrow"} & set(sys.modules)
 assert squid_fast.data.MAX_PIXELS == 100_000_000
 assert {"ops", "screen", "SQUID"} <= set(dir(squid_fast))
 assert "torch" not in sys.modules

@@ -1,7 +1,9 @@
-"""Images in DICOM files: the pixels of the first frame, and the values they stand for."""
+"""Images in DICOM files: the first frame, as grey levels."""
 
 from __future__ import annotations
 
+import io
+import os
 import zlib
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -10,117 +12,112 @@ import numpy as np
 import numpy.typing as npt
 
 from ..utils.extras import require
-from .pixels import FloatImage, ImageReadError, check_pixels, stretched
+from .dicom_header import Header
+from .dicom_pixels import read_frame
+from .dicom_values import colours_of_palette, grey_levels
+from .pixels import FloatImage, ImageReadError, check_pixels
 
 _MAX_INFLATED = 1 << 29  # bytes
-_META_START = 144  # offset of the file meta information, behind the element with its length
-_META_BYTES = 4096  # enough for all of it
+_DEFLATED = "1.2.840.10008.1.2.1.99"
+_PIXELS = (0x7FE00008, 0x7FE00009, 0x7FE00010)  # as float32, as float64, as integers
 
 
 def read_dicom(file: BinaryIO, path: Path) -> FloatImage:
     """Read the first frame as an image, [H, W] in [0, 1]; see ``read_image``."""
-    pydicom = require("pydicom", "screen")
-    _check_inflated(pydicom, file, path)
-    header = pydicom.dcmread(file, stop_before_pixels=True, force=True)
-    if header.get("Rows") is None or header.get("Columns") is None:
+    require("pydicom", "screen")
+    try:
+        header, pixels, syntax = _opened(file, path)
+        return _image(header, pixels, syntax, path)
+    except (ImageReadError, ImportError, MemoryError):
+        raise
+    except Exception as error:  # pydicom raises nearly anything on damaged files
+        if isinstance(error, OSError) and error.errno:
+            raise
+        raise ImageReadError(
+            "{path} could not be decoded as DICOM, it is damaged or truncated", path=path
+        ) from error
+
+
+def _image(header: Header, pixels: BinaryIO, syntax: str, path: Path) -> FloatImage:
+    if not header.values("Rows") or not header.values("Columns"):
         raise ImageReadError(
             "{path} is a DICOM file without an image (Rows and Columns are missing; Modality is "
             "{modality}); one with pixel data is needed",
             path=path,
-            modality=header.get("Modality", "not given"),
+            modality=header.text("Modality") or "not given",
         )
-    check_pixels(int(header.Columns), int(header.Rows), path)
-    file.seek(0)
-    frame = _first_frame(pydicom, file, header, path)
-    if header.get("PhotometricInterpretation") == "PALETTE COLOR":
-        frame = pydicom.pixels.apply_color_lut(frame, header)
-        return _luminance(frame, np.iinfo(frame.dtype).max)
-    if frame.ndim == 3:
-        return _luminance(frame, 2**header.BitsStored - 1)
-    return _dicom_grey(pydicom, frame, header)
+    check_pixels(header.needed("Columns"), header.needed("Rows"), path)
+    stored, raw = read_frame(pixels, header, syntax)
+    if header.text("PhotometricInterpretation") == "PALETTE COLOR":
+        return _luminance(*colours_of_palette(header, stored))
+    if stored.ndim == 3:
+        return _luminance(stored, 2 ** header.needed("BitsStored") - 1)
+    return grey_levels(header, stored, raw)
 
 
-def _check_inflated(pydicom: Any, file: BinaryIO, path: Path) -> None:
-    """Refuse a deflated dataset that is too large: pydicom inflates one of any size."""
-    if pydicom.uid.DeflatedExplicitVRLittleEndian.encode() not in file.read(_META_BYTES):
-        file.seek(0)
-        return
-    file.seek(_META_START + pydicom.filereader.read_file_meta_info(path)[0x00020000].value)
-    inflate, size = zlib.decompressobj(-zlib.MAX_WBITS), 0
+def _luminance(colour: npt.NDArray[Any], top: int) -> FloatImage:
+    """Reduce colours [H, W, 3] to ITU-R 601 luma, as Pillow does."""
+    weights = np.array([0.299, 0.587, 0.114])
+    return np.asarray(colour @ weights / top, dtype=np.float32)
+
+
+def _opened(file: BinaryIO, path: Path) -> tuple[Header, BinaryIO, str]:
+    """Read all up to the pixels: the elements, a file at the pixels, and the transfer syntax.
+
+    What the data set is encoded in is told by its first element, not by the transfer syntax.
+    """
+    head = file.read(132)
+    file.seek(132 if head[128:] == b"DICM" else 4 if head[:4] == b"DICM" else 0)
+    meta = Header(_elements(file, lambda tag: tag >> 16 != 2), path)
+    _elements(file, lambda tag: tag >> 16 != 0)  # a command, if it was taken from a network
+    syntax = meta.text("TransferSyntaxUID")
+    if syntax == _DEFLATED:
+        file = _inflated(file, path)
+    encoding = _encoding(file)
+    header = Header(_elements(file, _PIXELS.__contains__), path, *encoding)
+    if b"DICM" not in head and not any(map(header.values, ("SOPClassUID", "Modality", "Rows"))):
+        raise ImageReadError(
+            "{path} is not a DICOM file: it has neither the mark DICM nor the elements of one",
+            path=path,
+        )
+    return header, file, syntax
+
+
+def _elements(file: BinaryIO, stop: Any) -> Any:
+    """Read elements until the tag of one is told to ``stop``; the file is then at that element."""
+    implicit, little_endian = _encoding(file)
+    return require("pydicom.filereader", "screen").read_dataset(
+        file, implicit, little_endian, stop_when=lambda tag, vr, length: stop(tag)
+    )
+
+
+def _encoding(file: BinaryIO) -> tuple[bool, bool]:
+    """Whether the element at which a file is has no VR, and whether it is little endian."""
+    start = file.read(6)
+    file.seek(-len(start), os.SEEK_CUR)
+    # Data sets begin with small group numbers, which are large with their bytes swapped.
+    little_endian = int.from_bytes(start[:2], "little") <= int.from_bytes(start[:2], "big")
+    vr = start[4:]
+    return not (vr.isalpha() and vr.isupper()), little_endian
+
+
+def _inflated(file: BinaryIO, path: Path) -> io.BytesIO:
+    """Inflate a data set, unless it is too large."""
+    inflate, data = zlib.decompressobj(-zlib.MAX_WBITS), io.BytesIO()
     while piece := file.read(1 << 16):
-        size += len(inflate.decompress(piece))
-        if size > _MAX_INFLATED:
+        try:
+            data.write(inflate.decompress(piece, _MAX_INFLATED + 1 - data.tell()))
+        except zlib.error as error:
+            raise ImageReadError(
+                "{path} could not be decoded as DICOM: its transfer syntax says that it is "
+                "deflated, but it is not, or damaged",
+                path=path,
+            ) from error
+        if data.tell() > _MAX_INFLATED:
             raise ImageReadError(
                 "{path} is a DICOM file that inflates to more than "
                 f"{_MAX_INFLATED} bytes, which is the most that is read",
                 path=path,
             )
-    file.seek(0)
-
-
-def _luminance(colour: npt.NDArray[Any], top: int) -> FloatImage:
-    """Reduce colours [H, W, 3 or 4] to ITU-R 601 luma, as Pillow does."""
-    weights = np.array([0.299, 0.587, 0.114])
-    return np.asarray(colour[..., :3] @ weights / top, dtype=np.float32)
-
-
-def _first_frame(pydicom: Any, file: BinaryIO, header: Any, path: Path) -> npt.NDArray[Any]:
-    """Read the stored values of frame 0: [H, W], or [H, W, 3] in RGB."""
-    source: Any = file
-    syntax = getattr(header, "file_meta", {}).get("TransferSyntaxUID")
-    if syntax is None:  # a file without its preamble
-        source = pydicom.dcmread(file, force=True)
-        source.file_meta = pydicom.dataset.FileMetaDataset()
-        implicit, little = header.original_encoding
-        name = f"{'Implicit' if implicit else 'Explicit'}VR{'Little' if little else 'Big'}Endian"
-        source.file_meta.TransferSyntaxUID = getattr(pydicom.uid, name)
-    elif syntax.is_deflated:  # pydicom finds a single frame only in a file that is not deflated
-        source = pydicom.dcmread(file)
-    try:
-        return np.asarray(pydicom.pixels.pixel_array(source, index=0))
-    except AttributeError as error:
-        raise ImageReadError(
-            "{path} is a DICOM file without usable pixel data: {error}", path=path, error=error
-        ) from error
-
-
-def _dicom_grey(pydicom: Any, stored: npt.NDArray[Any], header: Any) -> FloatImage:
-    """Apply modality LUT, VOI LUT or window, and polarity (PS3.3 C.11.1, C.11.2, C.7.6.3.1.2)."""
-    if header.get("ModalityLUTSequence"):
-        values, _ = _looked_up(stored, header.ModalityLUTSequence[0])
-    else:
-        values = pydicom.pixels.apply_modality_lut(stored, header)
-    if header.get("VOILUTSequence"):
-        values, top = _looked_up(values, header.VOILUTSequence[0])
-        grey = np.asarray(values / top, dtype=np.float32)
-    elif header.get("WindowCenter") is not None and header.get("WindowWidth") is not None:
-        # The window's output range: what values far below and far above it become.
-        low, high = pydicom.pixels.apply_windowing(np.array([-np.inf, np.inf]), header).tolist()
-        windowed = pydicom.pixels.apply_windowing(values, header)
-        if low == high:
-            return np.zeros(stored.shape, dtype=np.float32)
-        grey = np.asarray((windowed - low) / (high - low), dtype=np.float32)
-    else:
-        grey = stretched(values)
-        if not grey.any():
-            return grey
-    inverted = header.get("PhotometricInterpretation") == "MONOCHROME1"
-    return np.float32(1) - grey if inverted else grey
-
-
-def _looked_up(values: npt.NDArray[Any], item: Any) -> tuple[npt.NDArray[Any], int]:
-    """Map values through a lookup table; returns them and the top of the table's range.
-
-    pydicom's own functions hold the index in the type of the table's entries, which overflows
-    for 12-bit values and a table of 8-bit entries.
-    """
-    entries, first, bits = (int(number) for number in item.LUTDescriptor)
-    entries = entries or 2**16
-    data = item.LUTData
-    if isinstance(data, bytes):
-        data = np.frombuffer(data, dtype="<u2" if len(data) >= 2 * entries else "u1")
-    table = np.asarray(data)[:entries]
-    if table.size == 0:
-        raise ValueError("its lookup table has no entries")
-    index = np.clip(np.floor(values).astype(np.int64) - first, 0, table.size - 1)
-    return table[index], 2**bits - 1
+    data.seek(0)
+    return data

@@ -50,13 +50,15 @@ def read_image(path: str | os.PathLike[str]) -> FloatImage:
       ask for, colour profiles and gamma are ignored. A TIFF that is white at zero is inverted.
     - **NPY**: ``[H, W]``, ``[1, H, W]`` or ``[H, W, 1]`` of bool, integers or floats.
     - **DICOM**: modality LUT, then VOI LUT or window (the first of several) scaled by its output
-      range, or minimum to maximum where there is none; MONOCHROME1 is inverted last.
+      range, or minimum to maximum where there is none; MONOCHROME1 is inverted last. Without a
+      window, pixels with the padding value become black and count neither as minimum nor maximum.
 
     Raises:
         ImageReadError: the file is missing, unreadable, empty, damaged, of an unknown format or
             larger than ``MAX_PIXELS``; it changes while it is read, takes more memory than there
             is or holds a pixel that is not finite.
-        ImportError: Pillow or pydicom is needed and not installed.
+        ImportError: Pillow or pydicom is needed and not installed. A DICOM that takes imagecodecs
+            is an ImageReadError instead, as others can be read.
 
     >>> np.save("scan.npy", np.array([[0, 51, 255]], dtype=np.uint8))
     >>> read_image("scan.npy")

@@ -7,6 +7,7 @@ importing one raises ``ModuleNotFoundError``, and ``importlib.util.find_spec`` f
 import sys
 
 ABSENT = (
+    "imagecodecs",
     "jinja2",
     "lightning_fabric",
     "matplotlib",
