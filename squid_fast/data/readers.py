@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..utils.extras import require
-from .dicom import read_dicom
+from .dicom.reader import read_dicom
 from .formats import GZIP, HEAD_BYTES, KNOWN, image_format, unread_format, unzipped
 from .npy import read_npy
 from .pillow import read_with_pillow, resized

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..utils.extras import require
-from .dicom_header import Header
-from .pixels import ImageReadError
+from ...utils.extras import require
+from ..pixels import ImageReadError
+from .header import Header
 
 Values = npt.NDArray[Any]
 

@@ -11,11 +11,11 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from ..utils.extras import require
-from .dicom_header import Header
-from .dicom_pixels import read_frame
-from .dicom_values import colours_of_palette, grey_levels
-from .pixels import FloatImage, ImageReadError, check_pixels
+from ...utils.extras import require
+from ..pixels import FloatImage, ImageReadError, check_pixels
+from .grey import colours_of_palette, grey_levels
+from .header import Header
+from .stored import read_frame
 
 _MAX_INFLATED = 1 << 29  # bytes
 _DEFLATED = "1.2.840.10008.1.2.1.99"
@@ -75,11 +75,6 @@ def _opened(file: BinaryIO, path: Path) -> tuple[Header, BinaryIO, str]:
         file = _inflated(file, path)
     encoding = _encoding(file)
     header = Header(_elements(file, _PIXELS.__contains__), path, *encoding)
-    if b"DICM" not in head and not any(map(header.values, ("SOPClassUID", "Modality", "Rows"))):
-        raise ImageReadError(
-            "{path} is not a DICOM file: it has neither the mark DICM nor the elements of one",
-            path=path,
-        )
     return header, file, syntax
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..utils.extras import require
-from .dicom_header import Header
-from .pixels import FloatImage, stretched
+from ...utils.extras import require
+from ..pixels import FloatImage, stretched
+from .header import Header
 
 _PADDING = {  # value and end of range, by VR of the pixels (C.7.5.1.1.2, C.7.6.24, C.7.6.25)
     "i": ("PixelPaddingValue", "PixelPaddingRangeLimit"),

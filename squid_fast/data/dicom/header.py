@@ -7,8 +7,8 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from ..utils.extras import require
-from .pixels import ImageReadError
+from ...utils.extras import require
+from ..pixels import ImageReadError
 
 _BINARY = {"US": "H", "SS": "h", "UL": "I", "SL": "i", "UV": "Q", "SV": "q", "FL": "f", "FD": "d"}
 _BLANK = " \0\t\r\n"

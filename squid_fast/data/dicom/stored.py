@@ -9,9 +9,9 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from ..utils.extras import require
-from .dicom_frames import COMPRESSED, FrameFormat, by_pydicom, decompressed
-from .dicom_header import Header
+from ...utils.extras import require
+from .frames import COMPRESSED, FrameFormat, by_pydicom, decompressed
+from .header import Header
 
 Values = npt.NDArray[Any]
 

@@ -1,0 +1,1 @@
+"""DICOM: ``reader`` opens a file, ``stored`` takes its first frame, ``grey`` makes it an image."""
