@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..data import ImageSet
 from ..modules import SQUID, Discriminator, ScoreMode
-from ..modules.squid import check_dtype, check_images, check_shape, refuse_images
+from ..modules.images import check_dtype, check_values, refuse_values
+from ..modules.squid import check_shape
 from ..ops.common import as_floats
 from ..utils.devices import Backend, choose_layout, has_fast_bf16, to_layout
 from ..utils.tf32 import tf32
@@ -66,6 +67,7 @@ class FrozenModel(nn.Module):
         super().__init__()
         self.device = torch.device(device)
         self.config, self.image_size = model.config, model.image_size
+        self.value_range = model.value_range
         layout = choose_layout(model.config["features_root"])
         on_cpu, int8 = self.device.type == "cpu", precision == "int8"
         in_bf16 = precision == "bf16" or (int8 and has_fast_bf16(self.device))
@@ -123,37 +125,38 @@ class FrozenModel(nn.Module):
         names = tuple(name for name in LOGITS if name in names)
         images = self._received(images)
         on_gpu = self._graphs is not None
-        # On a GPU this is found out on the way: asking beforehand would wait for the device.
-        flagged = on_gpu and images.is_floating_point()
-        width = len(names) + self.config["num_patch"] ** 2 + flagged
+        # On a GPU the range is found on the way: asking beforehand would wait for the device.
+        ranged = on_gpu and images.is_floating_point()
+        width = len(names) + self.config["num_patch"] ** 2 + 2 * ranged
         table = torch.empty(len(images), width, dtype=torch.float32, pin_memory=on_gpu)
         recon = None
         if reconstruction:
             recon = torch.empty_like(images, dtype=torch.float32, device=self.device)
-        function = partial(self._compiled or self._tabulate, names=names, flagged=flagged)
-        for rows, (shown, values) in self._in_portions(function, (names, flagged), images):
+        function = partial(self._compiled or self._tabulate, names=names, ranged=ranged)
+        for rows, (shown, values) in self._in_portions(function, (names, ranged), images):
             table[rows].copy_(values, non_blocking=True)
             if recon is not None:
                 recon[rows].copy_(shown)
         if on_gpu:
             torch.cuda.current_stream(self.device).synchronize()
-        if flagged:
-            refuse_images(int((table[:, -1] == 0).sum()), len(table))
+        if ranged:
+            refuse_values(table[:, -2], table[:, -1], self.value_range)
         logits = {name: table[:, i].clone() for i, name in enumerate(names)}
-        errors = table[:, len(names) : width - flagged].clone()
+        errors = table[:, len(names) : width - 2 * ranged].clone()
         return Measurements(logits, errors), recon
 
     def _tabulate(
-        self, images: Tensor, names: tuple[str, ...], flagged: bool
+        self, images: Tensor, names: tuple[str, ...], ranged: bool
     ) -> tuple[Tensor, Tensor]:
         """Reconstructions, and all else as one table, so that one copy brings it to the host.
 
-        Its columns are the logits, the patch errors and, if ``flagged``, whether all is finite.
+        Its columns are the logits, the patch errors and, if ``ranged``, the smallest and the
+        greatest value of each image.
         """
         recon, errors, *logits = self(images, names)
         columns = [*(x[:, None] for x in logits), errors]
-        if flagged:
-            columns.append(images.isfinite().flatten(1).all(dim=1, keepdim=True))
+        if ranged:
+            columns += images.flatten(1).aminmax(dim=1, keepdim=True)  # NaN if any value is
         return recon, torch.cat([x.to(errors.dtype) for x in columns], dim=1)
 
     def _in_portions(
@@ -213,8 +216,8 @@ class FrozenModel(nn.Module):
             current.wait_stream(self._copies)  # they may come from prefetch
             images.record_stream(current)
         if images.dtype != torch.uint8:
-            check_dtype(images)
+            check_dtype(images, self.value_range)
             if self._graphs is None:
-                check_images(images, self.config, self.image_size)
+                check_values(images, self.value_range)
             images = images.to(torch.float32)
         return images.to(self.device) if self._graphs is None else images

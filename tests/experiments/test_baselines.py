@@ -247,6 +247,12 @@ def test_what_does_not_fit_is_said(trained: dict[str, Path], tmp_path: Path) -> 
     scorer = load_scorer(trained["pca"])
     with pytest.raises(ValueError, match=r"this pca takes \[B, 1, 32, 32\]"):
         scorer.score(torch.zeros(1, 1, 48, 48))
+    with pytest.raises(ValueError, match=r"1 of 2 images .* the greatest is 255; divide by 255"):
+        scorer.score(torch.tensor([1.0, 255.0]).view(2, 1, 1, 1).expand(2, 1, 32, 32))
+    with pytest.raises(ValueError, match="1 of 1 images hold NaN"):
+        scorer.score(torch.full((1, 1, 32, 32), torch.nan))
+    with pytest.raises(ValueError, match=r"images are torch\.int16; floating-point values"):
+        scorer.score(torch.zeros(1, 1, 32, 32, dtype=torch.int16))
     broken = shutil.copytree(trained["memae"], tmp_path / "broken")
     (broken / "model.safetensors").write_bytes(b"x")
     with pytest.raises(BundleError, match="does not hold a trained method"):

@@ -222,7 +222,7 @@ def test_bytes_reach_the_graph_as_bytes(cuda: Cuda) -> None:
     assert dtype == torch.uint8
 
 
-def test_images_that_are_not_finite_are_refused_as_on_a_cpu(cuda: Cuda) -> None:
+def test_values_that_do_not_fit_are_refused_as_on_a_cpu(cuda: Cuda) -> None:
     images = image_batch(11, seed=5)
     spoilt = images.clone()
     spoilt[3, 0, 5, 7], spoilt[10, 0, 0, 0] = torch.nan, torch.inf
@@ -235,6 +235,16 @@ def test_images_that_are_not_finite_are_refused_as_on_a_cpu(cuda: Cuda) -> None:
             scorer.score(images.long())
         with pytest.raises(ValueError, match=r"images are \[11, 48, 48\]; this model takes"):
             scorer.score(images[:, 0])
+    for wrong, said in (
+        (images * 255, r"^11 of 11 images hold values outside \[0, 1\].*; divide by 255"),
+        (images - 0.01 * (torch.arange(11) == 4)[:, None, None, None], r"^1 of 11 images .*clamp"),
+    ):
+        sentences = set()
+        for scorer in (plain, ours):
+            with pytest.raises(ValueError, match=said) as caught:
+                scorer.score(scorer.prefetch(wrong))
+            sentences.add(str(caught.value))
+        assert len(sentences) == 1
     # The next batch has nothing left of it, not even in places that stay empty.
     assert torch.equal(ours.score(images).raw, expected)
     torch.testing.assert_close(ours.score(images[:9]).raw, expected[:9], rtol=1e-4, atol=1e-5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 import re
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from squid_fast import PRESETS, SQUID, InpaintBlock, reference
+from squid_fast.modules.images import check_values
 from squid_fast.ops.patches import to_image, to_patches
 from tests.factories import TINY, open_masks
 from tests.modules.published import assert_same_gradients, gradients, published, update_queues
@@ -555,6 +557,11 @@ def test_constructor_errors(sentence: str) -> None:
         SQUID(**BASE | CONFIG_ERRORS[sentence])
 
 
+def of_values(*values: float) -> Tensor:
+    """Grey images, one of each value."""
+    return torch.tensor(values).view(-1, 1, 1, 1).expand(-1, 1, 16, 16)
+
+
 IMAGE_ERRORS: dict[str, Tensor] = {
     "images are [2, 3, 16, 16]; this model takes [B, 1, 16": torch.zeros(2, 3, 16, 16),
     "images are [16, 16];": torch.zeros(16, 16),
@@ -568,6 +575,20 @@ IMAGE_ERRORS: dict[str, Tensor] = {
         torch.tensor([0.0, torch.nan, 1.0]).view(3, 1, 1, 1).expand(3, 1, 16, 16)
     ),
     "2 of 2 images hold NaN or infinite": torch.full((2, 1, 16, 16), torch.inf),
+    "1 of 3 images hold values outside [0, 1]: the smallest is 0, the greatest is 255; divide by "
+    "255, or": of_values(0.0, 1.0, 255.0),
+    "1 of 2 images hold values outside [0, 1]: the smallest is 0, the greatest is 4095; divide by "
+    "the greatest value": of_values(0.0, 4095.0),
+    "2 of 2 images hold values outside [0, 1]: the smallest is -1024, the greatest is 3071; map "
+    "Hounsfield": of_values(-1024.0, 3071.0),
+    "2 of 3 images hold values outside [0, 1]: the smallest is -1, the greatest is 1; if they were "
+    "scaled to [-1, 1]": of_values(-1.0, 1.0, -0.5),
+    "the smallest is -2.1, the greatest is 2.6; if they were normalised": of_values(-2.1, 2.6),
+    "the smallest is -0.06, the greatest is 1.04; if a bicubic": of_values(-0.06, 0.5, 1.04),
+    "1 of 1 images hold values outside [0, 1]: the smallest is 1.002, the greatest is 1.002; if": of_values(
+        1.002
+    ),
+    "1 of 1 images hold values outside [0, 1]: the smallest is -0.0011": of_values(-0.0011),
 }
 
 
@@ -575,6 +596,15 @@ IMAGE_ERRORS: dict[str, Tensor] = {
 def test_call_errors(sentence: str) -> None:
     with pytest.raises(ValueError, match=re.escape(sentence)):
         SQUID(**BASE)(IMAGE_ERRORS[sentence])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_rounding_is_no_other_range(dtype: torch.dtype) -> None:
+    above = math.nextafter(1, 2) if dtype == torch.float64 else 1 + torch.finfo(torch.float16).eps
+    check_values(of_values(-0.0009, 0.0, above).to(dtype))
+    check_values(torch.ones(2, 1, 4, 4, dtype=dtype))
+    with pytest.raises(ValueError, match=r"^1 of 2 .* the greatest is 255"):
+        check_values(of_values(1.0, 255.0).to(dtype))
 
 
 def test_no_images_give_no_reconstructions() -> None:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from ...inference.bundle import FORMAT, BundleError, read_json, save_weights
 from ...inference.scorer import BaseScorer, Scorer, fingerprint
 from ...inference.scores import Calibration, ScoreCalibration
+from ...modules.images import check_values
+from ...ops.common import as_floats
 from ...utils.atomic import write_json
 from ...utils.devices import Backend, ScoringPrecision, choose_device
 from ...utils.tf32 import tf32
@@ -75,8 +77,9 @@ class BaselineScorer(BaseScorer):
             raise ValueError(
                 f"images are {list(images.shape)}; this {self.name} takes [B, 1, {side}, {side}]."
             )
-        images = images.to(self.device)
-        images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+        if images.dtype != torch.uint8:
+            check_values(images)
+        images = as_floats(images.to(self.device))
         with tf32(False):
             raw, recon = self.method(images) if len(images) else (images.new_zeros(0), images)
         return {self.score_name: raw.cpu()}, recon
