@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,13 +12,14 @@ from torch.nn.modules.batchnorm import _BatchNorm  # SyncBatchNorm is no subclas
 
 from .images import VALUE_RANGE, check_values
 from .norm import NormSequential
+from .state import Network
 
 WIDTHS = (16, 32, 64, 128, 128)
 
 ScoreMode = Literal["instance", "running"]
 
 
-class Discriminator(nn.Module):
+class Discriminator(Network):
     """Tells real images from reconstructions: positive logits mean real.
 
     Args:
@@ -92,6 +95,15 @@ class Discriminator(nn.Module):
                 x = F.batch_norm(x, *statistics, layer.weight, layer.bias, eps=layer.eps)
         # Not as a matrix product, whose rounding depends on the number of rows.
         return (x.flatten(1) * self.regressor.weight).sum(dim=1) + self.regressor.bias
+
+    def fitting(self, state: Mapping[str, Any]) -> str:
+        if any(name.endswith("in_conv.conv.conv1.0.weight") for name in state):
+            return "It is the state dict of a SQUID"
+        weight = state.get("regressor.weight")
+        if not isinstance(weight, Tensor) or weight.dim() != 2:
+            return ""
+        size = math.isqrt(weight.shape[1] // WIDTHS[-1])
+        return f"It is of a Discriminator(size={size}), for images of {32 * size} x {32 * size}"
 
     def _check(self, images: Tensor) -> None:
         most = 32 * self.size

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from ..ops.patches import to_image, to_patches
-from ..presets import preset
+from ..presets import PRESETS, preset
 from .distillation import distillation_loss
 from .images import VALUE_RANGE, check_values
 from .inpaint import InpaintBlock, check_variant
 from .memory import BLOCKS, describe_shrinkage
+from .state import Network, differences
 from .unet import Down, InConv, OutConv, Up
 
 MAX_LEVEL = 5
 _log = logging.getLogger("squid_fast")
 
 
-class SQUID(nn.Module):
+class SQUID(Network):
     """Drop-in for the published auto-encoder: the same constructor, outputs and state dict.
 
     Args:
@@ -123,6 +125,17 @@ class SQUID(nn.Module):
     def from_preset(cls, name: str, **overrides: Any) -> SQUID:
         """A model of ``PRESETS``, with any arguments overridden; ValueError for other names."""
         return cls(**{**preset(name).model, **overrides})
+
+    def fitting(self, state: Mapping[str, Any]) -> str:
+        if any(name.endswith("conv_model.0.weight") for name in state):
+            return "It is the state dict of a Discriminator"
+        with torch.device("meta"):
+            models = {name: SQUID.from_preset(name).state_dict() for name in PRESETS}
+        if names := [repr(name) for name, own in models.items() if not differences(own, state)]:
+            return f"The preset {' or '.join(names)} would fit"
+        if "shape" in differences(self.state_dict(), state):
+            return "It fits no preset; its model's own arguments would (convert --config)"
+        return ""
 
     def forward(self, images: Tensor, teacher: bool = True) -> dict[str, Tensor | None]:
         """Reconstruct images [B, Cin, H, W] in [0, 1]; returns the published dictionary.

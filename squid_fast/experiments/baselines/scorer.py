@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ...inference.bundle import FORMAT, BundleError, read_json, save_weights
@@ -18,7 +16,9 @@ from ...inference.scores import Calibration, ScoreCalibration
 from ...modules.images import check_values
 from ...ops.common import as_floats
 from ...utils.atomic import write_json
+from ...utils.checkpoints import UnreadableError, read_tensors, tensors
 from ...utils.devices import Backend, ScoringPrecision, choose_device
+from ...utils.text import shown
 from ...utils.tf32 import tf32
 from .networks import AutoEncoder, MemAE, PixelInpainting
 from .shallow import Mahalanobis, NearestNeighbours, PcaResidual, PixelMethod, Smoothness
@@ -124,7 +124,7 @@ def load_scorer(
     try:
         name, side = config["method"], config["image_size"]
         kind = METHODS[name][0]
-        state = load_file(folder / "model.safetensors")
+        state = tensors(read_tensors(folder / "model.safetensors"))
         method: nn.Module
         if issubclass(kind, PixelMethod):
             method = kind(**state)
@@ -132,8 +132,13 @@ def load_scorer(
             method = kind(**config["network"])
             method.load_state_dict(state)
         known = ScoreCalibration(**read_json(folder / "calibration.json"))
-    except (KeyError, TypeError, ValueError, RuntimeError, OSError, SafetensorError) as error:
-        raise BundleError(f"{folder} does not hold a trained method: {error}") from error
+    except UnreadableError as error:
+        where = shown(folder / "model.safetensors")
+        raise BundleError(
+            f"{shown(folder)} does not hold a trained method: of {where}, {error}."
+        ) from error
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise BundleError(f"{shown(folder)} does not hold a trained method: {error}") from error
     if score not in (None, kind.score_name):
         raise ValueError(f"score is {score!r}; a {name} has {kind.score_name!r} alone.")
     if precision not in ("auto", "float32"):
