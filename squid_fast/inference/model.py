@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Iterator
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -88,16 +88,29 @@ class FrozenModel(nn.Module):
         self.discriminators = nn.ModuleDict(
             {mode: FrozenDiscriminator(plain, mode, fused=not on_cpu) for mode in modes}
         )
-        self._compiled = compiled(self._tabulate) if backend == "compile" else None
+        if has_cudnn(self.device):
+            use_cudnn(self.generator)
+        self.backend = backend
+        self._begin()
+
+    def _begin(self) -> None:
+        """Make what belongs to a process, and no copy can share."""
+        self._compiled = compiled(self._tabulate) if self.backend == "compile" else None
         self._graphs: Graphs | None = None
         self._copies: torch.cuda.Stream | None = None
         if self.device.type == "cuda":
-            fits = _MOST // (2 * model.config["features_root"] * model.image_size**2)
+            fits = _MOST // (2 * self.config["features_root"] * self.image_size**2)
             largest = min(_GPU_BATCH, 1 << max(fits, 1).bit_length() - 1)
             self._graphs = Graphs(self.device, largest)
             self._copies = torch.cuda.Stream(self.device)
-        if has_cudnn(self.device):
-            use_cudnn(self.generator)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("_compiled", "_graphs", "_copies")
+        return {name: value for name, value in self.__dict__.items() if name not in own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._begin()
 
     def forward(self, images: Tensor, names: Collection[str]) -> tuple[Tensor, ...]:
         """Reconstruction, patch errors [B, N], and the logits [B] of every name of ``LOGITS``.

@@ -152,10 +152,16 @@ class InpaintBlock(nn.Module):
     def _after_loading(block: InpaintBlock, keys: object) -> None:
         block._write_code(block.attn_norm1.weight.device)  # the weights may have been assigned
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a deep copy or a pickle: the projections too, if they are those of the weights."""
+        if self.projected is not None and self._projected_from != self._state_of_weights():
+            self.freeze()
+        return self.__dict__.copy()
+
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy, of a deep copy or a pickle."""
         super().__setstate__(state)
-        self._freeze_anew()
+        if self.projected is not None:
+            self._projected_from = self._state_of_weights()
 
     def _freeze_anew(self) -> None:
         if self.projected is not None:  # from what slots and weights are now, which is always right

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from .. import ops
 
@@ -246,7 +247,7 @@ def _apart(slots: Tensor) -> list[Tensor]:
         size = view.numel() * view.element_size()
         start = offset * view.element_size() + i * size
         # Nothing is written, and autograd is not to think so.
-        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(view):
+        with torch.no_grad(), _unsafe_preserve_version_counter(view):
             view.set_(storage[start : start + size], 0, view.shape, view.stride())
     return views
 

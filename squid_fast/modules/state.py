@@ -44,6 +44,7 @@ class Network(nn.Module):
 def differences(own: Mapping[str, Tensor], state: Mapping[str, Any]) -> str:
     """How the names and shapes of a state dict differ from a module's own; empty if they do not.
 
+    >>> import torch
     >>> differences({"a": torch.ones(2), "b": torch.ones(1)}, {"a": torch.ones(3)})
     "1 entry is missing ('b'); 1 has another shape ('a': [3] in place of [2])"
     """

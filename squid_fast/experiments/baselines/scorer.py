@@ -59,6 +59,10 @@ class BaselineScorer(BaseScorer):
         device: str | torch.device | None = None,
     ) -> None:
         score, where = METHODS[name][0].score_name, choose_device(device)
+        if where.type == "mps" and issubclass(METHODS[name][0], PixelMethod):
+            raise ValueError(
+                f"a {name} computes in float64, which {where} does not; the device 'cpu' would fit."
+            )
         super().__init__(score, (score,), image_size, "float32", where, calibration)
         self.name, self.method = name, method.eval().to(where)
 
