@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
+import pickle
 import shutil
 from functools import partial
 from pathlib import Path
@@ -100,6 +102,25 @@ def test_training_again_gives_the_same_scores(trained: dict[str, Path], tmp_path
         assert one.fingerprint == other.fingerprint
         images = waves(5, 3).images
         assert torch.equal(one.score(images).raw, other.score(images).raw)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_copies_of_scorers_score_the_same_bits(name: str, trained: dict[str, Path]) -> None:
+    scorer = load_scorer(trained[name], device="cpu")
+    images = waves(5, 1).images
+    expected = scorer.score(images).raw
+    for twin in (copy.deepcopy(scorer), pickle.loads(pickle.dumps(scorer))):
+        assert torch.equal(twin.score(images).raw, expected)
+        assert (twin.fingerprint, twin.threshold) == (scorer.fingerprint, scorer.threshold)
+
+
+def test_a_network_can_be_copied_while_it_is_trained() -> None:
+    network = MemAE(image_size=32, width=4)
+    images = torch.rand(2, 1, 32, 32)
+    loss = network.loss(images)
+    twin = copy.deepcopy(network)
+    loss.backward()
+    assert torch.equal(twin.eval().reconstruct(images), network.eval().reconstruct(images))
 
 
 def test_smoothness_finds_blur_alone(trained: dict[str, Path]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
 from collections.abc import Callable
 from functools import cache
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from squid_fast import Bundle, Scorer, kernels
 from squid_fast.inference.graphs import Graphs, capture, portions
+from squid_fast.inference.model import FrozenModel
 from squid_fast.training.graphs import WARM_UP, StepGraphs
 from tests.cuda_stand_ins import Cuda, Stream, cuda
 from tests.factories import image_batch, image_set, scorer_of, tiny_bundle
@@ -248,6 +251,21 @@ def test_values_that_do_not_fit_are_refused_as_on_a_cpu(cuda: Cuda) -> None:
     # The next batch has nothing left of it, not even in places that stay empty.
     assert torch.equal(ours.score(images).raw, expected)
     torch.testing.assert_close(ours.score(images[:9]).raw, expected[:9], rtol=1e-4, atol=1e-5)
+
+
+def test_a_copy_has_graphs_of_its_own(cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer, images = captured(), image_batch(11, seed=5)
+    expected = scorer.score(images).raw
+    # A copy on a GPU begins so; here the device says that there is none.
+    monkeypatch.setattr(
+        FrozenModel, "_begin", lambda model: setattr(model, "_graphs", Graphs(CPU, 8))
+    )
+    monkeypatch.setattr(FrozenModel, "_copies", None, raising=False)
+    monkeypatch.setattr(FrozenModel, "_compiled", None, raising=False)
+    for twin in (copy.deepcopy(scorer), pickle.loads(pickle.dumps(scorer))):
+        assert not twin.model._graphs._captured
+        assert torch.equal(twin.score(images).raw, expected)
+        assert len(twin.model._graphs._captured) == len(scorer.model._graphs._captured) == 2
 
 
 def test_threads_may_share_a_scorer(cuda: Cuda) -> None:

@@ -336,6 +336,22 @@ def test_a_frozen_block_stays_so_wherever_it_moves(move: Callable[..., InpaintBl
     assert moved is block or block.projected is not None
 
 
+@pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_of_a_frozen_block_has_the_projections_of_its_weights(
+    twin_of: Callable[[InpaintBlock], InpaintBlock],
+) -> None:
+    block = InpaintBlock(16, 6, 4, 16, 3).eval()
+    block.freeze()
+    assert torch.equal(twin_of(block).projected, block.projected)
+    with torch.no_grad():
+        block.memory.slots.mul_(1.5)
+    twin = twin_of(block)
+    expected = twin.projected.clone()
+    twin.freeze()
+    assert torch.equal(twin.projected, expected)
+    assert torch.equal(twin.projected[..., :16], block.memory.slots)
+
+
 def test_a_block_that_is_not_frozen_moves_as_before() -> None:
     block = InpaintBlock(16, 6, 4, 16, 3).eval()
     assert block.half().float().projected is None
