@@ -143,8 +143,8 @@ def state_dicts(flat: State, entry: str) -> dict[str, State]:
     """The state dicts with an entry of that name in ``tensors``, by the names of their holders.
 
     >>> flat = {"state_dict.net.weight": torch.ones(2), "state_dict.net.bias": torch.ones(1)}
-    >>> state_dicts(flat, "weight")
-    {'state_dict.net': OrderedDict({'weight': tensor([1., 1.]), 'bias': tensor([1.])})}
+    >>> {holder: list(state) for holder, state in state_dicts(flat, "weight").items()}
+    {'state_dict.net': ['weight', 'bias']}
     """
     holders = [name[: -len(entry)] for name in flat if f".{name}".endswith(f".{entry}")]
     return {holder.removesuffix("."): _part(flat, holder) for holder in holders}
