@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,7 +103,7 @@ def load_bundle(folder: str | Path) -> Bundle:
     (48, False)
     """
     folder = Path(folder)
-    if not os.path.isdir(folder):
+    if not _is_folder(folder):
         raise BundleError(
             f"{shown(folder)} is not a folder; a bundle is the folder that training wrote."
         )
@@ -139,6 +140,15 @@ def load_bundle(folder: str | Path) -> Bundle:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BundleError(f"{shown(path)} is damaged: {_lack(error)}.") from error
     return Bundle(model.eval(), discriminator.eval(), calibration, score, about)
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except PermissionError:
+        raise BundleError(f"{shown(path)} may not be read, for lack of permission.") from None
+    except (OSError, ValueError):
+        return False
 
 
 def load_published(

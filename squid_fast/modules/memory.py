@@ -240,7 +240,7 @@ def _apart(slots: Tensor) -> list[Tensor]:
     What writes files of whole storages, as ``safetensors.torch.save_model``, can save them then.
     """
     plain = type(slots) is Tensor and slots.is_contiguous() and not slots.is_inference()
-    if len(slots) == 1 or slots.is_meta or not plain:
+    if len(slots) == 1 or slots.device.type not in ("cpu", "cuda") or not plain:
         return list(slots)
     views, storage, offset = list(slots), slots.untyped_storage(), slots.storage_offset()
     for i, view in enumerate(views):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import builtins
 import io
+import os
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -176,6 +177,10 @@ def test_what_a_file_is_instead_is_said(name: str, tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
+def forbid_all(path: Any, **how: Any) -> Any:
+    raise PermissionError(13, "Permission denied", str(path))
+
+
 def test_missing_is_told_from_forbidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_bundle(Bundle(*tiny_pair()), tmp_path / "b")
     with pytest.raises(BundleError, match=r"none\.pth cannot be read .*: it is missing"):
@@ -196,6 +201,9 @@ def test_missing_is_told_from_forbidden(tmp_path: Path, monkeypatch: pytest.Monk
     ):
         with pytest.raises(kind, match=said):
             call()
+    monkeypatch.setattr(os, "stat", forbid_all)
+    with pytest.raises(BundleError, match="b may not be read, for lack of permission"):
+        load_bundle(tmp_path / "b")
 
 
 def test_blanks_around_a_name_are_shown(tmp_path: Path) -> None:

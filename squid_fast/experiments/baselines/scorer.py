@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -122,7 +123,7 @@ def load_scorer(
     """
     folder = Path(folder)
     path = folder / "config.json"
-    config = read_json(path) if path.is_file() else {}
+    config = read_json(path) if os.path.isfile(path) else {}
     if "method" not in config:
         return Scorer.load(folder, score, precision, device, backend)
     try:
