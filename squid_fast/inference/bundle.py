@@ -8,17 +8,31 @@ names (and the queue's position), ``config.json`` the constructor arguments and 
 from __future__ import annotations
 
 import json
+import os
+import re
+import stat
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from safetensors.torch import save
+from torch import Tensor
 
 from ..modules import SQUID, Discriminator, MemoryQueue, discriminator_size
+from ..modules.state import Network
 from ..utils.atomic import replacing, write_json
+from ..utils.checkpoints import (
+    MissingError,
+    State,
+    UnreadableError,
+    read_head,
+    read_tensors,
+    state_dicts,
+    tensors,
+)
+from ..utils.text import shown
 from .scores import PAPER_SCORE, SCORES, Calibration
 
 FORMAT = 1
@@ -89,36 +103,52 @@ def load_bundle(folder: str | Path) -> Bundle:
     (48, False)
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise BundleError(f"{folder} is not a folder; a bundle is the folder that training wrote.")
+    if not _is_folder(folder):
+        raise BundleError(
+            f"{shown(folder)} is not a folder; a bundle is the folder that training wrote."
+        )
     config = read_json(folder / "config.json")
     if config.get("format") != FORMAT:
         raise BundleError(
-            f"{folder / 'config.json'} has format {config.get('format')!r}; this version of "
+            f"{shown(folder / 'config.json')} has format {config.get('format')!r}; this version of "
             f"squid_fast reads format {FORMAT}."
         )
     if "method" in config:
         raise BundleError(
-            f"{folder} holds a {config['method']!r}, not SQUID; "
+            f"{shown(folder)} holds a {config['method']!r}, not SQUID; "
             "squid_fast.experiments.baselines.load_scorer reads it."
         )
     try:
         model = SQUID(**config["model"])
         discriminator = Discriminator(**config["discriminator"])
         score, about = config["score"], config.get("about", {})
-    except (KeyError, TypeError, ValueError) as error:
-        raise BundleError(f"{folder / 'config.json'} does not describe a model: {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BundleError(
+            f"{shown(folder / 'config.json')} does not describe a model: {_lack(error)}."
+        ) from error
     if score not in SCORES:
-        raise BundleError(f"{folder / 'config.json'} names the unknown score {score!r}.")
+        raise BundleError(
+            f"{shown(folder / 'config.json')} names the unknown score {score!r}; known are "
+            f"{', '.join(SCORES)}."
+        )
     _load_weights(model, folder / "model.safetensors")
     _load_weights(discriminator, folder / "discriminator.safetensors")
     calibration, path = None, folder / "calibration.json"
     if path.exists():
         try:
             calibration = Calibration.from_json(read_json(path))
-        except (KeyError, TypeError) as error:
-            raise BundleError(f"{path} is damaged: {error}") from error
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise BundleError(f"{shown(path)} is damaged: {_lack(error)}.") from error
     return Bundle(model.eval(), discriminator.eval(), calibration, score, about)
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except PermissionError:
+        raise BundleError(f"{shown(path)} may not be read, for lack of permission.") from None
+    except (OSError, ValueError):
+        return False
 
 
 def load_published(
@@ -133,27 +163,54 @@ def load_published(
     """
     squid = SQUID(**model)
     pair = squid, Discriminator(discriminator_size(squid.image_size))
-    for module, path in zip(pair, (generator, discriminator), strict=True):
+    for module, path in zip(pair, map(Path, (generator, discriminator)), strict=True):
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # the unpickler raises many kinds
-            message = f"{path} cannot be read as a checkpoint of plain tensors: {error}"
-            raise BundleError(message) from error
-        if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-            raise BundleError(f"{path} holds no state dict; a dictionary of tensors would fit.")
-        # Checkpoints of models that were wrapped for several GPUs carry the wrapper's name.
-        nn.modules.utils.consume_prefix_in_state_dict_if_present(state, "module.")
-        _fit(module, state, Path(path))
+            found = read_tensors(path)
+        except UnreadableError as error:
+            raise BundleError(
+                f"{shown(path)} cannot be read as a checkpoint of plain tensors: {error}."
+            ) from error
+        _load(module, found, path)
     return pair[0].eval(), pair[1].eval()
 
 
-def _fit(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+def _load(module: Network, found: object, path: Path) -> None:
+    """Load a module from what a file holds, which may wrap its state dict."""
+    state, where = _state_dict(module, found, path), shown(path)
+    for name, own in module.state_dict().items():
+        if name in state and state[name].is_meta:
+            raise BundleError(f"{where} holds no values, but {name!r} on the meta device.")
+        if name in state and own.is_floating_point() and not state[name].is_floating_point():
+            raise BundleError(
+                f"{where} holds {state[name].dtype} in {name!r}; floating-point weights would fit."
+            )
     try:
         module.load_state_dict(state, strict=True)
     except RuntimeError as error:
-        raise BundleError(f"the weights in {path} do not fit the configuration: {error}") from error
-    if bad := [name for name, value in state.items() if not bool(torch.isfinite(value).all())]:
-        raise BundleError(f"{path} holds NaN or infinite weights in {', '.join(bad[:3])}.")
+        why = module.misfit(state) or error
+        raise BundleError(f"the weights in {where} do not fit the configuration: {why}.") from None
+    if bad := [name for name, value in state.items() if not bool(value.float().isfinite().all())]:
+        raise BundleError(f"{where} holds NaN or infinite weights in {', '.join(bad[:3])}.")
+
+
+def _state_dict(module: Network, found: object, path: Path) -> State:
+    """The one state dict of such a module that a checkpoint holds."""
+    where = shown(path)
+    if not isinstance(found, Mapping):
+        raise BundleError(f"{where} holds no state dict; a dictionary of tensors would fit.")
+    if found.keys() >= {"step", "settings", "generator", "optimizers"}:
+        raise BundleError(
+            f"{where} is the checkpoint of a run of squid-fast train, which --resume goes on with; "
+            "the run's folder is a model as soon as the run has ended."
+        )
+    flat = tensors(found)
+    held = state_dicts(flat, next(iter(module.state_dict())))
+    if len(held) > 1:
+        raise BundleError(
+            f"{where} holds several models, {', '.join(map(repr, held))}; save the state dict of "
+            "one of them by itself."
+        )
+    return next(iter(held.values()), flat)
 
 
 def save_weights(state: dict[str, Tensor], path: Path) -> None:
@@ -166,24 +223,41 @@ def save_weights(state: dict[str, Tensor], path: Path) -> None:
         file.write(save(plain))
 
 
-def _load_weights(module: nn.Module, path: Path) -> None:
+def _load_weights(module: Network, path: Path) -> None:
     try:
-        state = load_file(path)
-    except FileNotFoundError:
-        raise BundleError(f"{path} is missing from the bundle.") from None
-    except (SafetensorError, OSError) as error:
-        raise BundleError(f"{path} cannot be read as safetensors: {error}") from error
-    _fit(module, state, path)
+        found = read_tensors(path)
+    except MissingError:
+        raise BundleError(f"{shown(path)} is missing from the bundle.") from None
+    except UnreadableError as error:
+        raise BundleError(f"{shown(path)} cannot be read as safetensors: {error}.") from error
+    _load(module, found, path)
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file of a bundle; BundleError if it is missing or holds none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BundleError(f"{path} is missing; the folder is not a bundle.") from None
+        read_head(path)
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except MissingError:
+        raise BundleError(f"{shown(path)} is missing; the folder is not a bundle.") from None
+    except UnreadableError as error:
+        raise BundleError(f"{shown(path)} cannot be read: {error}.") from error
     except (OSError, ValueError) as error:
-        raise BundleError(f"{path} cannot be read: {error}") from error
+        raise BundleError(f"{shown(path)} cannot be read as JSON: {error}.") from error
     if not isinstance(value, dict):
-        raise BundleError(f"{path} holds no JSON object.")
+        raise BundleError(f"{shown(path)} holds no JSON object.")
     return value
+
+
+def _lack(error: Exception) -> str:
+    """What is wrong with the arguments of a constructor that a file gave."""
+    text = str(error)
+    if isinstance(error, KeyError):
+        return f"it lacks {text}"
+    if isinstance(error, ValueError):
+        return text.removesuffix(".")
+    if names := re.search(r"missing \d+ required .* arguments?: (.*)", text):
+        return f"it lacks {names[1]}"
+    if name := re.search(r"unexpected keyword argument (.*)", text):
+        return f"this version of squid_fast does not know its {name[1]}"
+    return "its parts have other types than squid_fast writes"

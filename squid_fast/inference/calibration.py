@@ -12,8 +12,9 @@ from torch import Tensor
 from ..data import ImageSet
 from ..metrics import threshold_at_false_positive_rate
 from ..modules import SQUID, Discriminator
-from ..utils.devices import ScoringPrecision, choose_layout
+from ..utils.devices import ScoringPrecision, choose_device, choose_layout
 from .model import FrozenModel
+from .precision import check_hardware
 from .quantization import MinMaxObserver, Range, has_int8
 from .scorer import BaseScorer, Scorer
 from .scores import (
@@ -68,6 +69,8 @@ def calibrate(
         raise ValueError(
             f"the false-positive rate is {false_positive_rate}; it must lie in (0, 1)."
         )
+    where = choose_device(device)
+    check_hardware(precision, where)
     training = normal_training.subsample(_IMAGES)
     if len(training) < 2:
         raise ValueError(f"{len(training)} normal images cannot calibrate a score; give 2 or more.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import platform
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -101,26 +102,47 @@ def use_cudnn(network: nn.Module) -> None:
                 setattr(module, name, fused)
 
 
-class OneDnnConv(FoldedConv):
+class Packed(nn.Module):
+    """A module with weights packed by oneDNN, in the layout that suits maps of a size.
+
+    What is packed cannot be copied, so that a copy packs anew, for the same size: with another
+    layout its results might differ in their last bits.
+    """
+
+    _packed: Tensor | None = None
+    _size: list[int] | None = None  # of the first maps
+
+    def packed(self, x: Tensor) -> Tensor:
+        """The weights, packed at the first call for maps like these."""
+        if self._packed is None:
+            self._size = self._size or list(x.shape)
+            self._packed = self.pack(self._size)
+        return self._packed
+
+    def pack(self, size: list[int]) -> Tensor:
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_packed"}
+
+
+class OneDnnConv(Packed, FoldedConv):
     """The same in one call of oneDNN; without a residual the bias stays in float32."""
 
-    def __init__(self, weight: Tensor, bias: Tensor, stride: list[int], padding: list[int]) -> None:
-        super().__init__(weight, bias, stride, padding)
-        self._packed: Tensor | None = None
+    def pack(self, size: list[int]) -> Tensor:
+        where = self.padding, self.stride, [1, 1], 1
+        return torch.ops.mkldnn._reorder_convolution_weight(self.weight, *where, size)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         where = self.padding, self.stride, [1, 1], 1
-        if self._packed is None:  # in the layout that suits maps of this size
-            self._packed = torch.ops.mkldnn._reorder_convolution_weight(
-                self.weight, *where, list(x.shape)
-            )
+        packed = self.packed(x)
         if residual is None:
             return torch.ops.mkldnn._convolution_pointwise(
-                x, self._packed, self.bias, *where, "relu", [], ""
+                x, packed, self.bias, *where, "relu", [], ""
             )
         bias = self.bias.to(x.dtype)
         return torch.ops.mkldnn._convolution_pointwise_.binary(
-            residual, x, self._packed, bias, *where, "add", None, "relu", [], ""
+            residual, x, packed, bias, *where, "add", None, "relu", [], ""
         )
 
 
@@ -175,7 +197,7 @@ class SplitConv(nn.Module):
         return self.conv(torch.cat([high, low, high], dim=1))
 
 
-class ResizedConv(nn.Module):
+class ResizedConv(Packed):
     """``FoldedConv(cat([skip, resize(x)]))``, bilinear to twice the side, with half the products.
 
     Both are linear, so the taps can be multiplied with before the map is resized, when it has a
@@ -192,7 +214,6 @@ class ResizedConv(nn.Module):
         part = conv.weight[:, skip:]
         taps = part.permute(2, 3, 0, 1).reshape(-1, part.shape[1])  # [(3, 3, Cout), Cin]
         self.taps = taps.bfloat16()
-        self._packed: Tensor | None = None
         ahead = FoldedConv(conv.weight[:, :skip], conv.bias, conv.stride, conv.padding)
         self.of_skip = cast(ahead, torch.bfloat16, layout, onednn=True) if skip else None
         # Each pixel by itself, resized, and what lies under each tap of each pixel of the result.
@@ -201,13 +222,14 @@ class ResizedConv(nn.Module):
         spread = F.unfold(wide, 3, padding=1).permute(2, 0, 1).flatten(1)
         self.register_buffer("spread", spread.bfloat16())  # [4 * side**2, (side**2, 9)]
 
+    def pack(self, size: list[int]) -> Tensor:
+        return torch.ops.mkldnn._reorder_linear_weight(self.taps, size[0])
+
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
         """bfloat16 [B, Cin, h, w], [B, Cskip, 2h, 2w] to [B, Cout, 2h, 2w], channels-last."""
         B, C, h, w = x.shape
         rows = x.permute(0, 2, 3, 1).reshape(-1, C)
-        if self._packed is None:
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(self.taps, rows.shape[0])
-        tapped = torch.ops.mkldnn._linear_pointwise(rows, self._packed, None, "none", [], "")
+        tapped = torch.ops.mkldnn._linear_pointwise(rows, self.packed(rows), None, "none", [], "")
         result = torch.bmm(self.spread.expand(B, -1, -1), tapped.view(B, h * w * 9, -1))
         result = result.view(B, 2 * h, 2 * w, -1).permute(0, 3, 1, 2)
         if skip is None or self.of_skip is None:

@@ -30,7 +30,7 @@ class FrozenDiscriminator(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         if not self.fused:
-            return self.plain.score(images, self.mode)
+            return self.plain.score_unchecked(images, self.mode)
         convs = self._convolutions()
         norms = [layer for layer in self.plain.conv_model if isinstance(layer, _BatchNorm)]
         # Behind a convolution with a norm of its own the norm's bias takes the place of its bias.

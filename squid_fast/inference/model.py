@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Iterator
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..data import ImageSet
 from ..modules import SQUID, Discriminator, ScoreMode
-from ..modules.squid import check_dtype, check_images, check_shape, refuse_images
+from ..modules.images import check_dtype, check_values, refuse_values
+from ..modules.squid import check_shape
 from ..ops.common import as_floats
 from ..utils.devices import Backend, choose_layout, has_fast_bf16, to_layout
 from ..utils.tf32 import tf32
@@ -66,6 +67,7 @@ class FrozenModel(nn.Module):
         super().__init__()
         self.device = torch.device(device)
         self.config, self.image_size = model.config, model.image_size
+        self.value_range = model.value_range
         layout = choose_layout(model.config["features_root"])
         on_cpu, int8 = self.device.type == "cpu", precision == "int8"
         in_bf16 = precision == "bf16" or (int8 and has_fast_bf16(self.device))
@@ -86,16 +88,29 @@ class FrozenModel(nn.Module):
         self.discriminators = nn.ModuleDict(
             {mode: FrozenDiscriminator(plain, mode, fused=not on_cpu) for mode in modes}
         )
-        self._compiled = compiled(self._tabulate) if backend == "compile" else None
+        if has_cudnn(self.device):
+            use_cudnn(self.generator)
+        self.backend = backend
+        self._begin()
+
+    def _begin(self) -> None:
+        """Make what belongs to a process, and no copy can share."""
+        self._compiled = compiled(self._tabulate) if self.backend == "compile" else None
         self._graphs: Graphs | None = None
         self._copies: torch.cuda.Stream | None = None
         if self.device.type == "cuda":
-            fits = _MOST // (2 * model.config["features_root"] * model.image_size**2)
+            fits = _MOST // (2 * self.config["features_root"] * self.image_size**2)
             largest = min(_GPU_BATCH, 1 << max(fits, 1).bit_length() - 1)
             self._graphs = Graphs(self.device, largest)
             self._copies = torch.cuda.Stream(self.device)
-        if has_cudnn(self.device):
-            use_cudnn(self.generator)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("_compiled", "_graphs", "_copies")
+        return {name: value for name, value in self.__dict__.items() if name not in own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._begin()
 
     def forward(self, images: Tensor, names: Collection[str]) -> tuple[Tensor, ...]:
         """Reconstruction, patch errors [B, N], and the logits [B] of every name of ``LOGITS``.
@@ -123,37 +138,38 @@ class FrozenModel(nn.Module):
         names = tuple(name for name in LOGITS if name in names)
         images = self._received(images)
         on_gpu = self._graphs is not None
-        # On a GPU this is found out on the way: asking beforehand would wait for the device.
-        flagged = on_gpu and images.is_floating_point()
-        width = len(names) + self.config["num_patch"] ** 2 + flagged
+        # On a GPU the range is found on the way: asking beforehand would wait for the device.
+        ranged = on_gpu and images.is_floating_point()
+        width = len(names) + self.config["num_patch"] ** 2 + 2 * ranged
         table = torch.empty(len(images), width, dtype=torch.float32, pin_memory=on_gpu)
         recon = None
         if reconstruction:
             recon = torch.empty_like(images, dtype=torch.float32, device=self.device)
-        function = partial(self._compiled or self._tabulate, names=names, flagged=flagged)
-        for rows, (shown, values) in self._in_portions(function, (names, flagged), images):
+        function = partial(self._compiled or self._tabulate, names=names, ranged=ranged)
+        for rows, (shown, values) in self._in_portions(function, (names, ranged), images):
             table[rows].copy_(values, non_blocking=True)
             if recon is not None:
                 recon[rows].copy_(shown)
         if on_gpu:
             torch.cuda.current_stream(self.device).synchronize()
-        if flagged:
-            refuse_images(int((table[:, -1] == 0).sum()), len(table))
+        if ranged:
+            refuse_values(table[:, -2], table[:, -1], self.value_range)
         logits = {name: table[:, i].clone() for i, name in enumerate(names)}
-        errors = table[:, len(names) : width - flagged].clone()
+        errors = table[:, len(names) : width - 2 * ranged].clone()
         return Measurements(logits, errors), recon
 
     def _tabulate(
-        self, images: Tensor, names: tuple[str, ...], flagged: bool
+        self, images: Tensor, names: tuple[str, ...], ranged: bool
     ) -> tuple[Tensor, Tensor]:
         """Reconstructions, and all else as one table, so that one copy brings it to the host.
 
-        Its columns are the logits, the patch errors and, if ``flagged``, whether all is finite.
+        Its columns are the logits, the patch errors and, if ``ranged``, the smallest and the
+        greatest value of each image.
         """
         recon, errors, *logits = self(images, names)
         columns = [*(x[:, None] for x in logits), errors]
-        if flagged:
-            columns.append(images.isfinite().flatten(1).all(dim=1, keepdim=True))
+        if ranged:
+            columns += images.flatten(1).aminmax(dim=1, keepdim=True)  # NaN if any value is
         return recon, torch.cat([x.to(errors.dtype) for x in columns], dim=1)
 
     def _in_portions(
@@ -213,8 +229,8 @@ class FrozenModel(nn.Module):
             current.wait_stream(self._copies)  # they may come from prefetch
             images.record_stream(current)
         if images.dtype != torch.uint8:
-            check_dtype(images)
+            check_dtype(images, self.value_range)
             if self._graphs is None:
-                check_images(images, self.config, self.image_size)
+                check_values(images, self.value_range)
             images = images.to(torch.float32)
         return images.to(self.device) if self._graphs is None else images

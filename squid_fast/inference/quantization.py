@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..utils.devices import INT8_UNITS, cpu_has
-from .convolution import FoldedConv, has_onednn
+from .convolution import FoldedConv, Packed, has_onednn
 
 Range = tuple[float, float]
 _SAMPLES = 4096  # values kept of an observed tensor
@@ -99,7 +99,7 @@ class MinMaxObserver:
         return best
 
 
-class QuantizedConv(nn.Module):
+class QuantizedConv(Packed):
     """A ``FoldedConv`` of int8 weights and uint8 maps.
 
     Args:
@@ -133,20 +133,19 @@ class QuantizedConv(nn.Module):
         self.register_buffer("scale", scale)
         self.register_buffer("zero", torch.zeros_like(scale, dtype=torch.int64))
         self.register_buffer("bias", conv.bias)
-        self._packed: Tensor | None = None
+
+    def pack(self, size: list[int]) -> Tensor:
+        where = self.stride, self.padding, [1, 1], 1
+        return torch.ops.onednn.qconv_prepack(self.codes, self.scale, *self.source, *where, size)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """uint8 maps to maps of the target; the residual, of the same kind, is overwritten."""
         where = self.stride, self.padding, [1, 1], 1
-        if self._packed is None:  # in the layout that oneDNN wants for maps of this size
-            self._packed = torch.ops.onednn.qconv_prepack(
-                self.codes, self.scale, *self.source, *where, list(x.shape)
-            )
         if isinstance(self.target, QuantParams):
             out = (*self.target, torch.uint8)
         else:
             out = (1.0, 0, self.target)
-        weights = self._packed, self.scale, self.zero
+        weights = self.packed(x), self.scale, self.zero
         if residual is None:
             return torch.ops.onednn.qconv2d_pointwise(
                 x, *self.source, *weights, self.bias, *where, *out, "relu", [], ""

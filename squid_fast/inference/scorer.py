@@ -103,7 +103,7 @@ class BaseScorer(ABC):
         """Scores of images [B, 1, S, S]: float in [0, 1], or uint8, of which 255 is 1.
 
         Raises:
-            ValueError: images that the model cannot take, or no calibration.
+            ValueError: images of another shape, dtype or range of values, or no calibration.
         """
         self.calibration_of()
         values, recon = self.measure(images, (self.score_name,), reconstruction)
@@ -256,7 +256,8 @@ class Scorer(BaseScorer):
 
         It takes images float32 [B, 1, H, W] in [0, 1] for any B from 1 on, and returns raw score,
         z-score and anomaly score, each [B], and the reconstruction [B, 1, H, W]. Images are not
-        checked: NaN or infinite pixels give NaN, for their own image alone.
+        checked: NaN or infinite pixels give NaN, for their own image alone, and values outside
+        [0, 1] give scores that mean nothing.
 
         Raises:
             ValueError: no calibration, or a scorer that is not in float32 on the CPU.

@@ -95,12 +95,13 @@ class InpaintBlock(nn.Module):
             nn.Dropout(drop),
         )
         self.attn_norm2 = nn.LayerNorm(memory_channel)
-        bits = num_memory.bit_length()
-        places = torch.arange(num_memory)[:, None] >> torch.arange(bits - 1, -1, -1)
-        self.register_buffer("code", (places & 1).float(), persistent=False)  # [N, bits]
+        self.register_buffer("code", place_codes(num_memory), persistent=False)
         self.register_buffer("projected", None, persistent=False)
+        self.register_load_state_dict_post_hook(self._after_loading)
         self.bottleneck_conv2 = NormSequential(
-            nn.Conv2d(narrow + bits, num_in_ch, 1), nn.BatchNorm2d(num_in_ch), nn.ReLU()
+            nn.Conv2d(narrow + self.code.shape[1], num_in_ch, 1),
+            nn.BatchNorm2d(num_in_ch),
+            nn.ReLU(),
         )
 
     @torch.no_grad()
@@ -132,15 +133,35 @@ class InpaintBlock(nn.Module):
         return torch.compiler.is_compiling() or self._projected_from == self._state_of_weights()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> InpaintBlock:
-        """What ``to()``, ``half()``, ``cuda()`` and the like do to the tensors."""
+        """What ``to()``, ``half()``, ``to_empty()`` and the like do to the tensors."""
+        before = self.code
         super()._apply(fn, recurse)
+        if self.code is not before:  # ``to_empty()`` has lost them
+            self._write_code(self.code.device)
         self._freeze_anew()
         return self
 
+    @torch.no_grad()
+    def _write_code(self, device: torch.device) -> None:
+        """Write the codes of the places anew, which no state dict has."""
+        if self.code.device != device:
+            self.code = torch.empty_like(self.code, device=device)
+        self.code.copy_(place_codes(self.num_memory, device))
+
+    @staticmethod
+    def _after_loading(block: InpaintBlock, keys: object) -> None:
+        block._write_code(block.attn_norm1.weight.device)  # the weights may have been assigned
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a deep copy or a pickle: the projections too, if they are those of the weights."""
+        if self.projected is not None and self._projected_from != self._state_of_weights():
+            self.freeze()
+        return self.__dict__.copy()
+
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy, of a deep copy or a pickle."""
         super().__setstate__(state)
-        self._freeze_anew()
+        if self.projected is not None:
+            self._projected_from = self._state_of_weights()
 
     def _freeze_anew(self) -> None:
         if self.projected is not None:  # from what slots and weights are now, which is always right
@@ -197,6 +218,12 @@ class InpaintBlock(nn.Module):
         if self.shortcut == "soft":
             return torch.lerp(x.to(inpainted.dtype), inpainted, self.mask_ratio)
         return ops.masked_shortcut(inpainted, x.to(inpainted.dtype), self.mask_ratio)
+
+
+def place_codes(num_memory: int, device: torch.device | None = None) -> Tensor:
+    """The places of N patches in binary digits [N, bits], float32."""
+    bits = torch.arange(num_memory.bit_length() - 1, -1, -1, device=device)
+    return ((torch.arange(num_memory, device=device)[:, None] >> bits) & 1).float()
 
 
 def check_variant(variant: Mapping[str, str]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from .. import ops
 
@@ -63,12 +64,18 @@ class _Memory(nn.Module):
             )
         self.shrink_thres = shrink_thres
         self.single = num_memory is None
-        bound = 1 / math.sqrt(slot_dim)
-        self._register(torch.empty(num_memory or 1, num_slots, slot_dim).uniform_(-bound, bound))
+        self._register(torch.empty(num_memory or 1, num_slots, slot_dim))
+        self.reset_parameters()
         self.register_state_dict_post_hook(self._split)
 
     def _register(self, slots: Tensor) -> None:
         raise NotImplementedError
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the slots anew."""
+        bound = 1 / math.sqrt(self.slots.shape[2])
+        self.slots.uniform_(-bound, bound)
 
     def look_up(self, query: Tensor, values: Tensor | None = None) -> Tensor:
         """Answers in the shape of ``query``, [B, N, C] (or [B, C] for a single memory).
@@ -98,8 +105,9 @@ class _Memory(nn.Module):
     def _split(
         module: _Memory, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]
     ) -> None:
-        slots = state_dict.pop(f"{prefix}slots")
-        state_dict.update(zip(module._keys(prefix), slots, strict=True))
+        slots = state_dict.pop(f"{prefix}slots", None)
+        if slots is not None:  # there are none under a parametrisation
+            state_dict.update(zip(module._keys(prefix), _apart(slots), strict=True))
 
     def _load_from_state_dict(
         self,
@@ -111,6 +119,10 @@ class _Memory(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        if "slots" not in {**self._parameters, **self._buffers}:  # but under a parametrisation
+            args = strict, missing_keys, unexpected_keys, error_msgs
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+            return
         published, shape = self._keys(prefix), self.slots.shape[1:]
         absent = [key for key in published if key not in state_dict]
         wrong = [
@@ -121,8 +133,13 @@ class _Memory(nn.Module):
         missing_keys.extend(absent)
         error_msgs.extend(wrong)
         if not absent and not wrong:
-            with torch.no_grad():
-                self.slots.copy_(torch.stack([state_dict[key] for key in published]))
+            slots = torch.stack([state_dict[key].detach() for key in published])
+            if local_metadata.get("assign_to_params_buffers", False):
+                learned = isinstance(self.slots, nn.Parameter)
+                self.slots = nn.Parameter(slots, self.slots.requires_grad) if learned else slots
+            else:
+                with torch.no_grad():
+                    self.slots.copy_(slots)
         known = {*published, *self._load_extra(state_dict, prefix, local_metadata)}
         # Each memory was a submodule in the published code, so its key has a dot too many for
         # PyTorch's own search for unexpected keys.
@@ -171,6 +188,11 @@ class MemoryQueue(_Memory):
         self.register_buffer("ptr", torch.zeros((), dtype=torch.int64), persistent=False)
         self.pending: Tensor | None = None
 
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self.ptr.zero_()
+
     def forward(self, query: Tensor) -> Tensor:
         if self.training:
             self.pending = query.detach()
@@ -204,9 +226,30 @@ class MemoryQueue(_Memory):
     ) -> list[str]:
         key = f"{prefix}ptr"  # formats without metadata carry it as an entry
         ptr = state_dict.get(key, local_metadata.get("ptr", 0))
+        position = torch.as_tensor(ptr).reshape(()) % self.slots.shape[1]
+        if self.ptr.device != self.slots.device:  # these were assigned
+            self.ptr = torch.empty_like(self.ptr, device=self.slots.device)
         with torch.no_grad():
-            self.ptr.copy_(torch.as_tensor(ptr).reshape(()) % self.slots.shape[1])
+            self.ptr.copy_(position)
         return [key]
+
+
+def _apart(slots: Tensor) -> list[Tensor]:
+    """The slots [M, C] of each memory, as views of ``slots`` that have storages of their own.
+
+    What writes files of whole storages, as ``safetensors.torch.save_model``, can save them then.
+    """
+    plain = type(slots) is Tensor and slots.is_contiguous() and not slots.is_inference()
+    if len(slots) == 1 or slots.device.type not in ("cpu", "cuda") or not plain:
+        return list(slots)
+    views, storage, offset = list(slots), slots.untyped_storage(), slots.storage_offset()
+    for i, view in enumerate(views):
+        size = view.numel() * view.element_size()
+        start = offset * view.element_size() + i * size
+        # Nothing is written, and autograd is not to think so.
+        with torch.no_grad(), _unsafe_preserve_version_counter(view):
+            view.set_(storage[start : start + size], 0, view.shape, view.stride())
+    return views
 
 
 def _gathered(features: Tensor) -> Tensor:

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..ops.patches import to_image, to_patches
-from ..presets import preset
+from ..presets import PRESETS, preset
 from .distillation import distillation_loss
+from .images import VALUE_RANGE, check_values
 from .inpaint import InpaintBlock, check_variant
 from .memory import BLOCKS, describe_shrinkage
+from .state import Network, differences
 from .unet import Down, InConv, OutConv, Up
 
 MAX_LEVEL = 5
 _log = logging.getLogger("squid_fast")
 
 
-class SQUID(nn.Module):
+class SQUID(Network):
     """Drop-in for the published auto-encoder: the same constructor, outputs and state dict.
 
     Args:
@@ -53,7 +55,12 @@ class SQUID(nn.Module):
     >>> outputs = model(torch.rand(2, 1, 48, 48))
     >>> outputs["recon"].shape, outputs["patch"].shape
     (torch.Size([2, 1, 48, 48]), torch.Size([18, 1, 16, 16]))
+
+    Attributes:
+        value_range: smallest and greatest value of a pixel, (0.0, 1.0).
     """
+
+    value_range: ClassVar[tuple[float, float]] = VALUE_RANGE
 
     def __init__(
         self,
@@ -119,6 +126,17 @@ class SQUID(nn.Module):
         """A model of ``PRESETS``, with any arguments overridden; ValueError for other names."""
         return cls(**{**preset(name).model, **overrides})
 
+    def fitting(self, state: Mapping[str, Any]) -> str:
+        if any(name.endswith("conv_model.0.weight") for name in state):
+            return "It is the state dict of a Discriminator"
+        with torch.device("meta"):
+            models = {name: SQUID.from_preset(name).state_dict() for name in PRESETS}
+        if names := [repr(name) for name, own in models.items() if not differences(own, state)]:
+            return f"The preset {' or '.join(names)} would fit"
+        if "shape" in differences(self.state_dict(), state):
+            return "It fits no preset; its model's own arguments would (convert --config)"
+        return ""
+
     def forward(self, images: Tensor, teacher: bool = True) -> dict[str, Tensor | None]:
         """Reconstruct images [B, Cin, H, W] in [0, 1]; returns the published dictionary.
 
@@ -127,11 +145,12 @@ class SQUID(nn.Module):
         are None without a teacher or with ``teacher=False``, which saves its work.
 
         Raises:
-            ValueError: images of another shape or dtype, or with NaN or infinite values (not
-                checked while compiling or capturing, nor in training on a GPU, where the check
-                would stall every step).
+            ValueError: images of another shape or dtype, or with values that are NaN or outside
+                ``value_range`` (not checked while compiling or capturing, nor in training on a
+                GPU, where the check would stall every step).
         """
-        check_images(images, self.config, self.image_size, self.training)
+        check_shape(images, self.config, self.image_size)
+        check_values(images, self.value_range, self.training)
         embedding, skips = self.encode(images)
         recon, student = self.decode(self.inpaint_block(embedding), skips)
         teacher_recon, dist_loss = None, None
@@ -185,18 +204,6 @@ class SQUID(nn.Module):
         return head(x), features
 
 
-def check_images(images: Tensor, config: dict[str, Any], side: int, training: bool = False) -> None:
-    """Raise ValueError unless a model of that configuration and image side takes the images."""
-    check_shape(images, config, side)
-    check_dtype(images)
-    if torch.compiler.is_compiling() or (images.is_cuda and training):
-        return
-    if images.is_cuda and torch.cuda.is_current_stream_capturing():
-        return
-    if not bool(torch.isfinite(images).all()):
-        refuse_images(int((~torch.isfinite(images)).flatten(1).any(dim=1).sum()), len(images))
-
-
 def check_shape(images: Tensor, config: dict[str, Any], side: int) -> None:
     """Raise ValueError unless the model takes images of this shape."""
     fitting = f"[B, {config['num_in_ch']}, {side}, {side}]"
@@ -207,20 +214,6 @@ def check_shape(images: Tensor, config: dict[str, Any], side: int) -> None:
             f"images are {images.shape[2]} x {images.shape[3]}; with num_patch="
             f"{config['num_patch']}, level={config['level']} and memory_channel="
             f"{config['memory_channel']} they must be {side} x {side}."
-        )
-
-
-def check_dtype(images: Tensor) -> None:
-    """Raise ValueError unless images are floating-point."""
-    if not images.is_floating_point():
-        raise ValueError(f"images are {images.dtype}; floating-point values in [0, 1] fit.")
-
-
-def refuse_images(bad: int, count: int) -> None:
-    """Raise ValueError if any of so many images are not finite."""
-    if bad:
-        raise ValueError(
-            f"{bad} of {count} images hold NaN or infinite values; values in [0, 1] fit."
         )
 
 

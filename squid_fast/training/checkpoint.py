@@ -9,6 +9,8 @@ import torch
 
 from ..presets import current_names
 from ..utils.atomic import replacing
+from ..utils.checkpoints import MissingError, UnreadableError, read_tensors
+from ..utils.text import shown
 
 CHECKPOINT = "checkpoint.pt"
 
@@ -26,7 +28,8 @@ def prepare_folder(out: Path, resume: bool) -> None:
     out.mkdir(parents=True, exist_ok=True)
     if not resume and (out / CHECKPOINT).exists():
         raise CheckpointError(
-            f"{out} already holds a run; add --resume to go on with it, or choose another folder."
+            f"{shown(out)} already holds a run; add --resume to go on with it, or choose another "
+            "folder."
         )
 
 
@@ -43,13 +46,18 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         CheckpointError: there is no such file, or it is not a checkpoint of squid-fast.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"there is no checkpoint at {path}; leave out --resume.") from None
-    except Exception as error:  # the unpickler raises many kinds
-        raise CheckpointError(f"{path} cannot be read as a checkpoint: {error}") from error
+        state = read_tensors(path)
+    except MissingError:
+        raise CheckpointError(
+            f"there is no checkpoint at {shown(path)}; leave out --resume."
+        ) from None
+    except UnreadableError as error:
+        raise CheckpointError(
+            f"{shown(path)} cannot be read as a checkpoint: {error}. Without --resume, in another "
+            "folder, training begins anew."
+        ) from error
     if not isinstance(state, dict) or "step" not in state or "generator" not in state:
-        raise CheckpointError(f"{path} is not a checkpoint written by squid-fast train.")
+        raise CheckpointError(f"{shown(path)} is not a checkpoint written by squid-fast train.")
     return state
 
 

@@ -31,19 +31,40 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
     current one of its own.
 
     Raises:
-        ValueError: a GPU is given, but PyTorch sees none.
+        ValueError: there is no such device here.
 
     >>> choose_device("cpu")
     device(type='cpu')
     """
     if device is None or device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    chosen = torch.device(device)
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ValueError(
+            f"device is {device!r}; it must be 'cpu', 'cuda', 'cuda:1' or the like."
+        ) from None
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device is {str(device)!r}, but PyTorch sees no GPU here; 'cpu' fits.")
+    if chosen.type == "cuda" and (chosen.index or 0) >= max(torch.cuda.device_count(), 1):
+        count = torch.cuda.device_count()
+        raise ValueError(
+            f"device is {str(device)!r}, but PyTorch sees {count} GPU{'s'[: count - 1]} here; "
+            f"'cuda:{count - 1}' is the last."
+        )
+    if chosen.type not in ("cpu", "cuda") and not _is_there(chosen):
+        raise ValueError(f"device is {str(device)!r}, of which PyTorch sees none here; 'cpu' fits.")
     if chosen == torch.device("cuda"):
         return torch.device("cuda", torch.cuda.current_device())
     return chosen
+
+
+def _is_there(device: torch.device) -> bool:
+    """Whether PyTorch sees an accelerator of that type."""
+    if not torch.accelerator.is_available():
+        return False
+    there = torch.accelerator.current_accelerator()
+    return there is not None and there.type == device.type
 
 
 def cpu_has(units: tuple[str, ...]) -> bool:
@@ -59,10 +80,10 @@ def cpu_has(units: tuple[str, ...]) -> bool:
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether the hardware computes in bfloat16, rather than emulating it."""
+    """Whether the hardware is known to compute in bfloat16, rather than to emulate it."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return cpu_has(BF16_UNITS)
+    return device.type == "cpu" and cpu_has(BF16_UNITS)
 
 
 def choose_precision(precision: Precision, device: torch.device) -> Literal["bf16", "float32"]:
@@ -81,7 +102,7 @@ def choose_precision(precision: Precision, device: torch.device) -> Literal["bf1
     if precision == "bf16" and not has_fast_bf16(device):
         raise ValueError(
             "precision is 'bf16', which needs hardware that computes in bfloat16 (a processor with "
-            "AVX512-BF16, AMX or ARM's BF16, or a GPU from the Ampere generation on); this "
+            "AVX512-BF16, AMX or ARM's BF16, or a CUDA GPU from the Ampere generation on); this "
             f"{device.type} does not, so 'float32' or 'auto' would fit."
         )
     return precision

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import math
+import os
 import re
 import unicodedata
 from collections.abc import Iterator
@@ -28,6 +29,17 @@ def utf8_text(text: str) -> str:
         return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     except UnicodeEncodeError:  # a lone surrogate that stands for no byte
         return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def shown(path: str | os.PathLike[str]) -> str:
+    r"""A path as errors show it: in quotation marks where its characters would be lost.
+
+    >>> print(shown("runs/zhang"), shown("runs/zhang "), shown("a\nb"))
+    runs/zhang 'runs/zhang ' 'a\nb'
+    """
+    text = utf8_text(os.fspath(path))
+    plain = text.isprintable() and text == text.strip() and "  " not in text
+    return text if plain else repr(text)
 
 
 def one_line(text: str) -> str:

@@ -138,6 +138,20 @@ def test_python_is_refused_bf16_too(run: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.skipif(has_int8(), reason="this processor has int8 products")
+def test_python_is_refused_int8_before_images_are_scored(run: Path) -> None:
+    loaded = load_bundle(run)
+    pair = loaded.model, loaded.discriminator
+    images = DigitAnatomy(None, 16, "train").normal(16, 0).as_image_set()
+    for call in (
+        partial(Scorer, *pair, loaded.calibration),
+        partial(calibrate, *pair, images),
+        partial(Scorer.load, run),
+    ):
+        with pytest.raises(ValueError, match=REFUSED["int8"]):
+            call(precision="int8", device="cpu")
+
+
 def test_what_onednn_may_not_use_counts_as_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DNNL_MAX_CPU_ISA", raising=False)
     for here in (["avx512_bf16", "avx512_vnni"], ["avx_vnni"], ["amx_bf16", "amx_int8"], []):

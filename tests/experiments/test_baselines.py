@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
+import pickle
 import shutil
 from functools import partial
 from pathlib import Path
@@ -100,6 +102,25 @@ def test_training_again_gives_the_same_scores(trained: dict[str, Path], tmp_path
         assert one.fingerprint == other.fingerprint
         images = waves(5, 3).images
         assert torch.equal(one.score(images).raw, other.score(images).raw)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_copies_of_scorers_score_the_same_bits(name: str, trained: dict[str, Path]) -> None:
+    scorer = load_scorer(trained[name], device="cpu")
+    images = waves(5, 1).images
+    expected = scorer.score(images).raw
+    for twin in (copy.deepcopy(scorer), pickle.loads(pickle.dumps(scorer))):
+        assert torch.equal(twin.score(images).raw, expected)
+        assert (twin.fingerprint, twin.threshold) == (scorer.fingerprint, scorer.threshold)
+
+
+def test_a_network_can_be_copied_while_it_is_trained() -> None:
+    network = MemAE(image_size=32, width=4)
+    images = torch.rand(2, 1, 32, 32)
+    loss = network.loss(images)
+    twin = copy.deepcopy(network)
+    loss.backward()
+    assert torch.equal(twin.eval().reconstruct(images), network.eval().reconstruct(images))
 
 
 def test_smoothness_finds_blur_alone(trained: dict[str, Path]) -> None:
@@ -247,6 +268,12 @@ def test_what_does_not_fit_is_said(trained: dict[str, Path], tmp_path: Path) -> 
     scorer = load_scorer(trained["pca"])
     with pytest.raises(ValueError, match=r"this pca takes \[B, 1, 32, 32\]"):
         scorer.score(torch.zeros(1, 1, 48, 48))
+    with pytest.raises(ValueError, match=r"1 of 2 images .* the greatest is 255; divide by 255"):
+        scorer.score(torch.tensor([1.0, 255.0]).view(2, 1, 1, 1).expand(2, 1, 32, 32))
+    with pytest.raises(ValueError, match="1 of 1 images hold NaN"):
+        scorer.score(torch.full((1, 1, 32, 32), torch.nan))
+    with pytest.raises(ValueError, match=r"images are torch\.int16; floating-point values"):
+        scorer.score(torch.zeros(1, 1, 32, 32, dtype=torch.int16))
     broken = shutil.copytree(trained["memae"], tmp_path / "broken")
     (broken / "model.safetensors").write_bytes(b"x")
     with pytest.raises(BundleError, match="does not hold a trained method"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
 from collections.abc import Callable
 from functools import cache
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from squid_fast import Bundle, Scorer, kernels
 from squid_fast.inference.graphs import Graphs, capture, portions
+from squid_fast.inference.model import FrozenModel
 from squid_fast.training.graphs import WARM_UP, StepGraphs
 from tests.cuda_stand_ins import Cuda, Stream, cuda
 from tests.factories import image_batch, image_set, scorer_of, tiny_bundle
@@ -222,7 +225,7 @@ def test_bytes_reach_the_graph_as_bytes(cuda: Cuda) -> None:
     assert dtype == torch.uint8
 
 
-def test_images_that_are_not_finite_are_refused_as_on_a_cpu(cuda: Cuda) -> None:
+def test_values_that_do_not_fit_are_refused_as_on_a_cpu(cuda: Cuda) -> None:
     images = image_batch(11, seed=5)
     spoilt = images.clone()
     spoilt[3, 0, 5, 7], spoilt[10, 0, 0, 0] = torch.nan, torch.inf
@@ -235,9 +238,34 @@ def test_images_that_are_not_finite_are_refused_as_on_a_cpu(cuda: Cuda) -> None:
             scorer.score(images.long())
         with pytest.raises(ValueError, match=r"images are \[11, 48, 48\]; this model takes"):
             scorer.score(images[:, 0])
+    for wrong, said in (
+        (images * 255, r"^11 of 11 images hold values outside \[0, 1\].*; divide by 255"),
+        (images - 0.01 * (torch.arange(11) == 4)[:, None, None, None], r"^1 of 11 images .*clamp"),
+    ):
+        sentences = set()
+        for scorer in (plain, ours):
+            with pytest.raises(ValueError, match=said) as caught:
+                scorer.score(scorer.prefetch(wrong))
+            sentences.add(str(caught.value))
+        assert len(sentences) == 1
     # The next batch has nothing left of it, not even in places that stay empty.
     assert torch.equal(ours.score(images).raw, expected)
     torch.testing.assert_close(ours.score(images[:9]).raw, expected[:9], rtol=1e-4, atol=1e-5)
+
+
+def test_a_copy_has_graphs_of_its_own(cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer, images = captured(), image_batch(11, seed=5)
+    expected = scorer.score(images).raw
+    # A copy on a GPU begins so; here the device says that there is none.
+    monkeypatch.setattr(
+        FrozenModel, "_begin", lambda model: setattr(model, "_graphs", Graphs(CPU, 8))
+    )
+    monkeypatch.setattr(FrozenModel, "_copies", None, raising=False)
+    monkeypatch.setattr(FrozenModel, "_compiled", None, raising=False)
+    for twin in (copy.deepcopy(scorer), pickle.loads(pickle.dumps(scorer))):
+        assert not twin.model._graphs._captured
+        assert torch.equal(twin.score(images).raw, expected)
+        assert len(twin.model._graphs._captured) == len(scorer.model._graphs._captured) == 2
 
 
 def test_threads_may_share_a_scorer(cuda: Cuda) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -77,7 +78,9 @@ def test_a_quantized_convolution_is_that_of_dequantized_maps(zero: int, stride: 
     expected = conv(values)
     in_floats = QuantizedConv(conv, source, torch.float32)(x)
     torch.testing.assert_close(in_floats, expected, rtol=1e-4, atol=1e-4)
-    codes = QuantizedConv(conv, source, target)(x)
+    quantized = QuantizedConv(conv, source, target)
+    codes = quantized(x)
+    assert torch.equal(copy.deepcopy(quantized)(x), codes)  # although packed weights are not copied
     assert codes.dtype == torch.uint8
     off = target.dequantize(codes, torch.float32) - expected.clamp_max(255 * target.scale)
     assert off.abs().max() <= 0.51 * target.scale

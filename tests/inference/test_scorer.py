@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
+import multiprocessing
+import pickle
 import shutil
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -192,6 +196,47 @@ def test_bf16_stays_close(bundle: Bundle) -> None:
     )
     assert found.reconstruction.dtype == torch.float32
     assert 0 < (exact.reconstruction - found.reconstruction).abs().max() < 0.02
+
+
+# --- copies ---------------------------------------------------------------------------------------
+
+
+def raw_of(scorer: Scorer, images: torch.Tensor) -> torch.Tensor:
+    return scorer.score(images).raw
+
+
+@pytest.mark.parametrize("precision", ["float32", pytest.param("bf16", marks=needs_bf16)])
+def test_copies_score_the_same_bits(bundle: Bundle, precision: str) -> None:
+    scorer = scorer_of(bundle, precision=precision)
+    images = image_batch(11, seed=4)
+    before = copy.deepcopy(scorer), pickle.loads(pickle.dumps(scorer))
+    few, all_of_them = scorer.score(images[:3]).raw, scorer.score(images).raw
+    after = copy.deepcopy(scorer), pickle.loads(pickle.dumps(scorer))
+    for twin in before:
+        assert torch.equal(twin.score(images[:3]).raw, few)
+        assert torch.equal(twin.score(images).raw, all_of_them)
+    for twin in (*after, copy.deepcopy(after[0])):  # whose first batch is of another size
+        assert torch.equal(twin.score(images).raw, all_of_them)
+        assert torch.equal(twin.score(images[:3]).raw, few)
+        assert (twin.fingerprint, twin.threshold) == (scorer.fingerprint, scorer.threshold)
+    own, other = (dict(x.model.weights()) for x in (scorer, after[0]))
+    assert all(value.data_ptr() != other[name].data_ptr() for name, value in own.items())
+
+
+def test_a_scorer_goes_to_a_spawned_process_after_it_has_scored(bundle: Bundle) -> None:
+    scorer, images = scorer_of(bundle), image_batch(5, seed=4)
+    expected = scorer.score(images).raw
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        assert torch.equal(pool.submit(raw_of, scorer, images).result(timeout=300), expected)
+
+
+def test_a_compiled_scorer_is_copied_uncompiled(bundle: Bundle) -> None:
+    pair = bundle.model, bundle.discriminator
+    scorer = Scorer(*pair, bundle.calibration, precision="float32", device="cpu", backend="compile")
+    for twin in (copy.deepcopy(scorer), pickle.loads(pickle.dumps(scorer))):
+        assert twin.backend == "compile"
+        assert twin.model._compiled is not scorer.model._compiled
+        assert twin.fingerprint == scorer.fingerprint
 
 
 # --- bundle ---------------------------------------------------------------------------------------

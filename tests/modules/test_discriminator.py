@@ -140,6 +140,29 @@ def test_errors_of_images(images: Tensor, sentence: str) -> None:
             call(images)
 
 
+def test_values_out_of_range_are_refused() -> None:
+    images = noise(3, dtype=torch.float32)
+    discriminator = Discriminator(2)
+    for wrong, said in (
+        (images * 255, r"^3 of 3 images hold values outside \[0, 1\].*; divide by 255"),
+        (images * 2 - 1, r"^3 of 3 .* scaled to \[-1, 1\]"),
+        ((images * 255).byte(), r"^images are torch\.uint8; floating-point values"),
+    ):
+        for call in (discriminator.train(), discriminator.score, discriminator.eval()):
+            with pytest.raises(ValueError, match=said):
+                call(wrong)
+
+
+def test_nan_is_refused_but_left_to_the_loss_in_training() -> None:
+    images = noise(3, dtype=torch.float32)
+    images[1, 0, 5, 5] = torch.nan
+    discriminator = Discriminator(2)
+    for call in (discriminator.eval(), discriminator.score):
+        with pytest.raises(ValueError, match=r"^1 of 3 images hold NaN or infinite values"):
+            call(images)
+    assert discriminator.train()(images).isnan().all()  # batch norm spreads it
+
+
 def test_errors_of_arguments() -> None:
     images = torch.zeros(1, 1, 64, 64)
     with pytest.raises(ValueError, match=r"size is 0; it must be the image side / 32"):

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
-from squid_fast import PRESETS, SQUID, InpaintBlock, reference
+from squid_fast import PRESETS, SQUID, InpaintBlock, MemoryMatrix, MemoryQueue, reference
+from squid_fast.modules.images import check_values
 from squid_fast.ops.patches import to_image, to_patches
 from tests.factories import TINY, open_masks
 from tests.modules.published import assert_same_gradients, gradients, published, update_queues
@@ -331,6 +336,22 @@ def test_a_frozen_block_stays_so_wherever_it_moves(move: Callable[..., InpaintBl
     assert moved is block or block.projected is not None
 
 
+@pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_of_a_frozen_block_has_the_projections_of_its_weights(
+    twin_of: Callable[[InpaintBlock], InpaintBlock],
+) -> None:
+    block = InpaintBlock(16, 6, 4, 16, 3).eval()
+    block.freeze()
+    assert torch.equal(twin_of(block).projected, block.projected)
+    with torch.no_grad():
+        block.memory.slots.mul_(1.5)
+    twin = twin_of(block)
+    expected = twin.projected.clone()
+    twin.freeze()
+    assert torch.equal(twin.projected, expected)
+    assert torch.equal(twin.projected[..., :16], block.memory.slots)
+
+
 def test_a_block_that_is_not_frozen_moves_as_before() -> None:
     block = InpaintBlock(16, 6, 4, 16, 3).eval()
     assert block.half().float().projected is None
@@ -389,6 +410,87 @@ def test_deepcopy_is_equal_and_independent() -> None:
     twin.inpaint_block.memory.update()
     assert int(model.inpaint_block.memory.ptr) == 0
     assert torch.equal(model(images)["recon"], expected)
+
+
+def filled() -> tuple[SQUID, Tensor, Tensor]:
+    """A model with two queued batches, images, and their reconstructions."""
+    model = SQUID(**BASE | CONFIGS["windows of the image and of patches"])
+    images = images_for(model).float()
+    for _ in range(2):
+        model.train()(images)
+        update_queues(model)
+    return model, images, model.eval()(images)["recon"].detach()
+
+
+def assert_same_model(model: SQUID, source: SQUID, images: Tensor, recon: Tensor) -> None:
+    assert torch.equal(model.eval()(images)["recon"], recon)
+    assert int(model.inpaint_block.memory.ptr) == int(source.inpaint_block.memory.ptr) == 6
+    assert all(p.is_leaf and p.requires_grad for p in model.parameters())
+
+
+def test_a_model_without_data_gets_all_of_it_from_a_state_dict() -> None:
+    source, images, recon = filled()
+    with torch.device("meta"):
+        assigned, emptied = SQUID(**source.config), SQUID(**source.config)
+    assigned.load_state_dict(source.state_dict(), assign=True)
+    assert_same_model(assigned, source, images, recon)
+    emptied.to_empty(device="cpu")
+    for buffer in emptied.buffers():  # what memory without data may hold
+        buffer.fill_(77)
+    emptied.load_state_dict(source.state_dict())
+    assert_same_model(emptied, source, images, recon)
+
+
+def test_a_model_without_data_can_be_drawn_anew() -> None:
+    with torch.device("meta"):
+        model = SQUID(**BASE)
+    model.to_empty(device="cpu")
+    for buffer in model.inpaint_block.memory.buffers():
+        buffer.fill_(77)
+    for module in model.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            module._reset_parameters()
+        elif hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    fresh = SQUID(**BASE)
+    assert torch.equal(model.inpaint_block.code, fresh.inpaint_block.code)
+    queue = model.inpaint_block.memory
+    assert int(queue.ptr) == 0
+    assert 0.24 < float(queue.slots.abs().max()) <= 0.25  # 1 / sqrt(16 channels)
+    assert model(images_for(model).float())["recon"].isfinite().all()
+
+
+def test_safetensors_saves_and_loads_a_model(tmp_path: Path) -> None:
+    source, images, recon = filled()
+    save_model(source, tmp_path / "model.safetensors")
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert sorted(file.keys()) == sorted(source.state_dict())
+        assert not file.metadata() or "format" in file.metadata()  # nothing left out as a copy
+    twin = SQUID(**source.config)
+    assert load_model(twin, tmp_path / "model.safetensors") == (set(), [])
+    assert torch.equal(twin.eval()(images)["recon"], recon)
+
+
+@pytest.mark.parametrize("memory", [MemoryQueue, MemoryMatrix])
+def test_a_state_dict_is_a_view_of_the_memories(memory: type) -> None:
+    slots = memory(5, 3, 2, 4)
+    before = slots.slots._version
+    state = slots.state_dict()
+    assert slots.slots._version == before  # nothing has been written
+    for i, value in enumerate(state.values()):
+        assert value.untyped_storage().nbytes() == 5 * 3 * 4
+        value.fill_(i)
+    assert slots.slots[:, 4, 2].tolist() == [0, 1, 2, 3]
+    assert slots.slots._version > before  # which autograd has to know
+
+
+def test_a_parametrised_memory_has_the_state_dict_of_pytorch() -> None:
+    memory, twin = (MemoryMatrix(5, 3, 2, 4) for _ in range(2))
+    for each in (memory, twin):
+        nn.utils.parametrize.register_parametrization(each, "slots", nn.Tanh(), unsafe=True)
+    assert list(memory.state_dict()) == ["parametrizations.slots.original"]
+    twin.load_state_dict(memory.state_dict())
+    assert torch.equal(twin.slots, memory.slots)
 
 
 # --- layouts, precision, compilation --------------------------------------------------------------
@@ -555,6 +657,11 @@ def test_constructor_errors(sentence: str) -> None:
         SQUID(**BASE | CONFIG_ERRORS[sentence])
 
 
+def of_values(*values: float) -> Tensor:
+    """Grey images, one of each value."""
+    return torch.tensor(values).view(-1, 1, 1, 1).expand(-1, 1, 16, 16)
+
+
 IMAGE_ERRORS: dict[str, Tensor] = {
     "images are [2, 3, 16, 16]; this model takes [B, 1, 16": torch.zeros(2, 3, 16, 16),
     "images are [16, 16];": torch.zeros(16, 16),
@@ -568,6 +675,18 @@ IMAGE_ERRORS: dict[str, Tensor] = {
         torch.tensor([0.0, torch.nan, 1.0]).view(3, 1, 1, 1).expand(3, 1, 16, 16)
     ),
     "2 of 2 images hold NaN or infinite": torch.full((2, 1, 16, 16), torch.inf),
+    "1 of 3 images hold values outside [0, 1]: the smallest is 0, the greatest is 255; divide by "
+    "255, or": of_values(0.0, 1.0, 255.0),
+    "1 of 2 images hold values outside [0, 1]: the smallest is 0, the greatest is 4095; divide by "
+    "the greatest value": of_values(0.0, 4095.0),
+    "2 of 2 images hold values outside [0, 1]: the smallest is -1024, the greatest is 3071; map "
+    "Hounsfield": of_values(-1024.0, 3071.0),
+    "2 of 3 images hold values outside [0, 1]: the smallest is -1, the greatest is 1; if they were "
+    "scaled to [-1, 1]": of_values(-1.0, 1.0, -0.5),
+    "the smallest is -2.1, the greatest is 2.6; if they were normalised": of_values(-2.1, 2.6),
+    "the smallest is -0.06, the greatest is 1.04; if a bicubic": of_values(-0.06, 0.5, 1.04),
+    "[0, 1]: the smallest is 1.002, the greatest is 1.002; if a": of_values(1.002),
+    "1 of 1 images hold values outside [0, 1]: the smallest is -0.0011": of_values(-0.0011),
 }
 
 
@@ -575,6 +694,15 @@ IMAGE_ERRORS: dict[str, Tensor] = {
 def test_call_errors(sentence: str) -> None:
     with pytest.raises(ValueError, match=re.escape(sentence)):
         SQUID(**BASE)(IMAGE_ERRORS[sentence])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_rounding_is_no_other_range(dtype: torch.dtype) -> None:
+    above = math.nextafter(1, 2) if dtype == torch.float64 else 1 + torch.finfo(torch.float16).eps
+    check_values(of_values(-0.0009, 0.0, above).to(dtype))
+    check_values(torch.ones(2, 1, 4, 4, dtype=dtype))
+    with pytest.raises(ValueError, match=r"^1 of 2 .* the greatest is 255"):
+        check_values(of_values(1.0, 255.0).to(dtype))
 
 
 def test_no_images_give_no_reconstructions() -> None:

@@ -118,7 +118,9 @@ class MemAE(AutoEncoder):
         return answer.view(B, h, w, -1).permute(0, 3, 1, 2)
 
     def loss(self, images: Tensor) -> Tensor:
-        return super().loss(images) + self.ENTROPY * self._entropy
+        loss = super().loss(images) + self.ENTROPY * self._entropy
+        del self._entropy  # a copy of the network could not have its graph
+        return loss
 
 
 class PixelInpainting(AutoEncoder):

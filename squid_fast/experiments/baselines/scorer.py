@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ...inference.bundle import FORMAT, BundleError, read_json, save_weights
 from ...inference.scorer import BaseScorer, Scorer, fingerprint
 from ...inference.scores import Calibration, ScoreCalibration
+from ...modules.images import check_values
+from ...ops.common import as_floats
 from ...utils.atomic import write_json
+from ...utils.checkpoints import UnreadableError, read_tensors, tensors
 from ...utils.devices import Backend, ScoringPrecision, choose_device
+from ...utils.text import shown
 from ...utils.tf32 import tf32
 from .networks import AutoEncoder, MemAE, PixelInpainting
 from .shallow import Mahalanobis, NearestNeighbours, PcaResidual, PixelMethod, Smoothness
@@ -57,6 +60,10 @@ class BaselineScorer(BaseScorer):
         device: str | torch.device | None = None,
     ) -> None:
         score, where = METHODS[name][0].score_name, choose_device(device)
+        if where.type == "mps" and issubclass(METHODS[name][0], PixelMethod):
+            raise ValueError(
+                f"a {name} computes in float64, which {where} does not; the device 'cpu' would fit."
+            )
         super().__init__(score, (score,), image_size, "float32", where, calibration)
         self.name, self.method = name, method.eval().to(where)
 
@@ -75,8 +82,9 @@ class BaselineScorer(BaseScorer):
             raise ValueError(
                 f"images are {list(images.shape)}; this {self.name} takes [B, 1, {side}, {side}]."
             )
-        images = images.to(self.device)
-        images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+        if images.dtype != torch.uint8:
+            check_values(images)
+        images = as_floats(images.to(self.device))
         with tf32(False):
             raw, recon = self.method(images) if len(images) else (images.new_zeros(0), images)
         return {self.score_name: raw.cpu()}, recon
@@ -115,13 +123,13 @@ def load_scorer(
     """
     folder = Path(folder)
     path = folder / "config.json"
-    config = read_json(path) if path.is_file() else {}
+    config = read_json(path) if os.path.isfile(path) else {}
     if "method" not in config:
         return Scorer.load(folder, score, precision, device, backend)
     try:
         name, side = config["method"], config["image_size"]
         kind = METHODS[name][0]
-        state = load_file(folder / "model.safetensors")
+        state = tensors(read_tensors(folder / "model.safetensors"))
         method: nn.Module
         if issubclass(kind, PixelMethod):
             method = kind(**state)
@@ -129,8 +137,13 @@ def load_scorer(
             method = kind(**config["network"])
             method.load_state_dict(state)
         known = ScoreCalibration(**read_json(folder / "calibration.json"))
-    except (KeyError, TypeError, ValueError, RuntimeError, OSError, SafetensorError) as error:
-        raise BundleError(f"{folder} does not hold a trained method: {error}") from error
+    except UnreadableError as error:
+        where = shown(folder / "model.safetensors")
+        raise BundleError(
+            f"{shown(folder)} does not hold a trained method: of {where}, {error}."
+        ) from error
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise BundleError(f"{shown(folder)} does not hold a trained method: {error}") from error
     if score not in (None, kind.score_name):
         raise ValueError(f"score is {score!r}; a {name} has {kind.score_name!r} alone.")
     if precision not in ("auto", "float32"):
