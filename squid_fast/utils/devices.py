@@ -31,16 +31,35 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
     current one of its own.
 
     Raises:
-        ValueError: a GPU is given, but PyTorch sees none.
+        ValueError: a name that PyTorch does not know, or a device that it does not see.
 
     >>> choose_device("cpu")
     device(type='cpu')
     """
     if device is None or device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    chosen = torch.device(device)
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ValueError(
+            f"device is {str(device)!r}, which PyTorch does not know; 'cpu', 'cuda' or 'cuda:1' "
+            "would fit."
+        ) from None
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device is {str(device)!r}, but PyTorch sees no GPU here; 'cpu' fits.")
+    count = torch.cuda.device_count() if chosen.type == "cuda" and chosen.index else 0
+    if count and chosen.index >= count:
+        raise ValueError(
+            f"device is {str(device)!r}, but PyTorch sees GPUs up to 'cuda:{count - 1}' here."
+        )
+    if chosen.type not in ("cpu", "cuda"):
+        try:
+            torch.ones((), device=chosen).item()
+        except Exception:  # of many kinds
+            raise ValueError(
+                f"device is {str(device)!r}, on which PyTorch does not compute here; 'cpu' would "
+                "fit."
+            ) from None
     if chosen == torch.device("cuda"):
         return torch.device("cuda", torch.cuda.current_device())
     return chosen

@@ -370,7 +370,7 @@ def test_tables_that_cannot_be_are_refused_before_any_work(
     (tmp_path / "full" / "r.csv.partial").write_text("a file")
     cases: list[tuple[str, type[Exception], str]] = [
         ("r.xlsx", ValueError, r"'r\.xlsx' has the suffix '\.xlsx'"),
-        ("d.csv", IsADirectoryError, "is a folder; name the table that is to be in it"),
+        ("d.csv", IsADirectoryError, "is a folder; name the file that is to be in it"),
         ("no/r.csv", FileNotFoundError, "there is no folder .*no'; make it, or name another"),
         ("locked/r.csv", PermissionError, "you may not write to the folder .*locked'"),
         ("full/r.csv", JournalError, "cannot be written: File exists"),
