@@ -74,7 +74,7 @@ class Recipe:
                 value = getattr(self, name)
                 if not (isinstance(value, int | float) and math.isfinite(value) and fits(value)):
                     raise ValueError(f"{name} is {value}; it must {wanted}.")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+        if [0 <= beta < 1 for beta in self.betas] != [True, True]:
             raise ValueError(f"betas are {self.betas}; they must be two numbers in [0, 1).")
         if self.keep not in get_args(Keep):
             raise ValueError(f"keep is {self.keep!r}; it must be 'last' or 'best'.")

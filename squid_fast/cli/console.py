@@ -163,7 +163,9 @@ def stop_on_signals() -> Iterator[Callable[[], bool]]:
         with suppress(RuntimeError):  # the signal came in the middle of another remark
             say("stopping after this step; once more to stop at once")
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before: dict[int, Any] = {
+        number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield lambda: asked
     finally:

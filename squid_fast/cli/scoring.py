@@ -60,7 +60,7 @@ def screen(
     """
     check_output(out, resume)
     inputs = _inputs(paths, listed, root)
-    read = [*inputs, *options.model_files(bundle), *([listed] if listed else [])]
+    read: list[str | Path] = [*inputs, *options.model_files(bundle), *([listed] if listed else [])]
     check_outputs({"--out": out, "--report": report, "--summary": summary}, read)
     if report is not None:
         require("jinja2", "screen")

@@ -157,7 +157,7 @@ def check_outputs(
     table, *_ = outputs.values()
     assert table is not None
     journal = {"the folder of unfinished rows": _journal_folder(table)}
-    check_distinct({**outputs, **journal}, {"the input": inputs})
+    check_distinct({**journal, **outputs}, {"the input": inputs})
     for name, path in outputs.items():
         if path is None:
             continue

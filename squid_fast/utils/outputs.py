@@ -121,8 +121,9 @@ def _same(first: Path, second: Path) -> bool:
         return os.path.samefile(first, second)
     except (OSError, ValueError):  # one of them does not exist, or cannot
         pass
-    if _folded(first.name) != _folded(second.name) and not os.path.islink(first):
-        return False  # most inputs, without a look at the disk
+    are_links = os.path.islink(first) or os.path.islink(second)
+    if _folded(first.name) != _folded(second.name) and not are_links:
+        return False
     try:
         first, second = (Path(os.path.realpath(path)) for path in (first, second))
         if not os.path.samefile(first.parent, second.parent):

@@ -108,8 +108,10 @@ def interruptible() -> Iterator[Callable[[], bool]]:
         if not issubclass(found.exc_type, KeyboardInterrupt):
             shown(found)
             return
-        asked = False  # it was lost in a destructor
-        signal.raise_signal(signal.SIGINT)
+        asked = False  # it was lost in a destructor, where it would be once more
+        again = threading.Timer(0.05, signal.raise_signal, [signal.SIGINT])
+        again.daemon = True
+        again.start()
 
     before, shown = signal.getsignal(signal.SIGINT), sys.unraisablehook
     ours = before in (signal.default_int_handler, _end)
