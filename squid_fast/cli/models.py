@@ -62,6 +62,11 @@ def evaluate(
     scorer = load_scorer(bundle, precision=precision, device=device, backend=backend)
     scorer.calibration_of()  # raises before images are read
     records = labelled(find_records(data, layout), split, data)
+    if len({record.label for record in records}) < 2:
+        raise ValueError(
+            f"the {len(records)} images of the split {split!r} are of one class; it takes normal "
+            "and anomalous ones to measure how well they are told apart."
+        )
     with progress_bar("reading images") as advance:
         images = load_images(records, scorer.image_size, on_progress=advance)
     evaluations, z = scorer.evaluate(images)

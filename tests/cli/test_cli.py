@@ -293,6 +293,7 @@ def test_mistakes_end_in_one_sentence(grids: Path, run: Path, tmp_path: Path) ->
         ("pack", "x", "--out", "no"): "give either --size or --bundle",
         ("pack", "x", "--out", "no", "--size", 8, "--root", "y"): "--root is y, but",
         ("evaluate", run, "--data", grids, "--split", "exam"): "split 'exam'",
+        ("evaluate", run, "--data", grids, "--split", "train"): "'train' are of one class",
         ("screen", run, grids, "--out", same, "--report", same): "the same file as --out",
         ("screen", run, grids, "--out", same, "--summary", run / "config.json"): "would overwrite",
         ("screen", run, "--list", same, "--out", same): "would overwrite the input",
