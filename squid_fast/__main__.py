@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import sys
 
-from .utils.extras import require
-from .utils.threads import limit_spinning
+from .utils.program import close_output, end_on_interrupt, open_streams
 
 
 def main() -> None:
     """Run the command line."""
+    end_on_interrupt()
+    open_streams()
+    from .utils.extras import require
+    from .utils.threads import limit_spinning
+
     limit_spinning()  # before anything imports torch
     try:
         require("typer", "screen")
@@ -17,7 +21,14 @@ def main() -> None:
         from .cli import app  # needs both, and imports torch
     except (ImportError, OSError) as error:
         sys.exit(f"squid-fast: {error}")
-    app()
+    code = 1
+    try:
+        app()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    except OSError as error:  # help that cannot be printed
+        print(f"squid-fast: {error.strerror or error}", file=sys.stderr)
+    sys.exit(close_output(code))
 
 
 if __name__ == "__main__":

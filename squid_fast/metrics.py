@@ -134,6 +134,15 @@ def _areas(normal: NDArray[np.intp], anomalous: NDArray[np.intp]) -> Floats:
     return np.asarray((half_below * anomalous).sum(axis=1) / (2 * pairs), dtype=np.float64)
 
 
+def count_above(count: int, rate: float) -> int:
+    """How many of ``count`` normal images a threshold may flag at a false-positive rate.
+
+    >>> count_above(100, 0.29)  # 0.29 * 100 is 28.999999999999996
+    29
+    """
+    return int(rate * count + 1e-9)
+
+
 def threshold_at_false_positive_rate(normal_z: ArrayLike, rate: float = 0.05) -> float:
     """Smallest threshold that at most ``rate`` of the normal scores exceed.
 
@@ -152,8 +161,7 @@ def threshold_at_false_positive_rate(normal_z: ArrayLike, rate: float = 0.05) ->
     scores = np.sort(_finite(normal_z, "normal_z"))
     if not 0 < rate < 1:
         raise ValueError(f"the false-positive rate is {rate}; it must lie between 0 and 1")
-    # The addend undoes rounding: 0.29 * 100 is 28.999999999999996.
-    above = int(rate * len(scores) + 1e-9)
+    above = count_above(len(scores), rate)
     if above == 0:
         raise ValueError(
             f"{len(scores)} normal scores are too few to calibrate a false-positive rate of "

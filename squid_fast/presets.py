@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from .utils.moved import renamed_field
 
 Keep = Literal["last", "best"]
+
+_RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
+    (("batch_size", "epochs", "t_max", "n_critic", "validate_every"),
+     lambda value: value >= 1 and value == int(value), "be a whole number from 1 on"),
+    (("lr", "discriminator_lr"), lambda value: value > 0, "be a number above 0"),
+    (("generator_eps", "weight_decay", "lr_floor", "recon_w", "g_w", "t_w", "dist_w", "d_w"),
+     lambda value: value >= 0, "be a number from 0 on"),
+    (("shift", "scale"), lambda value: 0 <= value < 1, "lie in [0, 1)"),
+    (("ema_decay",), lambda value: 0 <= value < 1, "lie in (0, 1), or be 0 for none"),
+)  # fmt: skip
+"""Fields of a recipe, which values fit them, and how to say so."""
 
 
 @renamed_field("averaging", "ema_decay")
@@ -26,6 +38,9 @@ class Recipe:
     of the last step is kept. ``validate_every`` counts epochs. ``keep`` is which epoch's pair
     becomes the trained model: the last one's, or that with the best AUROC of the paper's score
     among those that were validated (the last where no validation images of both kinds are given).
+
+    Raises:
+        ValueError: a value that nothing can be trained with.
 
     >>> recipe = Recipe(epochs=10, ema_decay=0.998)
     >>> recipe.batch_size, recipe.lr
@@ -52,6 +67,17 @@ class Recipe:
     ema_decay: float = 0.0
     validate_every: int = 5
     keep: Keep = "last"
+
+    def __post_init__(self) -> None:
+        for names, fits, wanted in _RANGES:
+            for name in names:
+                value = getattr(self, name)
+                if not (isinstance(value, int | float) and math.isfinite(value) and fits(value)):
+                    raise ValueError(f"{name} is {value}; it must {wanted}.")
+        if [0 <= beta < 1 for beta in self.betas] != [True, True]:
+            raise ValueError(f"betas are {self.betas}; they must be two numbers in [0, 1).")
+        if self.keep not in get_args(Keep):
+            raise ValueError(f"keep is {self.keep!r}; it must be 'last' or 'best'.")
 
 
 def current_names(recipe: Mapping[str, Any]) -> dict[str, Any]:

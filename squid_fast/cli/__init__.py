@@ -9,8 +9,19 @@ import typer
 from typer.core import TyperGroup
 
 from .._version import __version__
+from ..utils.program import INTERRUPTED, interruptible
 from . import ablation, models, scoring, training
 from .options import current_name
+
+_MENDABLE = (ValueError, OSError, ImportError, RuntimeError, MemoryError)
+
+
+def _sentence(error: BaseException) -> str:
+    """What went wrong, in the words of the error; those of the system without its numbers."""
+    if isinstance(error, OSError) and error.strerror:
+        file = "" if error.filename is None else f"{error.filename!r}: "
+        return f"{file}{error.strerror}"
+    return str(error) or "there is too little memory"
 
 
 class _Verbs(TyperGroup):
@@ -21,13 +32,19 @@ class _Verbs(TyperGroup):
         return name, command, [current_name(word) for word in rest]
 
     def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except (typer.Exit, typer.Abort, BrokenPipeError):
-            raise  # typer ends the program without a message
-        except (ValueError, OSError, ImportError, RuntimeError) as error:
-            print(f"squid-fast: {error}", file=sys.stderr)
-            raise typer.Exit(1) from error
+        with interruptible() as interrupted:
+            try:
+                return super().invoke(ctx)
+            except (typer.Exit, typer.Abort, BrokenPipeError):
+                raise  # typer ends the program without a message
+            except BaseException as error:
+                if isinstance(error, KeyboardInterrupt) or interrupted():
+                    print("squid-fast: interrupted", file=sys.stderr)
+                    raise typer.Exit(INTERRUPTED) from error
+                if not isinstance(error, _MENDABLE):
+                    raise
+                print(f"squid-fast: {_sentence(error)}", file=sys.stderr)
+                raise typer.Exit(1) from error
 
 
 app = typer.Typer(

@@ -11,7 +11,14 @@ import typer
 from typer import Option
 
 from ..data import load_images
-from ..experiments.ablation import VARIANTS, AblationData, as_markdown, digit_data, run_ablation
+from ..experiments.ablation import (
+    VARIANTS,
+    AblationData,
+    as_markdown,
+    check_ablation,
+    digit_data,
+    run_ablation,
+)
 from ..presets import preset as find_preset
 from ..training import load_splits
 from ..utils.devices import choose_device, choose_precision
@@ -52,7 +59,9 @@ def ablate(
     Example: squid-fast ablate --out runs/ablation --variants full,no_inpainting
     """
     chosen = find_preset(preset)
+    names = [name.strip() for name in variants.split(",")]
     choose_precision(precision, choose_device(device))  # refuses before grids are drawn
+    check_ablation(chosen, out, names, seeds, threads, resume)
     recipe = dataclasses.replace(
         chosen.recipe, epochs=epochs, t_max=epochs, validate_every=max(1, epochs // 2)
     )
@@ -63,7 +72,7 @@ def ablate(
     with stop_on_signals() as should_stop, training_report() as report:
         results = run_ablation(
             found, chosen, out,
-            recipe=recipe, variants=[name.strip() for name in variants.split(",")], seeds=seeds,
+            recipe=recipe, variants=names, seeds=seeds,
             device=device, precision=precision, thread_count=threads, resume=resume,
             say=say, report=report, should_stop=should_stop,
         )  # fmt: skip

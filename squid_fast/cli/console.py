@@ -6,7 +6,8 @@ import json
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -151,14 +152,20 @@ def stop_on_signals() -> Iterator[Callable[[], bool]]:
     """
     asked = False
 
-    def ask(number: int, frame: object) -> None:
+    def ask(number: int, frame: FrameType | None) -> None:
         nonlocal asked
         if asked and number == signal.SIGINT:
+            interrupt = before[number]
+            if callable(interrupt):
+                interrupt(number, frame)
             raise KeyboardInterrupt
         asked = True
-        say("stopping after this step; once more to stop at once")
+        with suppress(RuntimeError):  # the signal came in the middle of another remark
+            say("stopping after this step; once more to stop at once")
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before: dict[int, Any] = {
+        number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield lambda: asked
     finally:

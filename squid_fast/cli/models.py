@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
@@ -12,14 +11,18 @@ from typer import Argument, Option
 
 from ..data import load_images, write_digit_anatomy
 from ..experiments.baselines import load_scorer
-from ..experiments.demo import demo_folder, run_demo
+from ..experiments.demo import check_demo, demo_folder, run_demo
 from ..experiments.research_scores import evaluate_others
 from ..inference import Scorer, calibrate
-from ..inference.bundle import Bundle, load_bundle, load_published, save_bundle
+from ..inference.bundle import Bundle, load_bundle, load_published, read_json, save_bundle
+from ..inference.calibration import check_rate
 from ..metrics import plot_roc
 from ..presets import preset as find_preset
 from ..training import load_splits
+from ..training.checkpoint import CHECKPOINT
 from ..utils.atomic import write_json
+from ..utils.extras import require
+from ..utils.outputs import check_distinct, check_folder
 from . import options
 from .console import print_json, print_table, progress_bar, say, stop_on_signals, training_report
 from .datasets import found_records, labelled
@@ -55,15 +58,24 @@ def evaluate(
 
     Example: squid-fast evaluate runs/zhang --data chest_xray
     """
+    out = out or bundle / f"evaluation-{split}"
+    check_folder(out)
+    for module in ("sklearn.metrics", "matplotlib.figure"):
+        require(module, "train")
     scorer = load_scorer(bundle, precision=precision, device=device, backend=backend)
+    scorer.calibration_of()  # raises before images are read
     records = labelled(found_records(data, layout), split, data)
+    if len({record.label for record in records}) < 2:
+        raise ValueError(
+            f"the {len(records)} images of the split {split!r} are of one class; it takes normal "
+            "and anomalous ones to measure how well they are told apart."
+        )
     with progress_bar("reading images") as advance:
         images = load_images(records, scorer.image_size, on_progress=advance)
     evaluations, z = scorer.evaluate(images)
     if all_scores and isinstance(scorer, Scorer):
         others, other_z = evaluate_others(load_bundle(bundle).model, images, z, device=device)
         evaluations, z = evaluations | others, z | other_z
-    out = out or bundle / f"evaluation-{split}"
     out.mkdir(parents=True, exist_ok=True)
     figures = {name: evaluation.to_json() for name, evaluation in evaluations.items()}
     write_json(figures, out / "evaluation.json")
@@ -98,7 +110,14 @@ def convert(
 
     Example: squid-fast convert --generator g.pth --discriminator d.pth --out runs/published
     """
-    arguments = find_preset(preset).model if config is None else json.loads(config.read_text())
+    check_rate(false_positive_rate)
+    check_folder(out)
+    if (out / CHECKPOINT).exists():
+        raise ValueError(f"{out} already holds a run; choose another folder.")
+    read = [generator, discriminator, *([config] if config else [])]
+    for path in options.model_files(out):
+        check_distinct({"a file in --out": path}, {"the input": read})
+    arguments = find_preset(preset).model if config is None else read_json(config)
     pair = load_published(generator, discriminator, arguments)
     calibration = None
     if data is not None:
@@ -164,6 +183,7 @@ def demo(
 
     Example: squid-fast demo --minutes 2
     """
+    check_demo(minutes, mnist, seed, device)  # before an earlier demo is deleted
     given = demo_folder(Path("runs/demo")) if out is None else nullcontext(out)
     with given as folder, stop_on_signals() as should_stop, training_report() as report:
         result = run_demo(

@@ -113,6 +113,17 @@ Resume = Annotated[
 ]
 Seed = Annotated[int, Option(help="Seed of all random numbers.")]
 
+_FILES_OF_MODELS = (
+    "model.safetensors", "discriminator.safetensors", "config.json", "calibration.json",
+    "checkpoint.pt", "metrics.csv",
+)  # fmt: skip
+
+
+def model_files(bundle: Path | None) -> list[Path]:
+    """The files of a model's folder, which no result may replace."""
+    return [] if bundle is None else [bundle / name for name in _FILES_OF_MODELS]
+
+
 _RENAMED = {
     "--averaging": "--ema-decay",
     "--batch": "--batch-size",

@@ -16,13 +16,16 @@ from ..experiments.baselines import load_scorer
 from ..experiments.benchmark import Benchmark, random_bundle
 from ..inference import Scorer, check_hardware
 from ..inference.bundle import load_bundle
-from ..inference.export import write_export
+from ..inference.export import check_export, write_export
 from ..presets import preset as find_preset
-from ..screening import check_folder, check_output, read_list, screen_to_table, write_report
+from ..screening import check_output, check_outputs, read_list, screen_to_table, write_report
 from ..screening import pack as pack_files
 from ..screening.reading.pool import TIMEOUT
 from ..utils.atomic import write_json
 from ..utils.devices import choose_device
+from ..utils.extras import require
+from ..utils.outputs import check_distinct, check_file, check_folder
+from ..utils.text import utf8_text
 from . import options
 from .console import print_json, print_table, progress_bar, say, stop_on_signals
 from .tables import bench_table
@@ -56,11 +59,13 @@ def screen(
 
     Example: squid-fast screen runs/zhang archive/ --out results.csv --report report.html
     """
-    inputs = _inputs(paths, listed, root)
     check_output(out, resume)
-    for path in (report, summary):
-        if path is not None:
-            check_folder(path)
+    inputs = _inputs(paths, listed, root)
+    read: list[str | Path] = [*inputs, *options.model_files(bundle), *([listed] if listed else [])]
+    check_outputs({"--out": out, "--report": report, "--summary": summary}, read)
+    if report is not None:
+        require("jinja2", "screen")
+        require("PIL.Image", "screen")
     scorer = load_scorer(bundle, score, precision, device, backend)
     started = time.perf_counter()
     with progress_bar("screening") as advance, stop_on_signals() as should_stop:
@@ -78,7 +83,7 @@ def screen(
             report, scorer, screened,
             inputs=named, model_name=bundle.name, results=out, reference_z=scorer.reference_z,
         )  # fmt: skip
-    figures = {**screened.as_dict(), "seconds": round(seconds, 2), "out": str(out)}
+    figures = {**screened.as_dict(), "seconds": round(seconds, 2), "out": utf8_text(str(out))}
     if summary is not None:
         write_json(figures, summary)
     if as_json:
@@ -111,6 +116,7 @@ def pack(
 
     Example: squid-fast pack archive/ --out packed --bundle runs/zhang
     """
+    check_folder(out)
     inputs = _inputs(paths, listed, root)
     side = size if bundle is None else load_bundle(bundle).model.image_size
     if side is None or None not in (size, bundle):
@@ -127,7 +133,7 @@ def pack(
     if packed.left_out:
         say(counted(packed.left_out))
     if as_json:
-        print_json({**dataclasses.asdict(packed), "seconds": seconds, "out": str(out)})
+        print_json({**dataclasses.asdict(packed), "seconds": seconds, "out": utf8_text(str(out))})
     say(
         f"{packed.files} files in {seconds:.1f} s: {packed.errors} with errors, "
         f"{packed.bytes / 1e6:.1f} MB in {packed.shards} packed files\nfolder: {out}"
@@ -146,7 +152,8 @@ def export(
 
     Example: squid-fast export runs/zhang --out zhang.onnx
     """
-    check_folder(out)
+    check_export(out)
+    check_distinct({"--out": out}, {"the model's": options.model_files(bundle)})
     write_export(Scorer.load(bundle, score, "float32", "cpu"), out)
     say(f"written: {out}, {out.stat().st_size / 1e6:.1f} MB")
 
@@ -179,7 +186,8 @@ def bench(
     Example: squid-fast bench --bundle runs/zhang --data archive/
     """
     if out is not None:
-        check_folder(out)
+        check_file(out)
+    check_distinct({"--out": out}, {"the model's": options.model_files(bundle)})
     if threads is not None:
         torch.set_num_threads(threads)
     where = choose_device(device)

@@ -10,18 +10,27 @@ import typer
 from typer import Option
 
 from ..data import ImageSet, find_records, load_images
-from ..data.contamination import check_apart, contaminated
+from ..data.contamination import check_apart, check_contamination_rate, contaminated
 from ..data.images import UNKNOWN
 from ..experiments.baselines import METHODS, RECIPE, BaselineResult, train_baseline
+from ..experiments.baselines.shallow import PixelMethod
 from ..experiments.diagnostics import TrainingSnapshots, draw_memory, memory_use
 from ..inference.bundle import load_bundle
+from ..inference.calibration import check_rate
 from ..inference.scores import PAPER_SCORE, SCORES
 from ..presets import Keep
 from ..presets import preset as find_preset
 from ..training import TrainingResult, load_splits, train_bundle
-from ..training.logs import LogKind
+from ..training.checkpoint import check_run_folder
+from ..training.logs import LogKind, check_log
+from ..training.loop import has_both_classes
 from ..utils.atomic import write_json
 from ..utils.devices import choose_device, choose_precision
+from ..utils.extras import require
+from ..utils.outputs import check_folder
+from ..utils.seeds import check_seed
+from ..utils.text import utf8_text
+from ..utils.threads import check_threads
 from . import options
 from .console import print_json, progress_bar, say, stop_on_signals, training_report
 from .datasets import found_records
@@ -53,7 +62,10 @@ def train(
         Keep | None, Option(help="Epoch to keep: the last, or the best by validation AUROC.")
     ] = None,
     validate_every: Annotated[int | None, Option(min=1, help="Epochs between validations.")] = None,
-    score: Annotated[options.ScoreName, options.score_option(SCORES, True)] = PAPER_SCORE,
+    score: Annotated[
+        options.AnyScoreName | None,
+        options.score_option(SCORES, f"{PAPER_SCORE}, or that of the baseline"),
+    ] = None,
     false_positive_rate: options.Rate = 0.05,
     seed: options.Seed = 0,
     device: options.Device = None,
@@ -75,23 +87,42 @@ def train(
 
     Example: squid-fast train --data chest_xray --out runs/zhang
     """
-    chosen = find_preset(preset)
-    choose_precision(precision, choose_device(device))  # refuses before images are read
+    # All that can be wrong without a look at the images is refused before they are read.
+    chosen, squid = find_preset(preset), method == "squid"
+    choose_precision(precision, choose_device(device))
+    check_seed(seed)
+    check_rate(false_positive_rate)
+    if contamination_rate is not None:
+        check_contamination_rate(contamination_rate)
+    check_threads(threads)
+    own = SCORES if squid else [METHODS[method][0].score_name]
+    if score not in (None, *own):
+        raise ValueError(f"--score is {score!r}; a {method} has {', '.join(own)}.")
+    if squid or not issubclass(METHODS[method][0], PixelMethod):
+        check_run_folder(out, resume)
+    check_log(log)
+    if squid and pictures:
+        require("matplotlib.figure", "train")
     changes: dict[str, Any] = {
         "epochs": epochs, "batch_size": batch_size, "lr": lr, "ema_decay": ema_decay,
         "validate_every": validate_every, "keep": keep,
     }  # fmt: skip
     changes = {name: value for name, value in changes.items() if value is not None}
     for name in ("ema_decay", "validate_every", "keep"):
-        if method != "squid" and name in changes:
+        if not squid and name in changes:
             raise ValueError(
                 f"--{name.replace('_', '-')} {changes[name]} has no effect on --method {method}; "
                 "leave it out, or train squid."
             )
-    recipe = dataclasses.replace(chosen.recipe if method == "squid" else RECIPE, **changes)
+    recipe = dataclasses.replace(chosen.recipe if squid else RECIPE, **changes)
     train_set, validation_set, about = _images(
         data, layout, chosen.image_size, contaminate, contamination_rate, seed
     )
+    if keep == "best" and not has_both_classes(validation_set):
+        raise ValueError(
+            "--keep is best, which takes normal and anomalous images in the split val; 'last' "
+            "would fit."
+        )
     common: dict[str, Any] = {
         "recipe": recipe, "validation_set": validation_set, "seed": seed, "device": device,
         "false_positive_rate": false_positive_rate, "precision": precision,
@@ -100,18 +131,19 @@ def train(
     with stop_on_signals() as should_stop, training_report() as report:
         common |= {"report": report, "should_stop": should_stop}
         result: TrainingResult | BaselineResult
-        if method != "squid":
+        if not squid:
             result = train_baseline(method, train_set, out, **common)
         else:
             if pictures:
                 common["observe"] = TrainingSnapshots(out, validation_set or train_set).add
             result = train_bundle(
                 chosen, train_set, out,
-                score=score, sync_batch_norm=sync_batch_norm, graphs=cuda_graphs, log=log, **common,
+                score=score or PAPER_SCORE, sync_batch_norm=sync_batch_norm, graphs=cuda_graphs,
+                log=log, **common,
             )  # fmt: skip
     if as_json:
         facts = {"finished": result.finished, "step": result.step, "validation": result.validation}
-        print_json(facts | {"out": str(out)})
+        print_json(facts | {"out": utf8_text(str(out))})
     if not result.finished:
         say(f"stopped after step {result.step} and saved; go on with --resume", "yellow")
         raise typer.Exit(130)
@@ -141,8 +173,10 @@ def diagnose(
 
     Example: squid-fast diagnose runs/zhang --data chest_xray
     """
-    model = load_bundle(bundle).model
     out = out or bundle / "pictures"
+    check_folder(out)
+    require("matplotlib.figure", "train")
+    model = load_bundle(bundle).model
     with progress_bar("reading images") as advance:
         images, _ = load_splits(found_records(data, layout), model.image_size, advance)
     uses = memory_use(model, images)

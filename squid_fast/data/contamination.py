@@ -26,8 +26,7 @@ def contaminated(
     >>> len(mixed), len(paths)
     (10, 1)
     """
-    if not 0 < rate < 1:
-        raise ValueError(f"the rate is {rate}; it must lie between 0 and 1, such as 0.1.")
+    check_contamination_rate(rate)
     count = round(rate / (1 - rate) * len(normal))
     if count > len(contaminants):
         most = len(contaminants) / (len(contaminants) + len(normal))
@@ -40,6 +39,12 @@ def contaminated(
     taken = contaminants.subset(order[:count])
     taken.labels.zero_()
     return ImageSet.concatenate(normal, taken), taken.paths
+
+
+def check_contamination_rate(rate: float) -> None:
+    """Raise ValueError for a share of contaminants outside (0, 1)."""
+    if not 0 < rate < 1:
+        raise ValueError(f"the rate is {rate}; it must lie between 0 and 1, such as 0.1.")
 
 
 def check_apart(contaminants: list[Path], held_out: list[Path]) -> None:

@@ -16,14 +16,19 @@ from torch import Tensor
 from ..data import KINDS, DigitAnatomy, ImageSet
 from ..inference import Scorer
 from ..inference.bundle import load_bundle
+from ..inference.calibration import check_calibration
 from ..inference.scores import PAPER_SCORE, SCORES
 from ..metrics import image_auroc
 from ..presets import Preset, Recipe, current_names
 from ..training import CheckpointError, Progress, train_bundle
 from ..training.checkpoint import CHECKPOINT
+from ..training.state import check_count
 from ..utils.atomic import write_json
 from ..utils.devices import Precision, choose_device
+from ..utils.extras import require
 from ..utils.machine import describe
+from ..utils.outputs import check_folder
+from ..utils.threads import check_threads
 
 FULL = "full"
 HARD_THRESHOLD = 0.0005  # far below most dot products, which then weight the slots themselves
@@ -133,11 +138,20 @@ def run_ablation(
         the training, and AUROC by score and group; None if it was stopped.
 
     Raises:
-        ValueError: a variant is unknown.
+        ValueError: a variant is unknown, or images or numbers do not fit; before any training.
         CheckpointError: ``out`` already holds an ablation, or one with other settings.
     """
     recipe = recipe or preset.recipe
-    models = {name: changed_model(preset.model, name) for name in variants}
+    models = check_ablation(preset, out, variants, seeds, thread_count, resume)
+    held_out = 0 if data.validation is None else int((data.validation.labels == 0).sum())
+    check_calibration(len(data.train), held_out, 0.05)
+    check_count(len(data.train), recipe.batch_size)
+    for group, chosen in data.groups.items():
+        if set(data.test.labels[chosen].tolist()) != {0, 1}:
+            raise ValueError(
+                f"the test images of {group} are not of both classes; normal and anomalous ones "
+                "are needed to compare variants."
+            )
     path = out / "ablation.json"
     settings = {
         "preset": preset.name, "data": data.about, "recipe": asdict(recipe), "precision": precision
@@ -148,10 +162,6 @@ def run_ablation(
     if path.exists():
         results = json.loads(path.read_text(encoding="utf-8"))
         results["settings"]["recipe"] = current_names(results["settings"]["recipe"])
-        if not resume:
-            raise CheckpointError(
-                f"{out} already holds an ablation; add --resume to go on with it."
-            )
         if results["settings"] != settings:
             raise CheckpointError(
                 f"{path} is of other settings: {results['settings']}; choose another folder."
@@ -180,6 +190,27 @@ def run_ablation(
             results["runs"].append(row | evaluate_bundle(folder, data, device))
             write_json(results, path)
     return results
+
+
+def check_ablation(
+    preset: Preset,
+    out: Path,
+    variants: Collection[str],
+    seeds: int,
+    thread_count: int | None,
+    resume: bool,
+) -> dict[str, dict[str, Any]]:
+    """The arguments of ``SQUID`` for each variant; raises what ``run_ablation`` can before data."""
+    models = {name: changed_model(preset.model, name) for name in variants}
+    if not models or seeds < 1:
+        raise ValueError(f"there are {len(models)} variants and {seeds} seeds; give 1 of each.")
+    check_threads(thread_count)
+    require("lightning_fabric", "train")
+    require("sklearn.metrics", "train")
+    check_folder(out)
+    if (out / "ablation.json").exists() and not resume:
+        raise CheckpointError(f"{out} already holds an ablation; add --resume to go on with it.")
+    return models
 
 
 def evaluate_bundle(bundle: Path, data: AblationData, device: str | None = None) -> dict[str, Any]:

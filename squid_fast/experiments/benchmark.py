@@ -9,6 +9,7 @@ that has other work to do, where seconds mean little.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import statistics
 import tempfile
@@ -73,7 +74,7 @@ class Benchmark:
         backend: of the scorer; "compile" is timed beside "eager", and scores the files.
 
     Raises:
-        ValueError: ``data`` holds no image files.
+        ValueError: ``data`` holds no image files, or a number is out of range.
     """
 
     bundle: Bundle
@@ -86,6 +87,11 @@ class Benchmark:
     backend: Backend = "eager"
 
     def __post_init__(self) -> None:
+        if self.batch < 1 or self.rounds < 1 or not 0 <= self.seconds < math.inf:
+            raise ValueError(
+                f"batch is {self.batch}, rounds {self.rounds} and seconds {self.seconds}; batch "
+                "and rounds must be 1 or more, seconds a number from 0 on."
+            )
         if self.data:
             _image_files(self.data)  # raises before the model is timed
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import shutil
 import sys
 import time
@@ -22,9 +23,12 @@ from ..metrics import image_auroc
 from ..presets import preset
 from ..screening import screen_to_table, write_report
 from ..training import Progress, train_bundle
+from ..training.checkpoint import check_run_folder
 from ..utils.devices import choose_device
 from ..utils.extras import require
 from ..utils.machine import describe
+from ..utils.outputs import check_folder
+from ..utils.seeds import check_seed
 from ..utils.threads import threads
 
 if sys.platform != "win32":
@@ -106,9 +110,12 @@ def run_demo(
         should_stop: once true, ends the training; the model is then evaluated as it is.
 
     Raises:
+        ValueError: ``minutes``, ``seed`` or ``device`` does not fit.
         CheckpointError: ``out`` already holds a run.
     """
     started = time.perf_counter()
+    check_demo(minutes, source, seed, device)
+    check_run_folder(out, resume=False)
     chosen = preset(PRESET)
     size, cell = chosen.image_size, chosen.image_size // 3
     say(f"drawing {TRAINING_GRIDS} normal grids of {size} x {size} pixels")
@@ -116,7 +123,7 @@ def run_demo(
     validation = DigitAnatomy(source, cell, "val", seed).normal(HELD_OUT_GRIDS, seed + 1)
     say(f"training until {minutes:g} minutes are over; Ctrl-C ends it earlier")
     begun = time.perf_counter()
-    given = max(60 * minutes - (begun - started), 0.0)
+    given = max(60 * minutes - (begun - started), 1e-3)  # at least one step
     result = train_bundle(
         chosen, training.as_image_set(), out,
         validation_set=validation.as_image_set(), seconds=given, score=SCORE, seed=seed,
@@ -145,12 +152,26 @@ def run_demo(
     return demo
 
 
+def check_demo(minutes: float, source: Path | None, seed: int, device: str | None) -> None:
+    """Raise what ``run_demo`` can before it draws, and before an earlier demo is deleted."""
+    if not 0 < minutes < math.inf:
+        raise ValueError(f"minutes is {minutes}; it must be a number above 0.")
+    check_seed(seed)
+    choose_device(device)
+    for module in ("lightning_fabric", "sklearn.metrics", "PIL.Image"):
+        require(module, "train")
+    require("jinja2", "screen")
+    if source is not None:
+        DigitAnatomy(source, seed=seed)
+
+
 @contextmanager
 def demo_folder(wanted: Path) -> Iterator[Path]:
     """Give the folder ``wanted``, from which the files of an earlier demo are deleted.
 
     If it holds something else, or if a demo is running there, a number is added to its name.
     """
+    check_folder(wanted)
     numbered = (wanted.with_name(f"{wanted.name}-{n}") for n in itertools.count(2))
     for folder in itertools.chain([wanted], numbered):
         if folder.exists() and not (folder / _RESULT).exists():

@@ -138,6 +138,7 @@ class TrainingSnapshots:
     """
 
     def __init__(self, out: Path, images: ImageSet) -> None:
+        require("matplotlib.figure", "train")  # rather now than after the first epochs
         self.folder = out / "pictures"
         self.images = images
         kinds = [images.labels == label for label in sorted(set(images.labels.tolist()))]

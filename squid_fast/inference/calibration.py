@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..data import ImageSet
-from ..metrics import threshold_at_false_positive_rate
+from ..metrics import count_above, threshold_at_false_positive_rate
 from ..modules import SQUID, Discriminator
 from ..utils.devices import ScoringPrecision, choose_device, choose_layout
 from .model import FrozenModel
@@ -56,7 +57,7 @@ def calibrate(
         precision, device: of the scorer, see ``Scorer``.
 
     Raises:
-        ValueError: no training images, or a rate outside (0, 1).
+        ValueError: too few images for the rate, or a rate outside (0, 1).
 
     >>> model = SQUID(1, 8, 3, level=2, memory_channel=200, ops=["none", "none"])
     >>> pixels = torch.randint(0, 256, (20, 1, 40, 40), dtype=torch.uint8)
@@ -65,15 +66,10 @@ def calibrate(
     >>> known.scores["patch_error"].false_positive_rate, known.threshold_images
     (0.05, 'training')
     """
-    if not 0 < false_positive_rate < 1:
-        raise ValueError(
-            f"the false-positive rate is {false_positive_rate}; it must lie in (0, 1)."
-        )
-    where = choose_device(device)
-    check_hardware(precision, where)
+    held_out = 0 if normal_validation is None else len(normal_validation)
+    check_calibration(len(normal_training), held_out, false_positive_rate)
+    check_hardware(precision, choose_device(device))
     training = normal_training.subsample(_IMAGES)
-    if len(training) < 2:
-        raise ValueError(f"{len(training)} normal images cannot calibrate a score; give 2 or more.")
     known = _NOTHING
     if has_int8() and choose_layout(model.config["features_root"]) is torch.channels_last:
         quantization = _quantization(model, discriminator, training)
@@ -85,6 +81,46 @@ def calibrate(
     return calibrate_scores(scorer, raw, normal_validation, false_positive_rate)
 
 
+def check_rate(false_positive_rate: float) -> None:
+    """Raise ValueError for a false-positive rate that no threshold can have.
+
+    >>> check_rate(5)
+    Traceback (most recent call last):
+    ValueError: the false-positive rate is 5; it must lie in (0, 1), such as 0.05.
+    """
+    if not 0 < false_positive_rate < 1:
+        raise ValueError(
+            f"the false-positive rate is {false_positive_rate}; it must lie in (0, 1), such as "
+            "0.05."
+        )
+
+
+def check_calibration(
+    training: int, validation: int, false_positive_rate: float, most: int | None = _IMAGES
+) -> None:
+    """Raise ValueError for numbers of normal images that give no threshold for the rate.
+
+    Args:
+        most: about as many of the training images are used, see ``ImageSet.subsample``; or all.
+
+    >>> check_calibration(training=12, validation=0, false_positive_rate=0.05)
+    Traceback (most recent call last):
+    ValueError: 12 normal training images and 0 for validation are too few for a threshold ...
+    """
+    check_rate(false_positive_rate)
+    if training < 2:
+        raise ValueError(f"{training} normal images cannot calibrate a score; give 2 or more.")
+    used = len(range(0, training, max(1, training // most))) if most else training
+    greatest = max(used, validation)
+    if not count_above(greatest, false_positive_rate):
+        raise ValueError(
+            f"{used} normal training images and {validation} for validation are too few for a "
+            f"threshold with a false-positive rate of {false_positive_rate:g}: it takes "
+            f"{math.ceil(1 / false_positive_rate - 1e-9)} of one kind. A rate of "
+            f"{math.ceil(1e4 / greatest) / 1e4:g} would fit."
+        )
+
+
 def calibrate_scores(
     scorer: BaseScorer,
     training: Mapping[str, Tensor],
@@ -93,7 +129,7 @@ def calibrate_scores(
 ) -> Calibration:
     """Calibrate from ``training``, raw scores [n] of normal images by name; see ``calibrate``."""
     held_out, source = training, "training"
-    if normal_validation is not None and len(normal_validation) * false_positive_rate >= 1:
+    if normal_validation is not None and count_above(len(normal_validation), false_positive_rate):
         held_out, source = scorer.raw_scores(normal_validation, list(training)), "validation"
     scores = {}
     for name, raw in training.items():

@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 from .._version import __version__
 from ..utils.atomic import replacing
 from ..utils.extras import require
+from ..utils.outputs import check_file
 from .program import quiet
 from .scorer import Scorer
 from .scores import SCORES
@@ -42,6 +43,19 @@ def write_export(scorer: Scorer, path: str | Path) -> None:
         ImportError: the "export" extra is missing, which ONNX needs.
         OSError: the file cannot be written.
     """
+    check_export(path)
+    path = Path(path)
+    with replacing(path) as file:
+        program = scorer.to_torch_export()
+        if path.suffix == ".onnx":
+            file.write(_onnx(program, _metadata(scorer)))
+        else:
+            facts = json.dumps(_metadata(scorer), indent=2)
+            torch.export.save(program, file, extra_files={METADATA_FILE: facts})
+
+
+def check_export(path: str | Path) -> None:
+    """Raise what ``write_export`` does of a path alone, before a model is loaded."""
     path = Path(path)
     if path.suffix not in (".onnx", ".pt2"):
         raise ValueError(
@@ -50,13 +64,7 @@ def write_export(scorer: Scorer, path: str | Path) -> None:
     if path.suffix == ".onnx":
         require("onnx", "export")
         require("onnxscript", "export")
-    with replacing(path) as file:
-        program = scorer.to_torch_export()
-        if path.suffix == ".onnx":
-            file.write(_onnx(program, _metadata(scorer)))
-        else:
-            facts = json.dumps(_metadata(scorer), indent=2)
-            torch.export.save(program, file, extra_files={METADATA_FILE: facts})
+    check_file(path)
 
 
 def _metadata(scorer: Scorer) -> dict[str, str]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .report.report import write_report
     from .report.summary import Summary, summarise
     from .results import COLUMNS, write_table
-    from .run import check_folder, check_output, screen_to_table
+    from .run import check_folder, check_output, check_outputs, screen_to_table
 else:
     __getattr__, __dir__ = lazy_names(
         __name__,
@@ -34,7 +34,7 @@ else:
             "pipeline": ("ScreenRow", "screen"),
             "report.report": ("write_report",),
             "results": ("COLUMNS", "write_table"),
-            "run": ("check_folder", "check_output", "screen_to_table"),
+            "run": ("check_folder", "check_output", "check_outputs", "screen_to_table"),
             "report.summary": ("Summary", "summarise"),
         },
     )
@@ -47,6 +47,7 @@ __all__ = [
     "Summary",
     "check_folder",
     "check_output",
+    "check_outputs",
     "find_files",
     "pack",
     "read_list",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import csv
 import itertools
 import json
@@ -20,6 +19,8 @@ COLUMNS = ("path", "raw_score", "z_score", "anomaly_score", "flag", "threshold",
 """The columns of a result table, which are fields of ``ScreenRow``."""
 
 _ROWS_AT_ONCE = 1 << 15  # rows of a Parquet row group, which are held in memory together
+
+_LINE_ENDS = {ord(sign): f"\\u{ord(sign):04x}" for sign in "\x85\u2028\u2029"}
 
 _Values = tuple[Any, ...]  # the values of one row, in the order of COLUMNS
 
@@ -99,11 +100,25 @@ def _record_batch(rows: Sequence[_Values], schema: Any) -> Any:
 
 def _write_csv(rows: Iterator[_Values], file: BinaryIO) -> None:
     # Not pyarrow's writer, which puts the header and every text in quotes.
-    writer = csv.writer(codecs.getwriter("utf-8")(file), lineterminator="\n")
+    writer = csv.writer(_Lines(file), lineterminator="\r\n")
     writer.writerow(COLUMNS)
     spelled = {True: "true", False: "false", None: None}
     for path, raw, z, anomaly, flag, threshold, error in rows:
         writer.writerow((path, raw, z, anomaly, spelled[flag], threshold, error))
+
+
+class _Lines:
+    r"""Takes lines that end in ``\r\n``, and writes them as UTF-8 with ``\n``.
+
+    Before Python 3.11.9, the csv module puts a lone ``\r`` in quotes only if the ends of lines
+    have one; without quotes it is read as the end of a line. macOS has files named so.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    def write(self, line: str) -> None:
+        self._file.write(line.removesuffix("\r\n").encode() + b"\n")
 
 
 def _write_json_lines(rows: Iterator[_Values], file: BinaryIO) -> None:
@@ -111,7 +126,8 @@ def _write_json_lines(rows: Iterator[_Values], file: BinaryIO) -> None:
     for row in rows:
         values = dict(zip(COLUMNS, row, strict=True))
         values["threshold"] = finite_or_none(values["threshold"])
-        file.write((encoder.encode(values) + "\n").encode())
+        # Some readers end a line at more signs than JSON escapes.
+        file.write((encoder.encode(values).translate(_LINE_ENDS) + "\n").encode())
 
 
 _WRITERS = {".parquet": _write_parquet, ".csv": _write_csv, ".jsonl": _write_json_lines}

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping
 from contextlib import closing
 from pathlib import Path
 
+from ..data.formats import IMAGE_SUFFIXES, is_image
 from ..data.listing import LeftOut, counted
+from ..utils.atomic import destination
+from ..utils.outputs import check_distinct, check_file
 from .journal import Journal, JournalError, Run
 from .pipeline import ScorerLike, ScreenRow, screen_batches
 from .reading.files import PathInput, as_paths, search_files
@@ -46,6 +49,7 @@ def screen_to_table(
 
     Until the table is whole, a table already at ``out`` stays, and rows are kept in the folder
     ``out`` + ``.partial``, so that a stopped run can be resumed without losing or doubling a row.
+    If ``out`` is a link, all this holds for the file that it leads to.
 
     Args:
         inputs, batch_size, workers, timeout: see ``screen``; all but ``inputs`` may change when a
@@ -61,7 +65,7 @@ def screen_to_table(
         The figures of all rows, or None if ``should_stop`` ended the run.
 
     Raises:
-        ValueError: ``out`` has an unknown suffix, or a number is out of range.
+        ValueError: ``out`` has an unknown suffix or is an image, or a number is out of range.
         OSError: ``out`` is a folder, or its folder is missing or cannot be written to.
         ImportError: ``out`` is Parquet and pyarrow is not installed.
         JournalError: there is an unfinished run and ``resume`` is not set, or it has another
@@ -74,9 +78,9 @@ def screen_to_table(
     >>> summary.count, summary.errors
     (1, 1)
     """
-    out = Path(out)
-    check_output(out, resume=True)  # an unfinished run is refused below
     named = as_paths(inputs)
+    check_output(out, resume=True)  # an unfinished run is refused below
+    check_outputs({"out": out}, named)
     run = _describe(scorer, named)
     screen_batches(scorer, Source([]), batch_size, workers, timeout, 0)  # checks the arguments
     with Journal(_journal_folder(out)) as journal:
@@ -107,7 +111,8 @@ def screen_to_table(
         summary = Summary()
         summary.left_out = journal.left_out
         try:
-            write_table(summary.watch(journal.rows()), out, journal.folder / out.name)
+            table = journal.folder / destination(out).name
+            write_table(summary.watch(journal.rows()), out, table)
         except OSError as error:
             raise journal.failure(f"{str(out)!r} cannot be written", error) from error
         journal.remove()
@@ -127,34 +132,45 @@ def check_output(out: PathInput, resume: bool = False) -> None:
     Traceback (most recent call last):
     ValueError: results are written as .parquet, .csv, .jsonl; 'results.xlsx' has the ...
     """
-    out = Path(out)
     table_writer(out)
-    if out.is_dir():
-        raise IsADirectoryError(f"{str(out)!r} is a folder; name the table that is to be in it")
-    check_folder(out)
+    check_file(out)
     if not resume and _journal_folder(out).exists():
         with Journal(_journal_folder(out)) as journal:
             if journal.run:
                 raise _unfinished(out)
 
 
-def check_folder(out: PathInput) -> None:
-    """Raise FileNotFoundError or PermissionError unless files can be written beside ``out``.
+check_folder = check_file  # its name in earlier versions
 
-    >>> check_folder("reports/ward-3.html")
+
+def check_outputs(
+    outputs: Mapping[str, PathInput | None], inputs: Collection[PathInput] = ()
+) -> None:
+    """Refuse files for results that cannot be written, are one file, or would replace an image.
+
+    Args:
+        outputs: files by the name of their argument, the table first; None for those not wanted.
+        inputs: what is screened, see ``find_files``.
+
+    Raises:
+        ValueError: two are the same file, or one is an input or any other image.
+        OSError: see ``check_folder``.
+
+    >>> check_outputs({"out": "results.csv", "report": "results.csv"})
     Traceback (most recent call last):
-    FileNotFoundError: 'reports/ward-3.html' cannot be written: there is no ...
+    ValueError: report is 'results.csv', the same file as out; name another.
     """
-    folder = Path(out).parent
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"{str(out)!r} cannot be written: there is no folder {str(folder)!r}; make it, or name "
-            "another"
-        )
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise PermissionError(
-            f"{str(out)!r} cannot be written: you may not write to the folder {str(folder)!r}"
-        )
+    table, *_ = outputs.values()
+    assert table is not None
+    journal = {"the folder of unfinished rows": _journal_folder(table)}
+    check_distinct({**journal, **outputs}, {"the input": inputs})
+    for name, path in outputs.items():
+        if path is None:
+            continue
+        check_file(path)
+        place = Path(path)
+        if place.suffix.lower() in IMAGE_SUFFIXES or (place.is_file() and is_image(place)):
+            raise ValueError(f"{name} is {str(path)!r}, an image; name another file for results.")
 
 
 def _score(
@@ -209,12 +225,13 @@ def _check_same(journal: Journal, was: Run, now: Run) -> None:
         )
 
 
-def _unfinished(out: Path) -> JournalError:
+def _unfinished(out: PathInput) -> JournalError:
     return JournalError(
-        f"{str(_journal_folder(out))!r} holds an unfinished run of {out.name!r}: go on with "
+        f"{str(_journal_folder(out))!r} holds an unfinished run of {Path(out).name!r}: go on with "
         "--resume, or delete that folder to start again from the beginning"
     )
 
 
-def _journal_folder(out: Path) -> Path:
-    return out.with_name(out.name + ".partial")
+def _journal_folder(out: PathInput) -> Path:
+    place = destination(out)  # of a link: on the file system of the table itself
+    return place.with_name(place.name + ".partial")

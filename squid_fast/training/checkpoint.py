@@ -10,6 +10,7 @@ import torch
 from ..presets import current_names
 from ..utils.atomic import replacing
 from ..utils.checkpoints import MissingError, UnreadableError, read_tensors
+from ..utils.outputs import check_folder
 from ..utils.text import shown
 
 CHECKPOINT = "checkpoint.pt"
@@ -19,18 +20,35 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be read, or belongs to another run."""
 
 
-def prepare_folder(out: Path, resume: bool) -> None:
-    """Create the folder of a run.
+def check_run_folder(out: Path, resume: bool) -> None:
+    """Refuse a folder that a run cannot be written to, before any work is done.
 
     Raises:
-        CheckpointError: it already holds a run, which is not to be resumed.
+        CheckpointError: it already holds a run, which is not to be resumed, or the model of one; or
+            it holds none to resume.
+        OSError: it is a file, or cannot be written to.
+
+    >>> check_run_folder(Path("run"), resume=True)
+    Traceback (most recent call last):
+    squid_fast.training.checkpoint.CheckpointError: there is no checkpoint at run/checkpoint.pt; ...
     """
-    out.mkdir(parents=True, exist_ok=True)
-    if not resume and (out / CHECKPOINT).exists():
+    check_folder(out)
+    if resume and not (out / CHECKPOINT).exists():
         raise CheckpointError(
-            f"{shown(out)} already holds a run; add --resume to go on with it, or choose another "
-            "folder."
+            f"there is no checkpoint at {shown(out / CHECKPOINT)}; leave out --resume."
         )
+    for name, what in ((CHECKPOINT, "run"), ("config.json", "model")):
+        if (out / name).exists() and not resume:
+            hint = "add --resume to go on with it, or " if name == CHECKPOINT else ""
+            raise CheckpointError(
+                f"{shown(out)} already holds a {what}; {hint}choose another folder."
+            )
+
+
+def prepare_folder(out: Path, resume: bool) -> None:
+    """Create the folder of a run; raises as ``check_run_folder`` does."""
+    check_run_folder(out, resume)
+    out.mkdir(parents=True, exist_ok=True)
 
 
 def save_checkpoint(state: dict[str, Any], path: Path) -> None:

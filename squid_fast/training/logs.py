@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from ..utils.extras import require
 
@@ -45,7 +45,6 @@ class TensorBoardLogger(Logger):
     """Writes event files into the folder ``tensorboard``."""
 
     def __init__(self, folder: Path, step: int) -> None:
-        require("tensorboard", "train")
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
@@ -59,8 +58,15 @@ class TensorBoardLogger(Logger):
         self._writer.close()
 
 
+def check_log(kind: LogKind) -> None:
+    """Raise ValueError for an unknown kind of log, and ImportError if its library is missing."""
+    if kind not in get_args(LogKind):
+        raise ValueError(f"the log is {kind!r}; it must be 'csv' or 'tensorboard'.")
+    if kind == "tensorboard":
+        require("tensorboard", "train")
+
+
 def make_logger(kind: LogKind, folder: Path, step: int) -> Logger:
     """A logger of that kind that writes into ``folder`` what comes after ``step``."""
-    if kind not in ("csv", "tensorboard"):
-        raise ValueError(f"the log is {kind!r}; it must be 'csv' or 'tensorboard'.")
+    check_log(kind)
     return CsvLogger(folder, step) if kind == "csv" else TensorBoardLogger(folder, step)

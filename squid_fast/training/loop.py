@@ -132,6 +132,11 @@ def fit(
     return ended
 
 
+def has_both_classes(images: ImageSet | None) -> bool:
+    """Whether there are normal and anomalous images, so that they have an AUROC."""
+    return images is not None and len(set(images.labels.tolist())) == 2
+
+
 class _ThreadChooser:
     """Chooses the number of threads of a run by timing steps of a copy of its learner.
 
@@ -200,7 +205,7 @@ def _end_epoch(
     validation = None
     if run.is_main:
         figures: dict[str, float] = {}
-        if validation_set is not None and len(set(validation_set.labels.tolist())) == 2:
+        if validation_set is not None and has_both_classes(validation_set):
             found = run.learner.validate(validation_set)
             validation = found["validation"]
             run.validated(epoch + 1, validation)

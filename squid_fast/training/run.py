@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
@@ -14,17 +15,19 @@ from ..data import ImageSet, Record, load_images, select
 from ..data.records import NORMAL, overview
 from ..inference import calibrate
 from ..inference.bundle import Bundle, save_bundle
-from ..inference.scores import PAPER_SCORE
+from ..inference.calibration import check_calibration
+from ..inference.scores import PAPER_SCORE, SCORES
 from ..modules import SQUID, Discriminator
 from ..presets import Preset, Recipe
 from ..utils.devices import Precision, choose_device, choose_precision, to_layout
+from ..utils.extras import require
 from ..utils.machine import describe
-from ..utils.seeds import seeded
-from ..utils.threads import threads
+from ..utils.seeds import check_seed, seeded
+from ..utils.threads import check_threads, threads
 from .checkpoint import prepare_folder
 from .distributed import Processes
-from .logs import LogKind
-from .loop import Progress, fit
+from .logs import LogKind, check_log
+from .loop import Progress, fit, has_both_classes
 from .squid import SquidLearner
 from .state import Run, Settings
 
@@ -147,7 +150,8 @@ def train(
 
     Raises:
         ValueError: the images do not fit the model or are fewer than a batch, a batch cannot be
-            shared out over the processes, or the hardware does not compute in bf16.
+            shared out over the processes, the hardware does not compute in bf16, or a number is
+            out of its range.
         CheckpointError: nothing to resume, or from a run with other settings.
         NonFiniteLossError: a loss became NaN or infinite.
 
@@ -160,11 +164,20 @@ def train(
     """
     processes = Processes.from_environment()
     processes.check_batch(recipe.batch_size)
-    if train_set.images.shape[-1] != model.image_size:
-        raise ValueError(
-            f"the images are {train_set.images.shape[-1]} pixels wide; the model takes "
-            f"{model.image_size}."
-        )
+    check_seed(seed)
+    check_threads(thread_count)
+    check_log(log)
+    if seconds is not None and not 0 < seconds < math.inf:
+        raise ValueError(f"seconds is {seconds}; it must be a number above 0, or None.")
+    require("lightning_fabric", "train")
+    if has_both_classes(validation_set):
+        require("sklearn.metrics", "train")
+    for images in (train_set, validation_set):
+        if images is not None and images.images.shape[-1] != model.image_size:
+            raise ValueError(
+                f"the images are {images.images.shape[-1]} pixels wide; the model takes "
+                f"{model.image_size}."
+            )
     where = choose_device(device)
     chosen = choose_precision(precision, where)
     settings = Settings(model.config, recipe, seed, chosen, len(train_set), train_set.fingerprint)
@@ -224,6 +237,10 @@ def train_bundle(
         about: further facts that the bundle states about its training.
         options: further keyword arguments of ``train``, which describes all others too.
 
+    Raises:
+        ValueError: as ``train`` does, an unknown score, or too few normal images for the rate: all
+            before training.
+
     >>> from squid_fast import PRESETS
     >>> pixels = torch.randint(256, (4, 1, 48, 48), dtype=torch.uint8)
     >>> images = ImageSet(pixels, labels=torch.zeros(4).long(), paths=["a", "b", "c", "d"])
@@ -232,6 +249,11 @@ def train_bundle(
     >>> Path("bundle/model.safetensors").exists()
     True
     """
+    if score not in SCORES:
+        raise ValueError(f"score is {score!r}; it must be one of {', '.join(SCORES)}.")
+    normal = validation_set.normal if validation_set else None
+    check_calibration(len(train_set), len(normal) if normal else 0, false_positive_rate)
+    check_seed(seed)
     with seeded(seed):
         model = SQUID(**preset.model)
     recipe = recipe or preset.recipe
@@ -243,7 +265,6 @@ def train_bundle(
     if not result.finished or not processes.is_main:
         return result
     pair = result.model, result.discriminator
-    normal = validation_set.normal if validation_set else None
     with threads(result.threads):
         calibration = calibrate(*pair, train_set, normal, false_positive_rate, precision, device)
     used = {"threads": result.threads, "processes": processes.count}

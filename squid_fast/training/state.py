@@ -40,11 +40,16 @@ class Settings:
     images_sha256: str
 
     def __post_init__(self) -> None:
-        if self.images < self.recipe.batch_size:
-            raise ValueError(
-                f"there are {self.images} training images, fewer than a batch of "
-                f"{self.recipe.batch_size}; a smaller --batch-size would fit."
-            )
+        check_count(self.images, self.recipe.batch_size)
+
+
+def check_count(images: int, batch_size: int) -> None:
+    """Raise ValueError for fewer training images than a batch takes."""
+    if images < batch_size:
+        raise ValueError(
+            f"there are {images} training images, fewer than a batch of {batch_size}; a smaller "
+            "--batch-size would fit."
+        )
 
 
 class Run:

@@ -7,7 +7,6 @@ import importlib
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, TypeVar
@@ -47,8 +46,11 @@ MOVED = {
 }
 
 
-class _FormerPaths(MetaPathFinder, Loader):
-    """Finds modules by their former paths, and loads those of today in their place."""
+class _FormerPaths:
+    """Finds modules by their former paths, and loads those of today in their place.
+
+    Without the base classes of ``importlib.abc``, which do nothing here and take long to import.
+    """
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -57,7 +59,8 @@ class _FormerPaths(MetaPathFinder, Loader):
             return None
         for old, new in MOVED.items():
             if f"{name}.".startswith(f"{old}."):
-                return ModuleSpec(name, self, loader_state=new + name[len(old) :])
+                loader: Any = self
+                return ModuleSpec(name, loader, loader_state=new + name[len(old) :])
         return None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:

@@ -8,6 +8,17 @@ from contextlib import contextmanager
 import torch
 
 
+def check_seed(seed: int) -> None:
+    """Raise ValueError for a seed that PyTorch or NumPy cannot take.
+
+    >>> check_seed(-1)
+    Traceback (most recent call last):
+    ValueError: seed is -1; it must be a whole number from 0 to 2**62 - 1.
+    """
+    if not 0 <= seed <= 2**62 - 1:
+        raise ValueError(f"seed is {seed}; it must be a whole number from 0 to 2**62 - 1.")
+
+
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """What is drawn on the CPU inside is that of the seed.

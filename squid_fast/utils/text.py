@@ -19,12 +19,13 @@ _MARKS = {
 
 
 def utf8_text(text: str) -> str:
-    r"""Spell out what UTF-8 cannot hold in ``text``, such as a file name's byte as ``\xff``.
+    r"""Spell out what UTF-8 or a table cannot hold, such as a file name's byte as ``\xff``, or NUL.
 
     >>> import os
     >>> print(utf8_text(os.fsdecode(b"caf\xe9.png")))
     caf\xe9.png
     """
+    text = text.replace("\0", r"\x00")
     try:
         return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     except UnicodeEncodeError:  # a lone surrogate that stands for no byte

@@ -19,6 +19,7 @@ SPIN = {
 """Environment variables of OpenMP libraries that set how long a thread spins before it sleeps."""
 
 WORTH_TIMING = 100  # steps; a run of so many or more chooses its threads by timing
+_MOST_THREADS = 1024  # OpenMP ends the program where the system has no room for more
 _SECONDS = 1.0  # for which each number of threads is timed
 
 
@@ -37,6 +38,19 @@ def waiting() -> str:
     names = ("OMP_WAIT_POLICY", *SPIN)
     said = [f"{name}={os.environ[name]}" for name in names if name in os.environ]
     return " ".join(said) or "as OpenMP does by itself"
+
+
+def check_threads(count: int | None) -> None:
+    """Raise ValueError for a number of threads that PyTorch cannot start; None is no number.
+
+    >>> check_threads(0)
+    Traceback (most recent call last):
+    ValueError: the number of threads is 0; it must lie between 1 and 1024.
+    """
+    if count is not None and not 1 <= count <= _MOST_THREADS:
+        raise ValueError(
+            f"the number of threads is {count}; it must lie between 1 and {_MOST_THREADS}."
+        )
 
 
 @contextmanager

@@ -273,6 +273,8 @@ def test_convert_turns_published_checkpoints_into_a_bundle(grids: Path, tmp_path
 
 
 def test_mistakes_end_in_one_sentence(grids: Path, run: Path, tmp_path: Path) -> None:
+    same = tmp_path / "same.csv"
+    fresh = ("train", *TRAIN, "--data", grids, "--out", tmp_path / "fresh")
     cases = {
         ("train", "--data", grids, "--out", tmp_path, "--method", "knn", "--keep", "best"): (
             "--keep best has no effect on --method knn"
@@ -291,7 +293,34 @@ def test_mistakes_end_in_one_sentence(grids: Path, run: Path, tmp_path: Path) ->
         ("pack", "x", "--out", "no"): "give either --size or --bundle",
         ("pack", "x", "--out", "no", "--size", 8, "--root", "y"): "--root is y, but",
         ("evaluate", run, "--data", grids, "--split", "exam"): "split 'exam'",
+        ("evaluate", run, "--data", grids, "--split", "train"): "'train' are of one class",
+        ("screen", run, grids, "--out", same, "--report", same): "the same file as --out",
+        ("screen", run, grids, "--out", same, "--summary", run / "config.json"): "would overwrite",
+        ("screen", run, "--list", same, "--out", same): "would overwrite the input",
+        ("bench", "--bundle", run, "--out", run / "calibration.json"): "would overwrite",
+        ("bench", "--seconds", "inf"): "seconds inf",
+        ("export", run, "--out", tmp_path): "ends in ''",
+        ("pack", grids, "--size", 8, "--out", same): "is a file; name another",
+        ("evaluate", run, "--data", grids, "--out", same): "is a file; name another",
+        ("diagnose", run, "--data", grids, "--out", same / "x"): "is a file; name another",
+        ("synth", same): "is a file; name another",
+        ("synth", tmp_path / "s", "--seed", -1): "seed is -1",
+        ("demo", "--out", tmp_path / "d", "--minutes", "inf"): "minutes is inf",
+        ("demo", "--device", "gpu"): "device is 'gpu'",
+        ("ablate", "--out", tmp_path / "a", "--variants", "full,none"): "variant is 'none'",
+        ("ablate", "--out", same): "is a file; name another",
+        (*fresh, "--score", "distance"): "--score is 'distance'; a squid has discriminator_",
+        (*fresh, "--method", "knn", "--score", "patch_error"): "a knn has distance",
+        (*fresh, "--false-positive-rate", 5): "the false-positive rate is 5.0; it must lie in",
+        (*fresh, "--false-positive-rate", 0.01): "A rate of 0.0417 would fit",
+        (*fresh, "--lr", "nan"): "lr is nan; it must be a number above 0",
+        (*fresh, "--threads", 5000): "the number of threads is 5000",
+        (*fresh, "--batch-size", 100): "fewer than a batch of 100",
+        (*fresh, "--device", "cuda:x"): "device is 'cuda:x'",
+        (*fresh, "--contaminate", grids, "--contamination-rate", 2): "the rate is 2.0",
+        (*fresh[:-1], run): "already holds a run",
     }
+    same.write_text("image_path\nx.png")
     for arguments, sentence in cases.items():
         done = squid(*arguments, check=False)
         assert done.returncode == 1, arguments
@@ -300,6 +329,32 @@ def test_mistakes_end_in_one_sentence(grids: Path, run: Path, tmp_path: Path) ->
     apart = squid_apart(*arguments, check=False)
     assert (apart.returncode, apart.stderr) == (done.returncode, done.stderr)
     assert not Path("no").exists()
+    assert same.read_text() == "image_path\nx.png"
+    assert [path.name for path in tmp_path.iterdir()] == ["same.csv"]
+
+
+def test_keep_best_takes_validation_images_of_both_kinds(grids: Path, tmp_path: Path) -> None:
+    lines = (grids / "labels.csv").read_text().splitlines()
+    (tmp_path / "images").symlink_to(grids / "images")
+    normal = [line for line in lines if ",val," not in line or ",0,val," in line]
+    (tmp_path / "labels.csv").write_text("\n".join(normal))
+    arguments = ("train", *TRAIN, "--data", tmp_path / "labels.csv", "--out", tmp_path / "run")
+    done = squid(*arguments, "--keep", "best", check=False)
+    assert done.returncode == 1
+    assert "--keep is best, which takes normal and anomalous images" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_refused_demo_leaves_the_earlier_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    earlier = tmp_path / "runs" / "demo"
+    earlier.mkdir(parents=True)
+    for name in ("demo.json", "results.csv"):
+        (earlier / name).write_text("kept")
+    assert squid("demo", "--device", "gpu", check=False).returncode == 1
+    assert {path.read_text() for path in earlier.iterdir()} == {"kept"}
 
 
 def verbs() -> dict[str, Any]:

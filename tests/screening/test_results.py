@@ -8,6 +8,7 @@ import os
 import stat
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,32 @@ def test_text_formats_to_the_byte(tmp_path: Path) -> None:
         f'"anomaly_score": null, "flag": null, "threshold": 1.64, '
         f'"error": {json.dumps(SAFE + " is no image", ensure_ascii=False)}}}\n'
     )
+
+
+@FORMATS
+def test_a_name_with_a_line_end_gives_one_row(tmp_path: Path, suffix: str) -> None:
+    names = [
+        "Icon\r",
+        "a\rb.png",
+        "a\r\nb",
+        "a\nb",
+        "a\u2028b",
+        "a\x85b",
+        "=cmd",
+        " a ",
+        'q"q',
+        "a,b",
+    ]
+    path = tmp_path / f"results{suffix}"
+    write_table([replace(failed(0), path=n, error=f"{n} is empty\0") for n in names], path)
+    table = read_table(path)
+    assert [row["path"] for row in table] == names
+    assert [row["error"] for row in table] == [f"{name} is empty\\x00" for name in names]
+    if suffix == ".jsonl":
+        assert len(path.read_text("utf-8").splitlines()) == len(names)
+    if suffix == ".csv":
+        pandas = pytest.importorskip("pandas")
+        assert list(pandas.read_csv(path)["path"]) == names
 
 
 @FORMATS

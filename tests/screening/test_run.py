@@ -370,7 +370,7 @@ def test_tables_that_cannot_be_are_refused_before_any_work(
     (tmp_path / "full" / "r.csv.partial").write_text("a file")
     cases: list[tuple[str, type[Exception], str]] = [
         ("r.xlsx", ValueError, r"'r\.xlsx' has the suffix '\.xlsx'"),
-        ("d.csv", IsADirectoryError, "is a folder; name the table that is to be in it"),
+        ("d.csv", IsADirectoryError, "is a folder; name the file that is to be in it"),
         ("no/r.csv", FileNotFoundError, "there is no folder .*no'; make it, or name another"),
         ("locked/r.csv", PermissionError, "you may not write to the folder .*locked'"),
         ("full/r.csv", JournalError, "cannot be written: File exists"),
@@ -385,6 +385,31 @@ def test_tables_that_cannot_be_are_refused_before_any_work(
             screen_to_table(scorer, images, tmp_path / name, workers=0)
         assert not scorer.batches
     assert sorted(os.listdir(tmp_path)) == ["d.csv", "full", "in", "locked"]
+
+
+def test_a_table_never_replaces_what_is_read(images: Path, tmp_path: Path) -> None:
+    picture = sorted(images.iterdir())[0]
+    named, linked = tmp_path / "list.csv", tmp_path / "linked.csv"
+    named.write_text("a.png")
+    linked.symlink_to(picture)
+    for out, inputs, sentence in (
+        (named, [images, named], "which would overwrite the input"),
+        (linked, [images], "linked.csv', an image; name another file for results"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            screen_to_table(MeanScorer(), inputs, out, workers=0)
+    assert picture.read_bytes()[:4] in (b"\x93NUM", b"\x89PNG")
+    assert sorted(os.listdir(tmp_path)) == ["in", "linked.csv", "list.csv"]
+
+
+def test_a_link_is_followed_and_stays(images: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    out, table = tmp_path / "latest.csv", tmp_path / "disk" / "monday.txt"
+    out.symlink_to(table)
+    screen_to_table(MeanScorer(), images, out, workers=0)
+    assert out.is_symlink()
+    assert found(out) == expected(images)
+    assert os.listdir(tmp_path / "disk") == ["monday.txt"]
 
 
 def test_arguments_out_of_range_leave_nothing_behind(images: Path, tmp_path: Path) -> None:

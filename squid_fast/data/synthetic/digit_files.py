@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from ...utils.extras import require
+from ...utils.outputs import check_folder
+from ...utils.seeds import check_seed
 from .digit_anatomy import KINDS, DigitAnatomy, DigitGrids
 
 DEFAULT_COUNTS = {"train": (2000, 0), "val": (200, 200), "test": (500, 500)}
@@ -42,6 +44,7 @@ def write_digit_anatomy(
 
     Raises:
         FileExistsError: there is a ``labels.csv`` already.
+        OSError: the folder cannot be written to.
         DigitSourceError, ImportError, ValueError: as ``DigitAnatomy``.
 
     >>> from squid_fast.data import find_records
@@ -51,8 +54,11 @@ def write_digit_anatomy(
     """
     root = Path(out_dir)
     table = root / "labels.csv"
+    check_folder(root)
+    check_seed(seed)
     if table.exists() and not overwrite:
         raise FileExistsError(f"{table} exists already; choose another folder or overwrite it")
+    require("PIL.Image", "train")
     total = sum(normal + anomalous for normal, anomalous in counts.values())
     rows: list[tuple[str, int, str, str, str]] = []
     for split, (normal, anomalous) in counts.items():

@@ -13,18 +13,21 @@ import torch
 from torch import Tensor
 
 from ...data import ImageSet
-from ...inference.calibration import calibrate_scores
+from ...inference.calibration import calibrate_scores, check_calibration
 from ...metrics import image_auroc
 from ...presets import Recipe
 from ...training import Progress
-from ...training.checkpoint import prepare_folder
+from ...training.checkpoint import check_run_folder, prepare_folder
 from ...training.graphs import Losses
 from ...training.learner import Learner, step_seed
-from ...training.loop import fit
-from ...training.state import Run, Settings
+from ...training.loop import fit, has_both_classes
+from ...training.state import Run, Settings, check_count
 from ...utils.devices import Precision, choose_device, choose_precision
+from ...utils.extras import require
 from ...utils.machine import describe
-from ...utils.seeds import seeded
+from ...utils.outputs import check_folder
+from ...utils.seeds import check_seed, seeded
+from ...utils.threads import check_threads
 from .networks import AutoEncoder
 from .scorer import METHODS, BaselineScorer, save_baseline
 from .shallow import PixelMethod
@@ -100,8 +103,8 @@ def train_baseline(
         about: further facts that the bundle states about its training.
 
     Raises:
-        ValueError: no such method, fewer images than a batch, or the hardware does not compute in
-            bf16.
+        ValueError: no such method, fewer images than a batch, too few normal ones for the rate, a
+            number out of its range, or hardware that does not compute in bf16.
         CheckpointError: nothing to resume, or ``out`` already holds a run.
         NonFiniteLossError: the loss became NaN or infinite.
 
@@ -112,12 +115,24 @@ def train_baseline(
     """
     if name not in METHODS:
         raise ValueError(f"method is {name!r}; known are squid, {', '.join(METHODS)}.")
-    where, kind = choose_device(device), METHODS[name][0]
+    kind = METHODS[name][0]
+    if not issubclass(kind, PixelMethod):
+        check_count(len(train_set), recipe.batch_size)
+    normal = validation_set.normal if validation_set else None
+    held_out = len(normal) if normal else 0
+    check_calibration(len(train_set), held_out, false_positive_rate, most=None)
+    check_seed(seed)
+    check_threads(thread_count)
+    if has_both_classes(validation_set):
+        require("sklearn.metrics", "train")
+    where = choose_device(device)
     chosen = choose_precision(precision, where)
     count = thread_count or torch.get_num_threads()
     started, side, step = time.perf_counter(), train_set.images.shape[-1], 0
     if issubclass(kind, PixelMethod):
-        prepare_folder(out, resume)
+        if not resume:  # there is no checkpoint to look for
+            check_run_folder(out, resume)
+        check_folder(out)
         method: PixelMethod | AutoEncoder = kind.fit(train_set)
     else:
         with seeded(seed):
@@ -134,11 +149,10 @@ def train_baseline(
         if not finished:
             return BaselineResult(False, step)
     scorer = BaselineScorer(name, method, side, device=where)
-    normal = validation_set.normal if validation_set else None
     raw = scorer.raw_scores(train_set)
     scorer.calibration = calibrate_scores(scorer, raw, normal, false_positive_rate)
     validation = {}
-    if validation_set is not None and len(set(validation_set.labels.tolist())) == 2:
+    if validation_set is not None and has_both_classes(validation_set):
         found = scorer.raw_scores(validation_set)[scorer.score_name].numpy()
         area = image_auroc(validation_set.labels.numpy(), found)
         validation = {f"auroc_{scorer.score_name}": area}

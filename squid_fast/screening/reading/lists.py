@@ -39,6 +39,8 @@ def read_list(path: PathInput, root: PathInput | None = None) -> list[str]:
     path = os.fspath(path)
     if root is None:
         root = "" if path == "-" else os.path.dirname(path)
+    if path == "-" and sys.stdin is None:
+        raise ValueError("the list is -, but standard input is closed; name a file, or pipe a list")
     if path == "-":
         content = sys.stdin.buffer.read()
     else:

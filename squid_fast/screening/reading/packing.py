@@ -22,9 +22,10 @@ from ...data.listing import LeftOut
 from ...data.pixels import ImageReadError
 from ...utils.atomic import replacing
 from ...utils.extras import require
+from ...utils.outputs import check_folder
 from ...utils.text import utf8_text
 from .files import PACKED_SUFFIX, PathInput, check_is_file, find_files
-from .pool import TIMEOUT, read_ahead
+from .pool import TIMEOUT, check_reading, read_ahead
 from .worker import Decoded
 
 _FORMAT = 1
@@ -118,12 +119,14 @@ def pack(
         if value < 1:
             raise ValueError(f"{name} must be at least 1, not {value}")
     folder = Path(out_folder)
-    own = os.path.abspath(folder)
+    check_folder(folder)
+    check_reading(workers, timeout)
+    own = os.path.realpath(folder)
     left_out = LeftOut()
     files = [
         path
         for path in find_files(inputs, left_out)
-        if not (is_shard(path) and os.path.dirname(os.path.abspath(path)) == own)
+        if not (is_shard(path) and os.path.realpath(os.path.dirname(path)) == own)
     ]
     plan = _plan(files, folder, size, rows_per_shard)
     errors = _errors_of_present(plan, folder, resume)

@@ -168,6 +168,8 @@ class Reader:
         options = ["-W", "ignore", "-X", f"utf8={sys.flags.utf8_mode}", "-c", _PROGRAM]
         arguments = map(str, (memory, places, size, _MAX_MEMORY, timeout))
         folders = (folder or os.curdir for folder in sys.path)
+        # The process inherits the mask, so that Ctrl-C does not end it before _PROGRAM ignores it.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         try:
             self._process = subprocess.Popen(
                 [sys.executable, *options, *arguments, *folders],
@@ -183,6 +185,8 @@ class Reader:
                 f"no process for decoding images can be started ({error}); try fewer workers, or "
                 "0 to decode in this process"
             ) from error
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._input, self.answers = self._process.stdin, self._process.stdout

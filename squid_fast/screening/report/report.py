@@ -22,6 +22,7 @@ from ..._version import __version__
 from ...data.listing import counted
 from ...utils.atomic import replacing
 from ...utils.extras import require
+from ...utils.outputs import check_distinct
 from ...utils.text import utf8_text
 from ..pipeline import ScorerLike, ScreenRow
 from ..reading.files import PathInput, as_paths
@@ -67,7 +68,7 @@ def write_report(
 
     Raises:
         ImportError: jinja2 or Pillow is missing.
-        ValueError: ``reference_z`` holds a value that is not finite.
+        ValueError: ``reference_z`` holds a value that is not finite, or ``path`` is ``results``.
         OSError: the file cannot be written.
 
     >>> from types import SimpleNamespace
@@ -78,6 +79,7 @@ def write_report(
     True
     """
     jinja2 = require("jinja2", "screen")
+    check_distinct({"path": path}, {"results": [] if results is None else [results]})
     reference = np.asarray([] if reference_z is None else reference_z, dtype=np.float64).ravel()
     if not np.isfinite(reference).all():
         raise ValueError("reference_z must be finite")

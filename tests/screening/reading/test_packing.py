@@ -412,3 +412,12 @@ def test_lists_on_the_command_line(bundle: Path, tmp_path: Path) -> None:
     assert comparable(list(read_shard(shard, SIZE))) == [
         (str(path), expected(path).tobytes()) for path in (images[1], images[0])
     ]
+
+
+def test_own_shards_are_no_input_by_whatever_path(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.zeros((8, 8), np.uint8))
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "link").symlink_to("packed")
+    for out in ("link", "packed", "link"):
+        packed = pack(tmp_path, tmp_path / out, 8, workers=0, resume=True)
+        assert (packed.files, packed.errors, packed.shards) == (1, 0, 1)
