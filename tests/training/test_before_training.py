@@ -56,8 +56,8 @@ def test_a_recipe_that_nothing_can_be_trained_with(change: dict[str, Any], sente
         ({"thread_count": 10**6}, "the number of threads is 1000000"),
         ({"seconds": math.nan}, "seconds is nan"),
         ({"log": "wandb"}, "the log is 'wandb'; it must be 'csv' or 'tensorboard'"),
-        ({"device": "gpu"}, "device is 'gpu', which PyTorch does not know"),
-        ({"device": "meta"}, "device is 'meta', on which PyTorch does not compute"),
+        ({"device": "gpu"}, "device is 'gpu'; it must be 'cpu'"),
+        ({"device": "meta"}, "device is 'meta', of which PyTorch sees none"),
         ({"recipe": Recipe(batch_size=20)}, "there are 19 training images, fewer than a batch"),
     ],
 )  # fmt: skip

@@ -97,6 +97,7 @@ def test_the_rows_are_those_of_one_machine(
         "flagged": sum(row.flag is True for row in rows),
         "threshold": scorer.threshold,
         "score_name": "patch_error",
+        "left_out": {},
     }
     assert sorted(path.suffix for path in out.iterdir()) == [".json", ".parquet"]
     assert not out.with_name(out.name + ".partial").exists()
