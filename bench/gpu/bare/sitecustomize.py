@@ -23,6 +23,7 @@ ABSENT = (
     "scipy",
     "sklearn",
     "tensorboard",
+    "tifffile",
     "typer",
 )
 sys.modules.update(dict.fromkeys(ABSENT))  # type: ignore[arg-type]
