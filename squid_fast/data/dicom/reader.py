@@ -41,8 +41,8 @@ def read_dicom(file: BinaryIO, path: Path) -> FloatImage:
 def _image(header: Header, pixels: BinaryIO, syntax: str, path: Path) -> FloatImage:
     if not header.values("Rows") or not header.values("Columns"):
         raise ImageReadError(
-            "{path} is a DICOM file without an image (Rows and Columns are missing; Modality is "
-            "{modality}); one with pixel data is needed",
+            "{path} is a DICOM file without an image, or cut short (Rows and Columns are missing; "
+            "Modality is {modality}); one with pixel data is needed",
             path=path,
             modality=header.text("Modality") or "not given",
         )
