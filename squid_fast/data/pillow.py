@@ -12,7 +12,7 @@ import numpy as np
 from ..utils.extras import require
 from .headers import bmp_bits, jpeg_2000_bits, jpeg_variant, png_depth
 from .pixels import MAX_PIXELS, FloatImage, ImageReadError, check_pixels, stretched
-from .tiff import is_misread, load_as_stored, other_samples, wide_samples
+from .tiff import is_misread, load_as_stored, other_samples, seek_picture, wide_samples
 
 _MAX_TIFF_BYTES = 2 << 30
 _NAMES = {"JPEG 2000": "JPEG2000", "PNM": "PPM", "WebP": "WEBP"}  # where Pillow's differ
@@ -58,6 +58,8 @@ def _decoded(file: BinaryIO, path: Path, kind: str, size: int | None) -> FloatIm
             return other_samples(file, path)
         raise
     with image:
+        if kind == "TIFF":
+            seek_picture(image)
         check_pixels(image.width, image.height, path)
         if kind == "TIFF":
             if is_misread(image):

@@ -13,26 +13,37 @@ import numpy.typing as npt
 from ..utils.extras import require
 from .pixels import FloatImage, ImageReadError, check_pixels, stretched
 
-_BITS, _COMPRESSION, _PHOTOMETRIC, _ORIENTATION = 258, 259, 262, 274
+_SUBFILE, _BITS, _COMPRESSION, _PHOTOMETRIC, _ORIENTATION = 254, 258, 259, 262, 274
 _SAMPLES, _PLANES, _COLOURS, _SAMPLE_FORMAT = 277, 284, 320, 339
 _WHITE_IS_ZERO, _RGB = 0, 2  # 1 is black
 _UNSIGNED, _SIGNED = 1, 2
 _ALPHA = 2  # an extra sample that the others are not multiplied by
 _LUMA = np.array([0.299, 0.587, 0.114])
-_SEPARATE, _OLD_JPEG = 2, 6
+_SEPARATE, _OLD_JPEG, _WEBP = 2, 6, 50001
+_REDUCED = 1  # the bit of a page that is another one made smaller
 _TURNED_TWICE = ("I;16BS", "I;32BS", "F;32BF")  # raw modes
 
 Tags = Mapping[int, Any]
 
-logging.getLogger("tifffile").addHandler(logging.NullHandler())  # errors are raised, not printed
+for _library in ("tifffile", "PIL"):
+    logging.getLogger(_library).addHandler(logging.NullHandler())  # errors are raised, not printed
+
+
+def seek_picture(image: Any) -> None:
+    """Go to the first page of an opened TIFF that is no thumbnail, if there is one."""
+    try:
+        while image.tag_v2.get(_SUBFILE, 0) & _REDUCED:
+            image.seek(image.tell() + 1)
+    except EOFError:
+        image.seek(0)
 
 
 def is_misread(image: Any) -> bool:
-    """Whether Pillow, as of version 13, decodes an opened TIFF to wrong values.
+    """Whether Pillow, as of version 13, decodes an opened TIFF to wrong values, or cannot.
 
     It turns the bytes of compressed big-endian samples once more after libtiff did, mixes up
     separate planes unless there are three of 8 bits, and inverts grey of unknown photometric
-    interpretation.
+    interpretation. Its libtiff takes WebP for damage.
     """
     tags = image.tag_v2
     codec, _, _, arguments = image.tile[0]
@@ -40,6 +51,7 @@ def is_misread(image: Any) -> bool:
     return (
         (codec == "libtiff" and arguments[0] in _TURNED_TWICE)
         or (separate and tuple(tags.get(_BITS, (1,))) != (8, 8, 8))
+        or tags.get(_COMPRESSION) == _WEBP
         or (_PHOTOMETRIC not in tags and tags.get(_COMPRESSION) != _OLD_JPEG)
     )
 
@@ -95,7 +107,7 @@ def other_samples(file: BinaryIO, path: Path) -> FloatImage:
         raise ImageReadError(message, path=path, error=error) from error
     file.seek(0)
     with tifffile.TiffFile(file) as tiff:
-        page = tiff.pages[0]
+        page = next((page for page in tiff.pages if not page.is_reduced), tiff.pages[0])
         check_pixels(page.imagewidth, page.imagelength, path)
         colours = 3 if page.photometric == _RGB else 1
         if not _is_known(page, colours):

@@ -160,6 +160,37 @@ def test_what_is_not_read_is_named(tmp_path: Path, content: bytes, words: str) -
         read(tmp_path, content)
 
 
+@pytest.mark.parametrize("dtype", ["u1", "u2", "u4", "f8"])
+def test_the_first_page_that_is_no_thumbnail(tmp_path: Path, dtype: str) -> None:
+    tifffile_needed()
+    import tifffile
+
+    for reduced, first in (([1, 1, 0, 0], 2), ([0, 1], 0), ([1, 1], 0)):
+        pages = [np.roll(GREY, 5 * index).astype(dtype) for index in range(len(reduced))]
+        file = io.BytesIO()
+        with tifffile.TiffWriter(file) as writer:
+            for index, page in enumerate(pages):
+                turned = [(ORIENTATION, "H", 1, 1 + 5 * (index % 2))]
+                writer.write(
+                    page, photometric="minisblack", subfiletype=reduced[index], extratags=turned
+                )
+        want = pages[first] / (65535 if dtype == "u2" else 255)
+        np.testing.assert_allclose(read(tmp_path, file.getvalue()), want, atol=1e-6)
+
+
+def test_webp_in_tiff(tmp_path: Path) -> None:
+    """The libtiff of Pillow has no WebP, and takes it for damage."""
+    tifffile_needed()
+    pytest.importorskip("imagecodecs", reason="imagecodecs is not installed")
+    import tifffile
+
+    colours, file = np.stack([GREY, GREY // 2, GREY[::-1]], axis=-1), io.BytesIO()
+    tifffile.imwrite(
+        file, colours, photometric="rgb", compression="webp", compressionargs={"lossless": True}
+    )
+    np.testing.assert_allclose(read(tmp_path, file.getvalue()), colours @ LUMA / 255, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
