@@ -491,6 +491,9 @@ def test_deflated(tmp_path: Path) -> None:
     for start in (head, head[:132] + head[144:]):
         path.write_bytes(start + data)
         np.testing.assert_allclose(read_image(path), SCALED, rtol=0, atol=1e-6)
+    for level in (1, 6, 9):  # with zlib's header
+        path.write_bytes(head + zlib.compress(made.data_set(V), level))
+        np.testing.assert_allclose(read_image(path), SCALED, rtol=0, atol=1e-6)
     path.write_bytes(head + made.data_set(V))
     with pytest.raises(ImageReadError, match="says that it is deflated, but it is not"):
         read_image(path)

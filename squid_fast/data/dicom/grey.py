@@ -22,8 +22,6 @@ _PADDING = {  # value and end of range, by VR of the pixels (C.7.5.1.1.2, C.7.6.
 }
 
 
-# Slopes and windows may have any size; pixels that are infinite in the end are refused.
-@np.errstate(over="ignore")
 def grey_levels(header: Header, stored: npt.NDArray[Any], raw: npt.NDArray[Any]) -> FloatImage:
     """Apply modality LUT, VOI LUT or window, and polarity (C.11.1, C.11.2, C.7.6.3.1.2).
 

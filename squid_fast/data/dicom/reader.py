@@ -52,7 +52,8 @@ def _image(header: Header, pixels: BinaryIO, syntax: str, path: Path) -> FloatIm
         return _luminance(*colours_of_palette(header, stored))
     if stored.ndim == 3:
         return _luminance(stored, 2 ** header.needed("BitsStored") - 1)
-    return grey_levels(header, stored, raw)
+    with np.errstate(over="ignore"):  # slopes and windows of any size; infinite pixels are refused
+        return grey_levels(header, stored, raw)
 
 
 def _luminance(colour: npt.NDArray[Any], top: int) -> FloatImage:
@@ -98,7 +99,12 @@ def _encoding(file: BinaryIO) -> tuple[bool, bool]:
 
 def _inflated(file: BinaryIO, path: Path) -> io.BytesIO:
     """Inflate a data set, unless it is too large."""
-    inflate, data = zlib.decompressobj(-zlib.MAX_WBITS), io.BytesIO()
+    start = file.read(2)
+    file.seek(-len(start), os.SEEK_CUR)
+    # Some writers put zlib's header before it, which PS3.5 A.5 does not have.
+    has_header = start[:1] == b"\x78" and int.from_bytes(start, "big") % 31 == 0
+    bits = zlib.MAX_WBITS if has_header else -zlib.MAX_WBITS
+    inflate, data = zlib.decompressobj(bits), io.BytesIO()
     while piece := file.read(1 << 16):
         try:
             data.write(inflate.decompress(piece, _MAX_INFLATED + 1 - data.tell()))
