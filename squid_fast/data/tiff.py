@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,6 +23,7 @@ _ALPHA = 2  # an extra sample that the others are not multiplied by
 _LUMA = np.array([0.299, 0.587, 0.114])
 _SEPARATE, _OLD_JPEG, _WEBP = 2, 6, 50001
 _REDUCED = 1  # the bit of a page that is another one made smaller
+_MAX_THUMBNAILS = 16  # that are passed over: pages may follow each other in a circle
 _TURNED_TWICE = ("I;16BS", "I;32BS", "F;32BF")  # raw modes
 
 Tags = Mapping[int, Any]
@@ -31,11 +34,12 @@ for _library in ("tifffile", "PIL"):
 
 def seek_picture(image: Any) -> None:
     """Go to the first page of an opened TIFF that is no thumbnail, if there is one."""
-    try:
-        while image.tag_v2.get(_SUBFILE, 0) & _REDUCED:
-            image.seek(image.tell() + 1)
-    except EOFError:
-        image.seek(0)
+    with suppress(EOFError):
+        for page in range(_MAX_THUMBNAILS + 1):
+            image.seek(page)
+            if not image.tag_v2.get(_SUBFILE, 0) & _REDUCED:
+                return
+    image.seek(0)
 
 
 def is_misread(image: Any) -> bool:
@@ -107,7 +111,8 @@ def other_samples(file: BinaryIO, path: Path) -> FloatImage:
         raise ImageReadError(message, path=path, error=error) from error
     file.seek(0)
     with tifffile.TiffFile(file) as tiff:
-        page = next((page for page in tiff.pages if not page.is_reduced), tiff.pages[0])
+        pages = islice(tiff.pages, _MAX_THUMBNAILS + 1)
+        page = next((page for page in pages if not page.is_reduced), tiff.pages[0])
         check_pixels(page.imagewidth, page.imagelength, path)
         colours = 3 if page.photometric == _RGB else 1
         if not _is_known(page, colours):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import sys
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,17 @@ def test_the_first_page_that_is_no_thumbnail(tmp_path: Path, dtype: str) -> None
                 )
         want = pages[first] / (65535 if dtype == "u2" else 255)
         np.testing.assert_allclose(read(tmp_path, file.getvalue()), want, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float64])
+def test_thumbnails_in_a_circle(tmp_path: Path, dtype: Any) -> None:
+    tifffile_needed()
+    content = tiff(GREY.astype(dtype), tags={254: [1]})
+    (start,) = struct.unpack_from("<I", content, 4)
+    (count,) = struct.unpack_from("<H", content, start)
+    end = start + 2 + 12 * count
+    circle = content[:end] + struct.pack("<I", start) + content[end + 4 :]
+    np.testing.assert_allclose(read(tmp_path, circle), GREY / 255, atol=1e-6)
 
 
 def test_webp_in_tiff(tmp_path: Path) -> None:
