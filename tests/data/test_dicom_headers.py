@@ -205,6 +205,13 @@ VALUES: dict[str, Case] = {
         table([4096, 2**16 - 2048, 16], RAMP, tag=0x00283000),
         SCALED,
     ),
+    "a modality table of fluoroscopy is not for display": (
+        V,
+        {0x00080016: ("UI", "1.2.840.10008.5.1.4.1.1.12.2")}
+        | table([4096, 0, 16], RAMP[::-1], tag=0x00283000)
+        | WINDOW,
+        WINDOWED,
+    ),
     "a first value above 32767": (
         (V + 40000).astype(np.uint16),
         table([4096, 40000, 16], RAMP),

@@ -22,6 +22,11 @@ _PADDING = {  # value and end of range, by VR of the pixels (C.7.5.1.1.2, C.7.6.
 }
 
 
+# X-ray angiography, fluoroscopy and biplane angiography. Their modality LUT leads to the intensity
+# of the rays, and is not for display (C.8.7.1.1.2); windows are for the stored values.
+_NOT_FOR_DISPLAY = tuple(f"1.2.840.10008.5.1.4.1.1.12.{number}" for number in (1, 2, 3))
+
+
 def grey_levels(header: Header, stored: npt.NDArray[Any], raw: npt.NDArray[Any]) -> FloatImage:
     """Apply modality LUT, VOI LUT or window, and polarity (C.11.1, C.11.2, C.7.6.3.1.2).
 
@@ -88,7 +93,8 @@ def _first_of(
 
 def _modality(header: Header, stored: npt.NDArray[Any]) -> npt.NDArray[Any] | None:
     """Apply the modality LUT, or else slope and intercept; None if there is neither."""
-    for item in header.items("ModalityLUTSequence"):
+    shown = header.text("SOPClassUID") not in _NOT_FOR_DISPLAY
+    for item in header.items("ModalityLUTSequence") if shown else []:
         if item.raw("LUTDescriptor") or item.raw("LUTData"):
             return looked_up(item, stored)[0]
     slope, intercept = header.number("RescaleSlope"), header.number("RescaleIntercept")
