@@ -13,14 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ..utils.extras import require
-from .pixels import FloatImage, ImageReadError, check_pixels, stretched
+from .pixels import LUMA, FloatImage, ImageReadError, check_pixels, stretched
 
 _SUBFILE, _BITS, _COMPRESSION, _PHOTOMETRIC, _ORIENTATION = 254, 258, 259, 262, 274
 _SAMPLES, _PLANES, _COLOURS, _SAMPLE_FORMAT = 277, 284, 320, 339
 _WHITE_IS_ZERO, _RGB = 0, 2  # 1 is black
 _UNSIGNED, _SIGNED = 1, 2
 _ALPHA = 2  # an extra sample that the others are not multiplied by
-_LUMA = np.array([0.299, 0.587, 0.114])
 _SEPARATE, _OLD_JPEG, _WEBP = 2, 6, 50001
 _REDUCED = 1  # the bit of a page that is another one made smaller
 _MAX_THUMBNAILS = 16  # that are passed over: pages may follow each other in a circle
@@ -128,7 +127,7 @@ def other_samples(file: BinaryIO, path: Path) -> FloatImage:
         values = values[..., None]
     elif page.axes == "SYX":
         values = np.moveaxis(values, 0, -1)
-    grey = values[..., 0] if colours == 1 else values[..., :colours] @ _LUMA
+    grey = values[..., 0] if colours == 1 else values[..., :colours] @ LUMA
     shade = _shade(grey, page.bitspersample if _is_narrow(page) else None, page.photometric)
     if _ALPHA not in page.extrasamples:  # that is, premultiplied or of no meaning
         return shade

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...utils.extras import require
-from ..pixels import FloatImage, ImageReadError, check_pixels
+from ..pixels import LUMA, FloatImage, ImageReadError, check_pixels
 from .grey import colours_of_palette, grey_levels
 from .header import Header
 from .stored import read_frame
@@ -58,8 +58,7 @@ def _image(header: Header, pixels: BinaryIO, syntax: str, path: Path) -> FloatIm
 
 def _luminance(colour: npt.NDArray[Any], top: int) -> FloatImage:
     """Reduce colours [H, W, 3] to ITU-R 601 luma, as Pillow does."""
-    weights = np.array([0.299, 0.587, 0.114])
-    return np.asarray(colour @ weights / top, dtype=np.float32)
+    return np.asarray(colour @ LUMA / top, dtype=np.float32)
 
 
 def _opened(file: BinaryIO, path: Path) -> tuple[Header, BinaryIO, str]:
