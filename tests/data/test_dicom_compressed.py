@@ -231,6 +231,19 @@ def test_htj2k(tmp_path: Path, number: str) -> None:
     np.testing.assert_allclose(read_image(path), STEPS / 4095, rtol=0, atol=1e-7)
 
 
+@pytest.mark.parametrize("dtype", [np.uint32, np.int32])
+def test_jpeg_2000_of_20_bits(tmp_path: Path, dtype: Any) -> None:
+    import imagecodecs
+
+    lowest = np.iinfo(dtype).min >> 12
+    stored = (np.arange(64).reshape(8, 8) * (2**20 - 1) // 63 + lowest).astype(dtype)
+    how: Any = {"level": 0, "reversible": True, "bitspersample": 20}
+    stream = imagecodecs.jpeg2k_encode(stored, codecformat="J2K", **how)
+    tags: made.Tags = {0x00280101: ("US", 20), 0x00280102: ("US", 19)}
+    path = write(tmp_path / "a.dcm", stored, "90", stream, tags=tags)
+    np.testing.assert_allclose(read_image(path), scaled(stored), rtol=0, atol=1e-7)
+
+
 def test_jpeg_2000_with_an_overlay(tmp_path: Path) -> None:
     from PIL import Image
 

@@ -85,7 +85,7 @@ def decompressed(data: bytes, header: Header, syntax: str, frame: FrameFormat) -
     _check(stream, header, frame)
     if frame.samples == 3 and stream.colours:
         frame = replace(frame, photometric=stream.colours)
-    if stream.kind == "JPEG 2000" and (frame.samples == 1 or stream.precision <= 8):
+    if stream.kind == "JPEG 2000" and stream.precision <= (16 if frame.samples == 1 else 8):
         return _decode(stream.kind, header, lambda: by_pydicom(data, _JPEG_2000, frame))
     if stream.precision == 8 and stream.kind in ("JPEG", "progressive JPEG"):
         if frame.samples == 3:
