@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 
 from .utils.program import close_output, end_on_interrupt, open_streams
 
@@ -11,6 +12,8 @@ def main() -> None:
     """Run the command line."""
     end_on_interrupt()
     open_streams()
+    if not sys.warnoptions:  # what a reader of images repairs is no news; what it refuses is told
+        warnings.filterwarnings("ignore", module=r"(PIL|pydicom|tifffile)\b")
     from .utils.extras import require
     from .utils.threads import limit_spinning
 

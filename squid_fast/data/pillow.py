@@ -11,8 +11,8 @@ import numpy as np
 
 from ..utils.extras import require
 from .headers import bmp_bits, jpeg_2000_bits, jpeg_variant, png_depth
-from .pixels import MAX_PIXELS, FloatImage, ImageReadError, check_pixels, stretched
-from .tiff import is_misread, load_as_stored, other_samples, wide_samples
+from .pixels import LUMA, MAX_PIXELS, FloatImage, ImageReadError, check_pixels, stretched
+from .tiff import is_misread, load_as_stored, other_samples, seek_picture, wide_samples
 
 _MAX_TIFF_BYTES = 2 << 30
 _NAMES = {"JPEG 2000": "JPEG2000", "PNM": "PPM", "WebP": "WEBP"}  # where Pillow's differ
@@ -58,6 +58,8 @@ def _decoded(file: BinaryIO, path: Path, kind: str, size: int | None) -> FloatIm
             return other_samples(file, path)
         raise
     with image:
+        if kind == "TIFF":
+            seek_picture(image)
         check_pixels(image.width, image.height, path)
         if kind == "TIFF":
             if is_misread(image):
@@ -70,6 +72,8 @@ def _decoded(file: BinaryIO, path: Path, kind: str, size: int | None) -> FloatIm
         if kind == "BMP":
             _check_bmp(image, bmp_bits(file), path)
         bits = jpeg_2000_bits(file) if kind == "JPEG 2000" else 8
+        if bits > 8 and image.mode in ("L", "LA", "RGB", "RGBA"):
+            return _deep_jpeg_2000(file, image, bits, path)
         box = None
         if kind == "JPEG":
             wanted = None if size is None else (2 * size, 2 * size)
@@ -80,7 +84,7 @@ def _decoded(file: BinaryIO, path: Path, kind: str, size: int | None) -> FloatIm
             box = scaled and scaled[1]  # without the margin of sides that are no multiple of 8
         image.load()
         grey = _grey(image, kind, size, box)
-    if bits == 8 or (bits > 8 and image.mode != "I;16"):
+    if bits == 8:
         return grey
     top = 16 if bits > 8 else 8  # bits that Pillow fills up with zeros from below
     return grey * np.float32((2**top - 1) / (2**top - 2 ** (top - bits)))
@@ -104,6 +108,27 @@ def _opened(file: BinaryIO, path: Path, kind: str) -> Any:
         # Pillow keeps the reason to itself; its reader of the format does not.
         file.seek(0)
         return pil.OPEN[name][0](file, "")
+
+
+def _deep_jpeg_2000(file: BinaryIO, image: Any, bits: int, path: Path) -> FloatImage:
+    """Decode more than 8 bits where Pillow, as of version 13, rounds them to 8 and white to 0."""
+    try:
+        codecs = require("imagecodecs", "screen")
+    except ImportError as error:
+        raise ImageReadError(
+            "{path} is a JPEG 2000 image of {bits} bits in {mode}, which Pillow does not read: "
+            "{error}",
+            path=path,
+            bits=bits,
+            mode=image.mode,
+            error=error,
+        ) from error
+    file.seek(0)
+    values = codecs.jpeg2k_decode(file.read()).reshape(image.height, image.width, -1)
+    lowest = -(2 ** (bits - 1)) if values.dtype.kind == "i" else 0
+    shares = (values.astype(np.float32) - np.float32(lowest)) / np.float32(2**bits - 1)
+    grey = shares[..., :3] @ LUMA if image.mode.startswith("RGB") else shares[..., 0]
+    return np.asarray(grey * shares[..., -1] if image.mode.endswith("A") else grey)
 
 
 def _check_png(image: Any, bits: int, is_grey: bool, path: Path) -> None:

@@ -11,6 +11,9 @@ import numpy.typing as npt
 
 FloatImage = npt.NDArray[np.float32]
 
+LUMA = np.array([0.299, 0.587, 0.114])
+"""The shares of red, green and blue in the luminance of ITU-R 601."""
+
 MAX_PIXELS = 100_000_000
 """Images with more pixels than this are refused before they are decoded."""
 

@@ -46,12 +46,14 @@ def read_image(path: str | os.PathLike[str]) -> FloatImage:
       stores: the same within 1/255, except where its colours lie outside of the range of RGB.
     - **Floats and other integers** are scaled from their minimum and maximum to [0, 1], except NPY
       arrays that lie in [0, 1] already. A constant image that would be scaled so becomes zeros.
-    - **Animations and multi-frame files** give their first frame. Orientations that TIFF or EXIF
-      ask for, colour profiles and gamma are ignored. A TIFF that is white at zero is inverted.
+    - **Animations and multi-frame files** give their first frame, a TIFF its first page that is
+      no thumbnail. Orientations that TIFF or EXIF ask for, colour profiles and gamma are ignored.
+      A TIFF that is white at zero is inverted.
     - **NPY**: ``[H, W]``, ``[1, H, W]`` or ``[H, W, 1]`` of bool, integers or floats.
     - **DICOM**: modality LUT, then VOI LUT or window (the first of several) scaled by its output
-      range, or minimum to maximum where there is none; MONOCHROME1 is inverted last. Without a
-      window, pixels with the padding value become black and count neither as minimum nor maximum.
+      range, or minimum to maximum where there is none; MONOCHROME1 is inverted last, whatever the
+      Presentation LUT Shape is. Without a window, pixels with the padding value become black and
+      count neither as minimum nor maximum.
 
     Raises:
         ImageReadError: the file is missing, unreadable, empty, damaged, of an unknown format or

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -11,28 +13,40 @@ import numpy as np
 import numpy.typing as npt
 
 from ..utils.extras import require
-from .pixels import FloatImage, ImageReadError, check_pixels, stretched
+from .pixels import LUMA, FloatImage, ImageReadError, check_pixels, stretched
 
-_BITS, _COMPRESSION, _PHOTOMETRIC, _ORIENTATION = 258, 259, 262, 274
+_SUBFILE, _BITS, _COMPRESSION, _PHOTOMETRIC, _ORIENTATION = 254, 258, 259, 262, 274
 _SAMPLES, _PLANES, _COLOURS, _SAMPLE_FORMAT = 277, 284, 320, 339
 _WHITE_IS_ZERO, _RGB = 0, 2  # 1 is black
 _UNSIGNED, _SIGNED = 1, 2
 _ALPHA = 2  # an extra sample that the others are not multiplied by
-_LUMA = np.array([0.299, 0.587, 0.114])
-_SEPARATE, _OLD_JPEG = 2, 6
+_SEPARATE, _OLD_JPEG, _WEBP = 2, 6, 50001
+_REDUCED = 1  # the bit of a page that is another one made smaller
+_MAX_THUMBNAILS = 16  # that are passed over: pages may follow each other in a circle
 _TURNED_TWICE = ("I;16BS", "I;32BS", "F;32BF")  # raw modes
 
 Tags = Mapping[int, Any]
 
-logging.getLogger("tifffile").addHandler(logging.NullHandler())  # errors are raised, not printed
+for _library in ("tifffile", "PIL"):
+    logging.getLogger(_library).addHandler(logging.NullHandler())  # errors are raised, not printed
+
+
+def seek_picture(image: Any) -> None:
+    """Go to the first page of an opened TIFF that is no thumbnail, if there is one."""
+    with suppress(EOFError):
+        for page in range(_MAX_THUMBNAILS + 1):
+            image.seek(page)
+            if not image.tag_v2.get(_SUBFILE, 0) & _REDUCED:
+                return
+    image.seek(0)
 
 
 def is_misread(image: Any) -> bool:
-    """Whether Pillow, as of version 13, decodes an opened TIFF to wrong values.
+    """Whether Pillow, as of version 13, decodes an opened TIFF to wrong values, or cannot.
 
     It turns the bytes of compressed big-endian samples once more after libtiff did, mixes up
     separate planes unless there are three of 8 bits, and inverts grey of unknown photometric
-    interpretation.
+    interpretation. Its libtiff takes WebP for damage.
     """
     tags = image.tag_v2
     codec, _, _, arguments = image.tile[0]
@@ -40,6 +54,7 @@ def is_misread(image: Any) -> bool:
     return (
         (codec == "libtiff" and arguments[0] in _TURNED_TWICE)
         or (separate and tuple(tags.get(_BITS, (1,))) != (8, 8, 8))
+        or tags.get(_COMPRESSION) == _WEBP
         or (_PHOTOMETRIC not in tags and tags.get(_COMPRESSION) != _OLD_JPEG)
     )
 
@@ -95,7 +110,8 @@ def other_samples(file: BinaryIO, path: Path) -> FloatImage:
         raise ImageReadError(message, path=path, error=error) from error
     file.seek(0)
     with tifffile.TiffFile(file) as tiff:
-        page = tiff.pages[0]
+        pages = islice(tiff.pages, _MAX_THUMBNAILS + 1)
+        page = next((page for page in pages if not page.is_reduced), tiff.pages[0])
         check_pixels(page.imagewidth, page.imagelength, path)
         colours = 3 if page.photometric == _RGB else 1
         if not _is_known(page, colours):
@@ -111,7 +127,7 @@ def other_samples(file: BinaryIO, path: Path) -> FloatImage:
         values = values[..., None]
     elif page.axes == "SYX":
         values = np.moveaxis(values, 0, -1)
-    grey = values[..., 0] if colours == 1 else values[..., :colours] @ _LUMA
+    grey = values[..., 0] if colours == 1 else values[..., :colours] @ LUMA
     shade = _shade(grey, page.bitspersample if _is_narrow(page) else None, page.photometric)
     if _ALPHA not in page.extrasamples:  # that is, premultiplied or of no meaning
         return shade

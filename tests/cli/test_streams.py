@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -20,6 +23,7 @@ from PIL import Image
 
 from squid_fast import PRESETS, SQUID, Bundle, Discriminator, calibrate, save_bundle
 from squid_fast.data import ImageSet
+from tests.data import dicom_bytes as made
 
 PROGRAM = [sys.executable, "-m", "squid_fast"]
 
@@ -138,3 +142,39 @@ def test_output_that_cannot_be_written_is_one_sentence(
     assert done.stderr == (
         "squid-fast: the list is -, but standard input is closed; name a file, or pipe a list\n"
     )
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_libraries_print_nothing_in_between(tmp_path: Path, workers: int) -> None:
+    pytest.importorskip("pydicom")
+    pixels, folder = np.arange(64, dtype=np.uint8).reshape(8, 8), tmp_path / "images"
+    folder.mkdir()
+    # One literal run, and a byte too many, of which pydicom warns.
+    coded = struct.pack("<16I", 1, 64, *[0] * 14) + b"\x3f" + pixels.tobytes() + b"\0\0"
+    made.write(
+        folder / "a.dcm", pixels, None, "1.2.840.10008.1.2.5", pixels=made.fragments(coded), vr="OB"
+    )
+    if workers:  # libtiff prints on its own, which only a reader process can keep to itself
+        content = io.BytesIO()
+        Image.fromarray(pixels).save(content, "TIFF", compression="tiff_adobe_deflate")
+        damaged = content.getvalue().replace(b"\x78\x9c", b"\xff\xff")
+        assert damaged != content.getvalue()
+        (folder / "b.tif").write_bytes(damaged)
+    done = subprocess.run(
+        [
+            *PROGRAM,
+            "pack",
+            folder,
+            "--out",
+            tmp_path / "p",
+            "--size",
+            "8",
+            "--workers",
+            f"{workers}",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert not re.search("[Ww]arning|Decode|ZIP|pydicom", done.stderr), done.stderr
+    assert done.returncode == 0

@@ -151,14 +151,58 @@ def test_jpeg_lossless_in_colour(tmp_path: Path) -> None:
     np.testing.assert_allclose(read_image(path), expected, rtol=0, atol=1e-6)
 
 
-def test_a_jfif_that_is_called_rgb(tmp_path: Path) -> None:
+COLOUR = (200, 60, 20)
+JFIF = segment(0xE0, b"JFIF\0\1\1\0\0\1\0\1\0\0")
+
+
+def adobe(transform: int) -> bytes:
+    return segment(0xEE, b"Adobe\0\x64\0\0\0\0" + bytes([transform]))
+
+
+@pytest.mark.parametrize("photometric", ["RGB", "YBR_FULL", "YBR_FULL_422"])
+@pytest.mark.parametrize(
+    ("marker", "is_rgb", "subsampled"),
+    [
+        (JFIF, False, False),
+        (adobe(1), False, False),
+        (JFIF + adobe(1), False, False),
+        (adobe(0), True, False),
+        (b"", True, False),  # its components are named R, G and B
+        (b"", False, True),
+    ],
+    ids=["JFIF", "Adobe 1", "both", "Adobe 0", "R, G and B", "subsampled"],
+)
+def test_a_jpeg_knows_its_colours(
+    tmp_path: Path, marker: bytes, is_rgb: bool, subsampled: bool, photometric: str
+) -> None:
     from PIL import Image
 
-    coded = io.BytesIO()
-    colours = np.full((8, 8, 3), (200, 60, 20), dtype=np.uint8)
-    Image.fromarray(colours).save(coded, "JPEG", quality=100)
-    image = read_image(write(tmp_path / "a.dcm", colours, "50", coded.getvalue()))
-    np.testing.assert_allclose(image, (0.299 * 200 + 0.587 * 60 + 0.114 * 20) / 255, atol=1.5 / 255)
+    colours, file = np.full((16, 16, 3), COLOUR, dtype=np.uint8), io.BytesIO()
+    how: Any = {"keep_rgb": True} if is_rgb else {"subsampling": 1 if subsampled else 0}
+    Image.fromarray(colours).save(file, "JPEG", quality=100, **how)
+    tables = file.getvalue()[file.getvalue().index(b"\xff\xdb") :]
+    path = write(
+        tmp_path / "a.dcm",
+        colours,
+        "50",
+        b"\xff\xd8" + marker + tables,
+        tags={0x00280004: ("CS", photometric)},
+    )
+    luma = np.dot(COLOUR, [0.299, 0.587, 0.114]) / 255
+    np.testing.assert_allclose(read_image(path), luma, rtol=0, atol=1.5 / 255)
+
+
+@pytest.mark.parametrize("photometric", ["RGB", "YBR_RCT", "YBR_FULL", "YBR_FULL_422"])
+def test_jpeg_2000_knows_that_it_transformed_its_colours(tmp_path: Path, photometric: str) -> None:
+    from PIL import Image
+
+    colours, file = np.full((8, 8, 3), COLOUR, dtype=np.uint8), io.BytesIO()
+    how: Any = {"irreversible": False, "no_jp2": True, "mct": 1}
+    Image.fromarray(colours).save(file, "JPEG2000", **how)
+    tags: made.Tags = {0x00280004: ("CS", photometric)}
+    path = write(tmp_path / "a.dcm", colours, "90", file.getvalue(), tags=tags)
+    luma = np.dot(COLOUR, [0.299, 0.587, 0.114]) / 255
+    np.testing.assert_allclose(read_image(path), luma, rtol=0, atol=1e-6)
 
 
 def test_jpeg_of_12_bits(tmp_path: Path) -> None:
@@ -185,6 +229,19 @@ def test_htj2k(tmp_path: Path, number: str) -> None:
     signed = STEPS.astype(np.int16) - np.int16(2048)
     path = write(tmp_path / "a.dcm", signed, number, HTJ2K_SIGNED)
     np.testing.assert_allclose(read_image(path), STEPS / 4095, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [np.uint32, np.int32])
+def test_jpeg_2000_of_20_bits(tmp_path: Path, dtype: Any) -> None:
+    import imagecodecs
+
+    lowest = np.iinfo(dtype).min >> 12
+    stored = (np.arange(64).reshape(8, 8) * (2**20 - 1) // 63 + lowest).astype(dtype)
+    how: Any = {"level": 0, "reversible": True, "bitspersample": 20}
+    stream = imagecodecs.jpeg2k_encode(stored, codecformat="J2K", **how)
+    tags: made.Tags = {0x00280101: ("US", 20), 0x00280102: ("US", 19)}
+    path = write(tmp_path / "a.dcm", stored, "90", stream, tags=tags)
+    np.testing.assert_allclose(read_image(path), scaled(stored), rtol=0, atol=1e-7)
 
 
 def test_jpeg_2000_with_an_overlay(tmp_path: Path) -> None:

@@ -34,6 +34,11 @@ def table(descriptor: list[int], data: bytes, tag: int = 0x00283010, vr: str = "
     return {tag: ("SQ", made.sequence(item))}
 
 
+def by_frame(groups: int, macro: int, item: bytes) -> made.Tags:
+    """What functional groups of frame 0, 5200,9230, or of all, 5200,9229, say in a macro."""
+    return {groups: ("SQ", made.sequence(made.element(macro, "SQ", made.sequence(item))))}
+
+
 RAMP = (np.arange(4096, dtype="<u2") * 16).tobytes()
 RAMP_8 = (np.arange(4096, dtype="<u2") >> 4).astype("<u2")
 PADDED = np.array([[1000, 1500, 9], [2000, 9, 9]], dtype=np.uint16)
@@ -111,7 +116,29 @@ VALUES: dict[str, Case] = {
         },
         0.5 * V / 4095,
     ),
+    "a window of frame 0 that is empty, and one of all frames": (
+        V,
+        by_frame(0x52009230, 0x00289132, b"")
+        | by_frame(
+            0x52009229,
+            0x00289132,
+            made.element(0x00281050, "DS", "1024") + made.element(0x00281051, "DS", "2048"),
+        ),
+        np.clip((V - 1023.5) / 2047 + 0.5, 0, 1),
+    ),
+    "frame 0 says nothing, the header does": (
+        V,
+        by_frame(0x52009230, 0x00289132, made.element(0x00281055, "LO", "CHEST"))
+        | by_frame(0x52009229, 0x00289145, made.element(0x00281054, "LO", "US"))
+        | {0x00281053: ("DS", "2"), 0x00281050: ("DS", "1024"), 0x00281051: ("DS", "2048")},
+        np.clip((2.0 * V - 1023.5) / 2047 + 0.5, 0, 1),
+    ),
     # Windows
+    "a window too narrow for its quotients": (
+        V,
+        {0x00281050: ("DS", "2048"), 0x00281051: ("DS", "1e-320")},
+        (V > 2048) + 0.5 * (V == 2048),
+    ),
     "half a window is none": (V, WINDOW | {0x00281051: ("DS", "")}, SCALED),
     "the first whole window": (
         V,
@@ -178,11 +205,31 @@ VALUES: dict[str, Case] = {
         table([4096, 2**16 - 2048, 16], RAMP, tag=0x00283000),
         SCALED,
     ),
+    "a modality table of fluoroscopy is not for display": (
+        V,
+        {0x00080016: ("UI", "1.2.840.10008.5.1.4.1.1.12.2")}
+        | table([4096, 0, 16], RAMP[::-1], tag=0x00283000)
+        | WINDOW,
+        WINDOWED,
+    ),
     "a first value above 32767": (
         (V + 40000).astype(np.uint16),
         table([4096, 40000, 16], RAMP),
         V * 16 / 65535,
     ),
+    "16 bits described and 12 in use": (
+        V,
+        table([4096, 0, 16], np.arange(4096, dtype="<u2").tobytes()),
+        SCALED,
+    ),
+    "12 bits described and 16 in use": (V, table([4096, 0, 12], RAMP), V * 16 / 65535),
+    "16 bits that stop at a third": (
+        V,
+        table([4096, 0, 16], (np.arange(4096, dtype="<u2") * 5).tobytes()),
+        V * 5 / 65535,
+    ),
+    "nothing but zeros": (V, table([4096, 0, 16], bytes(8192)), 0 * SCALED),
+    "entries have no sign": (V, table([4096, 0, 16], RAMP, vr="SS"), V * 16 / 65535),
     "colours by a palette": (
         np.array([[0, 1], [2, 3]], dtype=np.uint8),
         {0x00280004: ("CS", "PALETTE COLOR")}
@@ -191,6 +238,15 @@ VALUES: dict[str, Case] = {
         | {0x00281202: ("OW", struct.pack("<4H", 0, 0, 65535, 0))}
         | {0x00281203: ("OW", struct.pack("<4H", 0, 0, 0, 65535))},
         [[0, 0.299], [0.587, 0.114]],
+    ),
+    "colours by a palette of 8 bits in 16": (
+        np.array([[0, 1], [2, 3]], dtype=np.uint8),
+        {0x00280004: ("CS", "PALETTE COLOR")}
+        | {tag: ("US", [4, 0, 16]) for tag in (0x00281101, 0x00281102, 0x00281103)}
+        | {0x00281201: ("OW", struct.pack("<4H", 0, 255, 0, 0))}
+        | {0x00281202: ("OW", struct.pack("<4H", 0, 0, 255, 0))}
+        | {0x00281203: ("OW", struct.pack("<4H", 0, 0, 0, 0))},
+        [[0, 0.299], [0.587, 0]],
     ),
     "colours by a palette in segments": (
         np.array([[0, 1], [2, 3]], dtype=np.uint8),
@@ -240,6 +296,16 @@ VALUES: dict[str, Case] = {
     "a length beyond the end of the file": (V, {0x7FE00010: ("US", V.tobytes())}, SCALED),
     "rows written as text": (V, {0x00280010: ("IS", "2")}, SCALED),
     "small letters": (V, {0x00280004: ("CS", "monochrome1")}, 1 - SCALED),
+    "colours that are called signed": (
+        np.array([[[255, 255, 255], [200, 0, 0]]], dtype=np.uint8),
+        {0x00280006: ("US", 0), 0x00280103: ("US", 1)},
+        [[1, 200 * 0.299 / 255]],
+    ),
+    "ACR-NEMA, older than colour": (
+        V,
+        {0x00080010: ("CS", "ACR-NEMA 2.0"), 0x00280002: ("US", None), 0x00280004: ("CS", None)},
+        SCALED,
+    ),
     "colours one after the other": (
         np.zeros((1, 2, 3), dtype=np.uint8),
         {0x00280006: ("US", 1), 0x7FE00010: ("OW", bytes([255, 0, 0, 255, 0, 0]))},
@@ -431,6 +497,9 @@ def test_deflated(tmp_path: Path) -> None:
     path = tmp_path / "a.dcm"
     for start in (head, head[:132] + head[144:]):
         path.write_bytes(start + data)
+        np.testing.assert_allclose(read_image(path), SCALED, rtol=0, atol=1e-6)
+    for level in (1, 6, 9):  # with zlib's header
+        path.write_bytes(head + zlib.compress(made.data_set(V), level))
         np.testing.assert_allclose(read_image(path), SCALED, rtol=0, atol=1e-6)
     path.write_bytes(head + made.data_set(V))
     with pytest.raises(ImageReadError, match="says that it is deflated, but it is not"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import sys
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,48 @@ def test_what_is_not_read_is_named(tmp_path: Path, content: bytes, words: str) -
         ImageReadError, match=f"a.tif is a TIFF of a kind that is not read: .*{words}"
     ):
         read(tmp_path, content)
+
+
+@pytest.mark.parametrize("dtype", ["u1", "u2", "u4", "f8"])
+def test_the_first_page_that_is_no_thumbnail(tmp_path: Path, dtype: str) -> None:
+    tifffile_needed()
+    import tifffile
+
+    for reduced, first in (([1, 1, 0, 0], 2), ([0, 1], 0), ([1, 1], 0)):
+        pages = [np.roll(GREY, 5 * index).astype(dtype) for index in range(len(reduced))]
+        file = io.BytesIO()
+        with tifffile.TiffWriter(file) as writer:
+            for index, page in enumerate(pages):
+                turned = [(ORIENTATION, "H", 1, 1 + 5 * (index % 2))]
+                writer.write(
+                    page, photometric="minisblack", subfiletype=reduced[index], extratags=turned
+                )
+        want = pages[first] / (65535 if dtype == "u2" else 255)
+        np.testing.assert_allclose(read(tmp_path, file.getvalue()), want, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float64])
+def test_thumbnails_in_a_circle(tmp_path: Path, dtype: Any) -> None:
+    tifffile_needed()
+    content = tiff(GREY.astype(dtype), tags={254: [1]})
+    (start,) = struct.unpack_from("<I", content, 4)
+    (count,) = struct.unpack_from("<H", content, start)
+    end = start + 2 + 12 * count
+    circle = content[:end] + struct.pack("<I", start) + content[end + 4 :]
+    np.testing.assert_allclose(read(tmp_path, circle), GREY / 255, atol=1e-6)
+
+
+def test_webp_in_tiff(tmp_path: Path) -> None:
+    """The libtiff of Pillow has no WebP, and takes it for damage."""
+    tifffile_needed()
+    pytest.importorskip("imagecodecs", reason="imagecodecs is not installed")
+    import tifffile
+
+    colours, file = np.stack([GREY, GREY // 2, GREY[::-1]], axis=-1), io.BytesIO()
+    tifffile.imwrite(
+        file, colours, photometric="rgb", compression="webp", compressionargs={"lossless": True}
+    )
+    np.testing.assert_allclose(read(tmp_path, file.getvalue()), colours @ LUMA / 255, atol=1e-6)
 
 
 @pytest.mark.parametrize(

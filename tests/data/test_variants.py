@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import random
 import struct
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,37 @@ def test_jpeg_2000_of_every_depth(tmp_path: Path, bits: int, wider: int, bare: b
     assert content[depth] == wider - 1
     content = content[:depth] + bytes([bits - 1]) + content[depth + 1 :]
     np.testing.assert_allclose(read(tmp_path, content), values / (2**bits - 1), atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [9, 10, 12, 16])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize("bare", [False, True])
+def test_deep_jpeg_2000_in_colour(tmp_path: Path, bits: int, channels: int, bare: bool) -> None:
+    """Its white stays white: Pillow makes it black."""
+    codecs = pytest.importorskip("imagecodecs", reason="imagecodecs is not installed")
+    values = np.round(slope(2**bits - 1, 32, 32 * channels)).astype(np.uint16)
+    values = values.reshape((32, 32, channels) if channels > 1 else (32, 32))
+    how: Any = {"level": 0, "reversible": True, "bitspersample": bits}
+    content = codecs.jpeg2k_encode(values, codecformat="J2K" if bare else "JP2", **how)
+    parts = np.atleast_3d(values / (2**bits - 1))
+    want = parts[..., :3] @ LUMA if channels >= 3 else parts[..., 0]
+    want = want * parts[..., -1] if channels in (2, 4) else want
+    np.testing.assert_allclose(read(tmp_path, content), want, atol=1e-6)
+
+
+def test_deep_jpeg_2000_without_imagecodecs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = encoded(COLOUR, "JPEG2000", irreversible=False)
+    depth = content.index(b"\xff\x4f\xff\x51") + 42
+    for channel in range(3):
+        assert content[depth + 3 * channel] == 7
+        at = depth + 3 * channel
+        content = content[:at] + bytes([11]) + content[at + 1 :]
+    monkeypatch.setitem(sys.modules, "imagecodecs", None)
+    message = r"a JPEG 2000 image of 12 bits in RGB, .*: imagecodecs is not installed"
+    with pytest.raises(ImageReadError, match=message):
+        read(tmp_path, content)
 
 
 def jpeg_with_frame(marker: int, bits: int = 8, channels: int = 1) -> bytes:

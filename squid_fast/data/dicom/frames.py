@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import struct
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +27,7 @@ _SOI, _EOI = b"\xff\xd8", b"\xff\xd9"
 _J2K = b"\xff\x4f\xff\x51"  # begins a codestream of JPEG 2000, with its size and precision
 _MAX_BOXES = 4096  # bytes before it
 _HIGH_THROUGHPUT = b"\xff\x50"  # then says that there is more than JPEG 2000 in it
+_CODING_STYLE, _START_OF_TILE = b"\xff\x52", b"\xff\x90"  # the first says if RGB is transformed
 # JPEG by the marker of the frame header.
 _KINDS = {
     0xC0: "JPEG",
@@ -65,7 +67,7 @@ class _Codestream:
     rows: int
     columns: int
     samples: int
-    jfif: bool = False  # JFIF, whose colours are YCbCr
+    colours: str = ""  # the photometric interpretation, where that is beyond doubt
 
 
 def decompressed(data: bytes, header: Header, syntax: str, frame: FrameFormat) -> Values:
@@ -81,11 +83,13 @@ def decompressed(data: bytes, header: Header, syntax: str, frame: FrameFormat) -
         data = data[max(0, data.find(_J2K, 0, _MAX_BOXES)) :]
     stream = _described(data, header)
     _check(stream, header, frame)
-    if stream.kind == "JPEG 2000" and (frame.samples == 1 or stream.precision <= 8):
+    if frame.samples == 3 and stream.colours:
+        frame = replace(frame, photometric=stream.colours)
+    if stream.kind == "JPEG 2000" and stream.precision <= (16 if frame.samples == 1 else 8):
         return _decode(stream.kind, header, lambda: by_pydicom(data, _JPEG_2000, frame))
     if stream.precision == 8 and stream.kind in ("JPEG", "progressive JPEG"):
-        if stream.jfif and frame.photometric == "RGB":
-            frame = replace(frame, photometric="YBR_FULL")
+        if frame.samples == 3:
+            return _decode(stream.kind, header, lambda: _colours_by_pillow(data, stream, frame))
         return _decode(stream.kind, header, lambda: by_pydicom(data, _JPEG_BASELINE, frame, bits=8))
     values = _decode(stream.kind, header, lambda: _by_imagecodecs(data, stream, frame))
     return _as_header_says(values, stream, header, frame)
@@ -95,7 +99,10 @@ def by_pydicom(
     data: bytes, syntax: str, frame: FrameFormat, vr: str = "OW", bits: int | None = None
 ) -> Values:
     """Decode one frame, compressed or not, with all of its bits; colours become RGB."""
+    plugin = ""
     if syntax in COMPRESSED:
+        plugin = "pydicom" if syntax == _RLE else "pillow"  # whatever else is installed
+        require("PIL.Image", "screen")
         data = require("pydicom.encaps", "screen").encapsulate([data], has_bot=False)
     decoder = require("pydicom.pixels", "screen").get_decoder(syntax)
     values, _ = decoder.as_array(
@@ -103,6 +110,7 @@ def by_pydicom(
         index=0,
         validate=False,  # it warns of what has been looked at here
         view_only=True,  # spares a copy
+        decoding_plugin=plugin,
         rows=frame.rows,
         columns=frame.columns,
         samples_per_pixel=frame.samples,
@@ -116,6 +124,21 @@ def by_pydicom(
         pixel_vr=vr,
     )
     return np.asarray(values, dtype=values.dtype.newbyteorder("="))
+
+
+def _colours_by_pillow(data: bytes, stream: _Codestream, frame: FrameFormat) -> Values:
+    """Decode a JPEG with 8 bits to RGB.
+
+    pydicom converts the colours once more where an Adobe marker has made Pillow convert them.
+    """
+    with require("PIL.Image", "screen").open(io.BytesIO(data), formats=("JPEG",)) as image:
+        if "adobe_transform" not in image.info and stream.colours != "RGB":
+            image.draft("YCbCr", image.size)  # that is, as they are stored
+        values = np.asarray(image)
+        if image.mode == "RGB" or frame.photometric == "RGB":
+            return values
+    pixels = require("pydicom.pixels", "screen")
+    return np.asarray(pixels.convert_color_space(values, "YBR_FULL", "RGB"))
 
 
 def _decode(kind: str, header: Header, decoder: Any) -> Values:
@@ -140,7 +163,11 @@ def _described(data: bytes, header: Header) -> _Codestream:
         samples, precision = struct.unpack_from(">HB", data, 40)
         after = 4 + struct.unpack_from(">H", data, 4)[0]
         kind = "HTJ2K" if data[after : after + 2] == _HIGH_THROUGHPUT else "JPEG 2000"
-        return _Codestream(kind, (precision & 127) + 1, height - top, width - left, samples)
+        while data[after : after + 2] not in (_CODING_STYLE, _START_OF_TILE):
+            after += 2 + struct.unpack_from(">H", data, after + 2)[0]
+        colours = "RGB" if data[after + 1] == _CODING_STYLE[1] and data[after + 8] else ""
+        size = height - top, width - left
+        return _Codestream(kind, (precision & 127) + 1, *size, samples, colours)
     except (ValueError, IndexError, struct.error) as error:
         raise header.error(
             "its compressed pixels are neither JPEG, JPEG-LS nor JPEG 2000, or damaged"
@@ -154,7 +181,14 @@ def _described_jpeg(data: bytes) -> _Codestream:
         if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in _OTHER_MARKERS):
             precision, rows, columns, samples = struct.unpack_from(">BHHB", data, position + 4)
             kind = _KINDS.get(marker, f"JPEG SOF{marker - 0xC0}")
-            return _Codestream(kind, precision, rows, columns, samples, jfif)
+            parts = data[position + 10 : position + 10 + 3 * samples]
+            colours = ""
+            if precision == 8 and kind in ("JPEG", "progressive JPEG"):
+                if jfif or len(set(parts[1::3])) > 1:  # RGB is not subsampled
+                    colours = "YBR_FULL"
+                elif parts[::3] == b"RGB":
+                    colours = "RGB"
+            return _Codestream(kind, precision, rows, columns, samples, colours)
         if marker == 0xFF:  # a fill byte
             position += 1
         else:

@@ -5,6 +5,7 @@ The sections are those of DICOM PS3.3.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,11 @@ _PADDING = {  # value and end of range, by VR of the pixels (C.7.5.1.1.2, C.7.6.
 }
 
 
+# X-ray angiography, fluoroscopy and biplane angiography. Their modality LUT leads to the intensity
+# of the rays, and is not for display (C.8.7.1.1.2); windows are for the stored values.
+_NOT_FOR_DISPLAY = tuple(f"1.2.840.10008.5.1.4.1.1.12.{number}" for number in (1, 2, 3))
+
+
 def grey_levels(header: Header, stored: npt.NDArray[Any], raw: npt.NDArray[Any]) -> FloatImage:
     """Apply modality LUT, VOI LUT or window, and polarity (C.11.1, C.11.2, C.7.6.3.1.2).
 
@@ -29,8 +35,10 @@ def grey_levels(header: Header, stored: npt.NDArray[Any], raw: npt.NDArray[Any])
         raw: the same before their unused bits were cleared, for values that mean padding.
     """
     inverted = header.text("PhotometricInterpretation") == "MONOCHROME1"
-    values = _modality(_of_first_frame(header, "PixelValueTransformationSequence"), stored)
-    grey = _of_interest(_of_first_frame(header, "FrameVOILUTSequence"), values, stored)
+    values = _first_of(_modality, header, "PixelValueTransformationSequence", stored)
+    if values is None:
+        values = stored
+    grey = _first_of(_of_interest, header, "FrameVOILUTSequence", values)
     if grey is not None:
         return np.float32(1) - grey if inverted else grey
     padding = _is_padding(header, stored, raw)
@@ -62,34 +70,43 @@ def colours_of_palette(header: Header, stored: npt.NDArray[Any]) -> tuple[npt.ND
         )
         for colour in ("Red", "Green", "Blue")
     ]
-    return np.stack([channel for channel, _ in channels], axis=-1), channels[0][1]
+    return np.stack([channel for channel, _ in channels], axis=-1), max(top for _, top in channels)
 
 
-def _of_first_frame(header: Header, macro: str) -> Header:
-    """The item of a macro that describes frame 0 of an enhanced image (C.7.6.16), or else all."""
+def _first_of(
+    apply: Callable[[Header, npt.NDArray[Any]], npt.NDArray[Any] | None],
+    header: Header,
+    macro: str,
+    values: npt.NDArray[Any],
+) -> npt.NDArray[Any] | None:
+    """Apply what a macro says of frame 0 of an enhanced image (C.7.6.16), or of all, or the header.
+
+    The first of them that says anything counts; None if none does.
+    """
     for groups in ("PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence"):
         for group in header.items(groups)[:1]:
             for item in group.items(macro)[:1]:
-                return item
-    return header
+                if (result := apply(item, values)) is not None:
+                    return result
+    return apply(header, values)
 
 
-def _modality(header: Header, stored: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    for item in header.items("ModalityLUTSequence"):
+def _modality(header: Header, stored: npt.NDArray[Any]) -> npt.NDArray[Any] | None:
+    """Apply the modality LUT, or else slope and intercept; None if there is neither."""
+    shown = header.text("SOPClassUID") not in _NOT_FOR_DISPLAY
+    for item in header.items("ModalityLUTSequence") if shown else []:
         if item.raw("LUTDescriptor") or item.raw("LUTData"):
             return looked_up(item, stored)[0]
     slope, intercept = header.number("RescaleSlope"), header.number("RescaleIntercept")
     if slope is None and intercept is None:
-        return stored
+        return None
     if slope == 0:
         raise header.error(f"{header.name('RescaleSlope')} is 0, which leaves nothing of the image")
     slope, intercept = 1.0 if slope is None else slope, intercept or 0.0
     return stored.astype(np.float64) * slope + intercept
 
 
-def _of_interest(
-    header: Header, values: npt.NDArray[Any], stored: npt.NDArray[Any]
-) -> FloatImage | None:
+def _of_interest(header: Header, values: npt.NDArray[Any]) -> FloatImage | None:
     """Apply the first VOI LUT or else the first window; None if there is neither."""
     for item in header.items("VOILUTSequence"):
         if item.raw("LUTDescriptor") or item.raw("LUTData"):
@@ -119,8 +136,7 @@ def _windowed(header: Header, values: npt.NDArray[Any], center: float, width: fl
         )
     x = values.astype(np.float64)
     if function == "SIGMOID":
-        with np.errstate(over="ignore"):
-            grey = 1 / (1 + np.exp(-4 * (x - center) / width))
+        grey = 1 / (1 + np.exp(-4 * (x - center) / width))
     elif function == "LINEAR" and width == 1:
         grey = np.where(x > center - 0.5, 1.0, 0.0)
     elif function == "LINEAR" and width > 1:
@@ -157,22 +173,33 @@ def looked_up(
         reached = [start <= high and start + table.size > low for start in (signed, unsigned)]
         first = signed if (low < 0 if reached[0] == reached[1] else reached[0]) else unsigned
     indices = np.clip(indices.astype(np.int64) - first, 0, table.size - 1)
-    return table[indices], 2**bits - 1
+    return table[indices], _top(table, bits)
+
+
+def _top(table: npt.NDArray[Any], bits: int) -> int:
+    """The top of the range of a table that is described with so many bits per entry.
+
+    Some writers give the size of an entry in place of the bits in use, or the other way round.
+    Where most entries exceed the range, or all of them leave 15/16 of it unused, they tell it.
+    """
+    described, used = 2**bits - 1, 2 ** max(int(table.max()).bit_length(), 1) - 1
+    exceeded = 2 * np.count_nonzero(table > described) > np.count_nonzero(table)
+    return used if exceeded or 16 * used <= described else described
 
 
 def _table(item: Header, data: str, count: int, bits: int) -> npt.NDArray[Any]:
-    """The entries of a lookup table, at most ``count``: each a word, or bytes packed in words."""
+    """The entries of a lookup table, at most ``count``: each a word, or bytes packed in words.
+
+    They have no sign, whatever the VR says (C.11.1.1.1).
+    """
     value, order = item.raw(data), "<" if item.little_endian else ">"
-    vr = item.vr(data)
     if not value:
         raise item.error(f"{item.name(data)} is missing, and the lookup table has no entries")
-    words = np.frombuffer(
-        value, dtype=f"{order}{'i' if vr == 'SS' else 'u'}2", count=len(value) // 2
-    )
+    words = np.frombuffer(value, dtype=f"{order}u2", count=len(value) // 2)
     packed = bits <= 8 and (len(value) in (count, count + 1) or bool((words >> 8).any()))
     if not packed or len(value) >= 2 * count:
         return words[:count]
-    if not item.little_endian and vr != "OB":
+    if not item.little_endian and item.vr(data) != "OB":
         value = words.astype("<u2").tobytes()
     return np.frombuffer(value, dtype=np.uint8)[:count]
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...utils.extras import require
-from ..pixels import FloatImage, ImageReadError, check_pixels
+from ..pixels import LUMA, FloatImage, ImageReadError, check_pixels
 from .grey import colours_of_palette, grey_levels
 from .header import Header
 from .stored import read_frame
@@ -41,8 +41,8 @@ def read_dicom(file: BinaryIO, path: Path) -> FloatImage:
 def _image(header: Header, pixels: BinaryIO, syntax: str, path: Path) -> FloatImage:
     if not header.values("Rows") or not header.values("Columns"):
         raise ImageReadError(
-            "{path} is a DICOM file without an image (Rows and Columns are missing; Modality is "
-            "{modality}); one with pixel data is needed",
+            "{path} is a DICOM file without an image, or cut short (Rows and Columns are missing; "
+            "Modality is {modality}); one with pixel data is needed",
             path=path,
             modality=header.text("Modality") or "not given",
         )
@@ -52,13 +52,13 @@ def _image(header: Header, pixels: BinaryIO, syntax: str, path: Path) -> FloatIm
         return _luminance(*colours_of_palette(header, stored))
     if stored.ndim == 3:
         return _luminance(stored, 2 ** header.needed("BitsStored") - 1)
-    return grey_levels(header, stored, raw)
+    with np.errstate(over="ignore"):  # slopes and windows of any size; infinite pixels are refused
+        return grey_levels(header, stored, raw)
 
 
 def _luminance(colour: npt.NDArray[Any], top: int) -> FloatImage:
     """Reduce colours [H, W, 3] to ITU-R 601 luma, as Pillow does."""
-    weights = np.array([0.299, 0.587, 0.114])
-    return np.asarray(colour @ weights / top, dtype=np.float32)
+    return np.asarray(colour @ LUMA / top, dtype=np.float32)
 
 
 def _opened(file: BinaryIO, path: Path) -> tuple[Header, BinaryIO, str]:
@@ -98,7 +98,12 @@ def _encoding(file: BinaryIO) -> tuple[bool, bool]:
 
 def _inflated(file: BinaryIO, path: Path) -> io.BytesIO:
     """Inflate a data set, unless it is too large."""
-    inflate, data = zlib.decompressobj(-zlib.MAX_WBITS), io.BytesIO()
+    start = file.read(2)
+    file.seek(-len(start), os.SEEK_CUR)
+    # Some writers put zlib's header before it, which PS3.5 A.5 does not have.
+    has_header = start[:1] == b"\x78" and int.from_bytes(start, "big") % 31 == 0
+    bits = zlib.MAX_WBITS if has_header else -zlib.MAX_WBITS
+    inflate, data = zlib.decompressobj(bits), io.BytesIO()
     while piece := file.read(1 << 16):
         try:
             data.write(inflate.decompress(piece, _MAX_INFLATED + 1 - data.tell()))

@@ -86,7 +86,12 @@ def _at_item(file: BinaryIO) -> bool:
 
 
 def _format(header: Header) -> FrameFormat:
-    photometric = header.text("PhotometricInterpretation")
+    photometric, samples = (
+        header.text("PhotometricInterpretation"),
+        header.integer("SamplesPerPixel"),
+    )
+    if header.text("RecognitionCode").startswith("ACR-NEMA"):  # which knew greyscale alone
+        photometric, samples = photometric or "MONOCHROME2", samples or 1
     if not photometric:
         raise header.error(f"{header.name('PhotometricInterpretation')} is missing")
     if photometric not in _GREYS + _COLOURS:
@@ -95,7 +100,9 @@ def _format(header: Header) -> FrameFormat:
             f"{', '.join(_GREYS + _COLOURS)} are read",
             photometric=photometric,
         )
-    samples, wanted = header.needed("SamplesPerPixel"), 3 if photometric in _COLOURS else 1
+    wanted = 3 if photometric in _COLOURS else 1
+    if samples is None:
+        samples = header.needed("SamplesPerPixel")
     if samples != wanted:
         raise header.error(
             f"{header.name('SamplesPerPixel')} is {{samples}}, but "
@@ -130,7 +137,7 @@ def _format(header: Header) -> FrameFormat:
         planar=header.integer("PlanarConfiguration") or 0,
         allocated=allocated,
         stored=stored,
-        signed=signed == 1,
+        signed=signed == 1 and photometric not in _COLOURS,  # which have no sign (C.7.6.3.1.2)
     )
 
 

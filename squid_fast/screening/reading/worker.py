@@ -103,7 +103,9 @@ def serve(memory: int, places: int, size: int, max_memory: int, timeout: float) 
     with open(memory, "r+b") as file:
         images = map_images(file, places, size)
     answers = os.dup(1)
-    os.dup2(2, 1)  # what libraries print is not an answer
+    with open(os.devnull, "wb") as nowhere:  # what libraries print, such as libtiff, is no answer
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), 2)
     with suppress(BrokenPipeError):
         os.write(answers, b"\n")
         for message in _messages():
