@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from ..utils.text import words
 from .formats import IMAGE_SUFFIXES
 from .listing import LeftOut, images_in, is_passed_over
 from .records import ANOMALOUS, NORMAL, SPLITS, Layout, LayoutError, Record, enumerated
@@ -17,7 +18,7 @@ _NORMAL = {
     "sano", "sanos", "正常", "норма",
 }  # fmt: skip
 _NEGATIONS = {"ab", "no", "non", "not", "un"}
-_ANOMALOUS = {
+ANOMALOUS_WORDS = {
     "abnormal", "abnormals", "anomalies", "anomalous", "anomaly", "bacteria", "bacterial", "bad",
     "cancer", "cardiomegaly", "covid", "defect", "defective", "defects", "disease", "diseased",
     "edema", "effusion", "fracture", "fractures", "infected", "krank", "lesion", "lesions",
@@ -42,7 +43,6 @@ _OF_LABELS = SPLITS.keys() | _MASKS | {
     "class", "classes", "diagnoses", "diagnosis", "findings", "label", "labels", "metadata",
     "split", "splits", "targets",
 }  # fmt: skip
-_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+|[^\W\d_]+")
 _HASH = re.compile(r"[0-9a-f]{8,}", re.IGNORECASE)
 
 
@@ -178,7 +178,7 @@ def why_not_flat(root: Path) -> str:
             return f"{enumerated(named, noun)} may hold labels"
     if masks := [path.name for path in images if _is_mask(path.stem.lower(), stems)]:
         return f"{enumerated(masks, 'files')} may be masks"
-    normal = [name for name in stems if not _NORMAL.isdisjoint(_words(name))]
+    normal = [name for name in stems if not _NORMAL.isdisjoint(words(name))]
     if 0 < len(normal) < len(stems):
         return f"{len(normal)} of {len(stems)} images are called normal and the others are not"
     if named := sorted(name for name in stems.difference(normal) if _is_anomalous(name)):
@@ -206,7 +206,7 @@ def _from_windows(images: Iterable[Path]) -> str:
 
 
 def _speaks_of_labels(path: Path) -> bool:
-    return any(not _OF_LABELS.isdisjoint(_words(part)) for part in (*path.parts[:-1], path.stem))
+    return any(not _OF_LABELS.isdisjoint(words(part)) for part in (*path.parts[:-1], path.stem))
 
 
 def files_under(folder: Path, left_out: LeftOut | None = None) -> Iterator[Path]:
@@ -253,7 +253,7 @@ def _split_of(name: str) -> str | None:
 
 
 def _splits_in(name: str) -> set[str]:
-    return {SPLITS[word] for word in _words(name) if word in SPLITS}
+    return {SPLITS[word] for word in words(name) if word in SPLITS}
 
 
 def _loose_images(folder: Path) -> list[str]:
@@ -281,33 +281,24 @@ def _images_of(folder: Path, left_out: LeftOut) -> Iterator[Path]:
             yield path
 
 
-def _words(name: str) -> list[str]:
-    """Words and numbers in a name, in lower case.
-
-    >>> _words("siteA-2 Normal_cases")
-    ['site', 'a', '2', 'normal', 'cases']
-    """
-    return [word.lower() for word in _WORD.findall(name)]
-
-
 def _spoken(name: str) -> list[str]:
     """The words in a name that say something."""
-    return [word for word in _words(name) if word.isalpha() and word not in _SILENT]
+    return [word for word in words(name) if word.isalpha() and word not in _SILENT]
 
 
 def _label(name: str) -> int | None:
     """The label of what is in a class folder; None if its name leaves it open.
 
-    >>> [_label(name) for name in ("Normal cases", "Viral Pneumonia", "not normal", "normal - copy")]
+    >>> [_label(name) for name in ("Normal cases", "COVID", "not normal", "Normal - Copy")]
     [0, 1, 1, None]
     """
     if _is_normal(name):
         return NORMAL
-    words = _spoken(name)
-    if not words or not _UNSURE.isdisjoint(words) or _splits_in(name):
+    spoken = _spoken(name)
+    if not spoken or not _UNSURE.isdisjoint(spoken) or _splits_in(name):
         return None
-    negated = not _NEGATIONS.isdisjoint(words)
-    if not _NORMAL.isdisjoint(words):
+    negated = not _NEGATIONS.isdisjoint(spoken)
+    if not _NORMAL.isdisjoint(spoken):
         return ANOMALOUS if negated else None
     return None if negated and _is_anomalous(name) else ANOMALOUS
 
@@ -317,12 +308,12 @@ def _is_normal(name: str) -> bool:
 
 
 def _is_anomalous(name: str) -> bool:
-    return not _ANOMALOUS.isdisjoint(_words(name))
+    return not ANOMALOUS_WORDS.isdisjoint(words(name))
 
 
 def _is_masks(name: str) -> bool:
-    words = _words(name)
-    return not _MASKS.isdisjoint(words) or "".join(words) in _MASKS
+    parts = words(name)
+    return not _MASKS.isdisjoint(parts) or "".join(parts) in _MASKS
 
 
 def _is_mask(stem: str, stems: set[str]) -> bool:
@@ -335,9 +326,9 @@ def _is_silent(name: str) -> bool:
     """Whether the name of a folder says nothing of what its images show."""
     if _HASH.fullmatch(name):
         return True
-    words = _words(name)
-    digits = sum(len(word) for word in words if word.isdigit())
-    letters = [word for word in words if word.isalpha()]
+    parts = words(name)
+    digits = sum(len(word) for word in parts if word.isdigit())
+    letters = [word for word in parts if word.isalpha()]
     if not letters:
         return digits > 2  # 0 and 1 may be labels
     spoken = [word for word in letters if word not in _SILENT]

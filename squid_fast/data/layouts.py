@@ -137,15 +137,34 @@ def _refusal(root: Path) -> Iterator[str]:
 
 
 def _each_once(records: list[Record]) -> list[Record]:
+    """Sort records by path, each once; refuse an image with two labels or splits, links followed.
+
+    Two links to one image in the same split are two records, and so is a "val" that is "test".
+    """
     known: dict[Path, Record] = {}
+    files: dict[str, Record] = {}
+    folders: dict[Path, str] = {}
     for record in records:
         first = known.setdefault(record.path, record)
-        if first != record:
+        folder, name = record.path.parent, record.path.name
+        if folder not in folders:
+            folders[folder] = os.path.realpath(folder)
+        real = os.path.join(folders[folder], name)
+        if os.path.islink(real):
+            real = os.path.realpath(real)
+        twin = files.setdefault(real, record)
+        if first != record or twin.label != record.label or _trains(twin) != _trains(record):
+            same = "" if twin.path == record.path else f", which is {twin.path} by a link,"
             raise LayoutError(
-                f"{record.path} is listed twice: with label {first.label} in split {first.split} "
-                f"and with label {record.label} in split {record.split}; an image has one of each"
+                f"{record.path}{same} is listed twice: with label {twin.label} in split "
+                f"{twin.split} and with label {record.label} in split {record.split}; an image has "
+                "one of each"
             )
     return sorted(known.values(), key=lambda record: record.path.as_posix())
+
+
+def _trains(record: Record) -> bool:
+    return record.split in ("train", None)
 
 
 def _inventory(root: Path) -> str:
