@@ -82,8 +82,8 @@ def archive(root: Path, left_out: LeftOut) -> Iterator[Record]:
     splits = _splits(root)
     if not splits:
         yield from _classes(root, None, left_out)
-    for name, folder in splits.items():
-        yield from _classes(folder, _split_of(name), left_out)
+    for folder in splits.values():
+        yield from _classes(folder, _split_of(folder.name), left_out)
 
 
 def _classes(folder: Path, split: str | None, left_out: LeftOut) -> Iterator[Record]:
@@ -99,12 +99,12 @@ def _classes(folder: Path, split: str | None, left_out: LeftOut) -> Iterator[Rec
             f"{folder} has class folders that are called by {enumerated(numbers, 'numbers')}; "
             "which of them is normal? Call that one NORMAL and the others by what they show"
         )
-    for name, inner in classes.items():
-        if _is_masks(name):
+    for inner in classes.values():
+        if _is_masks(inner.name):
             for path in files_under(inner, left_out):
                 left_out.add(path, "masks")
             continue
-        label = _label(name)
+        label = _label(inner.name)
         if label is None:
             raise LayoutError(
                 f"{inner} would be a class folder, but its name leaves open whether what it holds "
@@ -116,8 +116,8 @@ def _classes(folder: Path, split: str | None, left_out: LeftOut) -> Iterator[Rec
                 f"{inner} holds {enumerated(sorted(parts), 'splits')} and other images beside; "
                 "put these into one of the splits"
             )
-        for part, part_folder in (parts or {"": inner}).items():
-            own = _split_of(part) or split
+        for part_folder in parts.values() or [inner]:
+            own = _split_of(part_folder.name) if parts else split
             for path in _images_of(part_folder, left_out):
                 _check_between(path.relative_to(part_folder), part_folder, label)
                 yield Record(path, label, own)
@@ -146,7 +146,7 @@ def _fits_authors(root: Path) -> bool:
 
 def _fits_archive(root: Path) -> bool:
     folders = _splits(root).values() or [root]
-    return any(_is_normal(name) for folder in folders for name in subfolders(folder))
+    return any(_is_normal(path.name) for folder in folders for path in subfolders(folder).values())
 
 
 def _fits_flat(root: Path) -> bool:
@@ -240,7 +240,7 @@ def subfolders(folder: Path) -> dict[str, Path]:
 
 
 def _splits(root: Path) -> dict[str, Path]:
-    return {name: path for name, path in subfolders(root).items() if _split_of(name)}
+    return {name: path for name, path in subfolders(root).items() if _split_of(path.name)}
 
 
 def _split_of(name: str) -> str | None:

@@ -102,7 +102,13 @@ def broken_files(folder: Path) -> list[str]:
     (folder / os.fsdecode(b"caf\xe9.png")).write_text("not UTF-8")
     inside = find_files(folder)
     assert len(inside) == 13  # without IM0001, whose content nobody knows
-    return [*inside, str(folder / "IM0001"), str(folder / "missing.png"), str(folder / "*.tif"), "nul\0byte.png"]
+    return [
+        *inside,
+        str(folder / "IM0001"),
+        str(folder / "missing.png"),
+        str(folder / "*.tif"),
+        "nul\0byte.png",
+    ]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
