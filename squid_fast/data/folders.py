@@ -100,17 +100,13 @@ def _classes(folder: Path, split: str | None, left_out: LeftOut) -> Iterator[Rec
             "which of them is normal? Call that one NORMAL and the others by what they show"
         )
     for inner in classes.values():
-        if _is_masks(inner.name):
-            for path in files_under(inner, left_out):
-                left_out.add(path, "masks")
-            continue
         label = _label(inner.name)
         if label is None:
             raise LayoutError(
                 f"{inner} would be a class folder, but its name leaves open whether what it holds "
                 "is normal; call it NORMAL, or by what it shows, or move it elsewhere"
             )
-        parts = {} if split else _splits(inner)
+        parts = {} if split or _is_masks(inner.name) else _splits(inner)
         if parts and (len(parts) < len(subfolders(inner)) or _loose_images(inner)):
             raise LayoutError(
                 f"{inner} holds {enumerated(sorted(parts), 'splits')} and other images beside; "
