@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..utils.text import shown
 from .csv_files import TableError
 from .folders import FLAT, FOLDER_LAYOUTS, subfolders, why_not_flat
 from .formats import IMAGE_SUFFIXES
@@ -58,7 +59,7 @@ def find_records(
     if layout != "auto" and layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r}; known are auto, {', '.join(LAYOUTS)}")
     if not root.exists():
-        raise LayoutError(f"{root} does not exist; give the folder of a dataset")
+        raise LayoutError(f"{shown(root)} does not exist; give the folder of a dataset")
     if root.is_file() and root.suffix.lower() not in (".csv", ".tsv"):
         raise LayoutError(f"{root} is a file; give the folder of a dataset, or a CSV table")
     if root.is_file() and layout not in ("auto", "table"):
@@ -108,11 +109,11 @@ def _files(folder: Path) -> list[Path]:
 
 def _refusal(root: Path) -> Iterator[str]:
     """Sentences on what was found and what keeps layouts from fitting."""
-    shown = root
-    while (inner := _only_folder(shown)) and not _files(shown) and inner.name.lower() not in SPLITS:
-        shown = inner
-    yield f"no known layout fits {_inventory(shown)}."
-    folders = subfolders(shown)
+    place = root
+    while (inner := _only_folder(place)) and not _files(place) and inner.name.lower() not in SPLITS:
+        place = inner
+    yield f"no known layout fits {_inventory(place)}."
+    folders = subfolders(place)
     for inner in folders.values():
         if name := next((n for n, (fits, _) in LAYOUTS.items() if n != "flat" and fits(inner)), ""):
             yield f"The layout {name!r} fits {inner}: give that folder."
@@ -123,11 +124,11 @@ def _refusal(root: Path) -> Iterator[str]:
                 "the layout 'archive' needs."
             )
             break
-    for path in csv_files(shown):
+    for path in csv_files(place):
         header = ", ".join(columns(path)) or "no columns"
         yield f"{path.name} has {header}; a table has image_path, and label for labels."
     if root.is_dir():
-        reason = why_not_flat(shown) or why_not_flat(root)
+        reason = why_not_flat(place) or why_not_flat(root)
         yield f"It is not taken for a flat folder of images of one kind: {reason}."
     yield (
         f"Known are {', '.join(LAYOUTS)}; for example train/NORMAL and test/PNEUMONIA folders, a "
@@ -172,7 +173,7 @@ def _inventory(root: Path) -> str:
         return f"{root} (a file)"
     folders = [path.name for path in subfolders(root).values()]
     files = sorted(path.name for path in _files(root))
-    return f"{root} holds {enumerated(folders, 'folders')} and {enumerated(files, 'files')}"
+    return f"{shown(root)} holds {enumerated(folders, 'folders')} and {enumerated(files, 'files')}"
 
 
 LAYOUTS: dict[str, Layout] = {**FOLDER_LAYOUTS, **TABLE_LAYOUTS, "flat": FLAT}

@@ -597,6 +597,11 @@ def test_errors_say_what_was_found(tmp_path: Path) -> None:
             find_records(tmp_path, layout)
 
 
+def test_errors_keep_the_blanks_of_a_name(tmp_path: Path) -> None:
+    with pytest.raises(LayoutError, match=r"^'\S+/set ' does not exist"):
+        find_records(tmp_path / "set ")
+
+
 def test_select() -> None:
     given = {"a": (0, "train"), "b": (1, "test"), "c": (0, "test")}
     a, b, c = (Record(Path(name), *known) for name, known in given.items())
