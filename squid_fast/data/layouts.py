@@ -25,8 +25,8 @@ def find_records(
     - ``authors``: ``{split}/normal_256`` and ``{split}/pneumonia_256`` or ``abnormal_256``, as in
       the published code.
     - ``archive``: ``{train,val,test}/NORMAL``, and any other class folder beside it is anomalous
-      (``PNEUMONIA``); or these class folders alone, without splits. ``Training``, ``Testing`` and
-      ``good`` or ``healthy`` will do as well.
+      (``PNEUMONIA``); or these class folders alone, without splits. ``Training set``, ``Testing``
+      and ``good``, ``healthy`` or ``gesund`` will do as well.
     - ``medianomaly``: ``images/`` and ``data.json``.
     - ``chexpert``: ``train.csv`` and perhaps ``valid.csv``.
     - ``covidx``: ``train.txt``, ``val.txt``, ``test.txt`` or ``train_COVIDx9A.txt`` and the like.
@@ -34,8 +34,9 @@ def find_records(
     - ``rsna``: a CSV with ``patientId`` and ``Target``, as of the pneumonia challenge.
     - ``table``: a CSV with the column ``image_path``, or a folder with exactly one such CSV.
     - ``flat``: a folder of images whose labels and splits are unknown. It is recognised only if
-      nothing speaks of labels: no table lies beside the images, and folders in it are called like
-      patients, sites or dates. By its name, it takes the images of any folder.
+      nothing speaks of labels: no table lies beside the images, folders in it are called like
+      patients, sites or dates, and no image after a disease or split. By its name, it takes the
+      images of any folder.
 
     ``squid_fast.data.folders`` and ``squid_fast.data.tables`` describe them. A split may be absent.
     Where the only folder in ``root`` has such a layout, and not ``root`` itself, it is that one

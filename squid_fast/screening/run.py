@@ -191,7 +191,7 @@ def check_outputs(
 def _is_searched(file: Path, inputs: Collection[PathInput]) -> bool:
     """Whether a file lies in a folder that is an input, or in one in which a glob starts."""
     above = {os.path.realpath(folder) for folder in file.resolve().parents}
-    for path in map(os.fspath, inputs):
+    for path in as_paths(inputs):
         if os.path.isdir(path):
             folder = path
         elif glob.has_magic(path):
