@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 
-from .utils.program import close_output, end_on_interrupt, open_streams
+from .utils.program import close_output, end_on_interrupt, ignore_interrupts, open_streams
 
 
 def main() -> None:
@@ -31,7 +31,9 @@ def main() -> None:
         code = end.code if isinstance(end.code, int) else 1
     except OSError as error:  # help that cannot be printed
         print(f"squid-fast: {error.strerror or error}", file=sys.stderr)
-    sys.exit(close_output(code))
+    code = close_output(code)
+    ignore_interrupts()
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,9 @@ from ..training.distributed import Processes
 
 _QUIET = not Processes.from_environment().is_main  # of several processes only the first speaks
 console = Console(stderr=True, quiet=_QUIET)  # progress and remarks; stdout is for results
+_STOPPING = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+]
 _LINE_EVERY = 15.0  # seconds between two lines of progress, without a terminal
 
 
@@ -146,9 +149,10 @@ def _say_validation(state: TrainingProgress) -> None:
 
 @contextmanager
 def stop_on_signals() -> Iterator[Callable[[], bool]]:
-    """Turn Ctrl-C and SIGTERM into a request to stop after the current step.
+    """Turn Ctrl-C, SIGTERM and a closed terminal into a request to stop after the current step.
 
-    Gives a function that says whether there was one. A second Ctrl-C stops at once.
+    Gives a function that says whether there was one. A second Ctrl-C stops at once. What the caller
+    ignores, as nohup does and a shell for jobs in the background, stays ignored.
     """
     asked = False
 
@@ -164,7 +168,9 @@ def stop_on_signals() -> Iterator[Callable[[], bool]]:
             say("stopping after this step; once more to stop at once")
 
     before: dict[int, Any] = {
-        number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)
+        number: signal.signal(number, ask)
+        for number in _STOPPING
+        if signal.getsignal(number) != signal.SIG_IGN
     }
     try:
         yield lambda: asked

@@ -199,6 +199,9 @@ def _images(
             "neither for training images as they are."
         )
     records = found_records(data, layout)
+    contaminants = [] if contaminate is None else find_records(contaminate, "flat")
+    held_out = [record.path for record in records if record.split in ("val", "test")]
+    check_apart([record.path for record in contaminants], held_out)
     with progress_bar("reading images") as advance:
         train_set, validation_set = load_splits(records, size, advance)
     count = 0 if validation_set is None else len(validation_set)
@@ -207,9 +210,6 @@ def _images(
         say(f"{unknown} training images of unknown label are taken as normal", "yellow")
     if contaminate is None or rate is None:
         return train_set, validation_set, {}
-    contaminants = find_records(contaminate, "flat")
-    held_out = [record.path for record in records if record.split in ("val", "test")]
-    check_apart([record.path for record in contaminants], held_out)
     mixed, paths = contaminated(train_set, load_images(contaminants, size), rate, seed)
     say(f"{len(paths)} images from {contaminate} mixed in: {len(paths) / len(mixed):.1%}")
     about = {"folder": str(contaminate), "rate": rate, "images": len(paths)}

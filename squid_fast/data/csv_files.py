@@ -47,8 +47,8 @@ class Table:
         lines = io.StringIO(text, newline="").readlines()
         said = lines[0].strip().lower().removeprefix("sep=") if lines else ""
         if lines and lines[0].lower().startswith("sep=") and len(said) == 1:  # as Excel writes it
-            return cls(origin, _header(lines[1:], said, origin), lines[1:], said)
-        headers = {one: _header(lines, one, origin) for one in _SEPARATORS}
+            return cls(origin, _header(lines[1:], said), lines[1:], said)
+        headers = {one: _header(lines, one) for one in _SEPARATORS}
         separator = max(headers, key=lambda one: (_names_images(headers[one]), len(headers[one])))
         return cls(origin, headers[separator], lines, separator)
 
@@ -70,31 +70,48 @@ class Table:
         r"""Each row that is not blank, as (number of its last line in the file, cells by column).
 
         Raises:
-            TableError: a line is no CSV.
+            TableError: a line is no CSV, has more cells than the header, or other values in
+                columns of one name.
 
         >>> table = Table.parse(b"image_path,label\na.png,0\n\n", "set.csv")
         >>> list(table.rows())
         [(2, {'image_path': 'a.png', 'label': '0'})]
         """
-        reader = csv.reader(self._lines, delimiter=self._separator)
+        reader = csv.reader(self._lines, delimiter=self._separator, strict=True)
         try:
             next(reader, None)
             for row in reader:
                 if any(cell.strip() for cell in row):
-                    yield reader.line_num, dict(zip(self.header, row, strict=False))
+                    yield reader.line_num, self._by_column(row, reader.line_num)
         except csv.Error as error:
             raise TableError(
-                f"{self.origin}, line {reader.line_num} cannot be read as CSV: {error}"
+                f"{self.origin}, line {reader.line_num} cannot be read as CSV: {error}; every "
+                "quotation mark that opens a cell needs one that closes it"
             ) from error
+
+    def _by_column(self, row: list[str], line: int) -> dict[str, str]:
+        if any(cell.strip() for cell in row[len(self.header) :]):
+            raise TableError(
+                f"{self.origin}, line {line} has {len(row)} cells, the header {len(self.header)}; "
+                f"a cell that holds {self._separator!r} has to stand in quotation marks"
+            )
+        cells: dict[str, str] = {}
+        for name, cell in zip(self.header, row, strict=False):
+            if name and cells.setdefault(name, cell) != cell:
+                raise TableError(
+                    f"{self.origin}, line {line} has {cells[name]!r} and {cell!r} in two columns "
+                    f"that are both called {name}; one has to go"
+                )
+        return cells
 
 
 def _names_images(header: list[str]) -> bool:
     return any(name in header for name in PATH_COLUMNS)
 
 
-def _header(lines: list[str], separator: str, origin: str) -> list[str]:
+def _header(lines: list[str], separator: str) -> list[str]:
+    reader = csv.reader(lines, delimiter=separator)
     try:
-        reader = csv.reader(lines, delimiter=separator)
         return [name.strip().lower() for name in next(reader, [])]
-    except csv.Error as error:
-        raise TableError(f"{origin}, line 1 cannot be read as CSV: {error}") from error
+    except csv.Error:  # a cell without an end, perhaps for want of the right separator
+        return []

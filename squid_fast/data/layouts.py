@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..utils.text import shown
 from .csv_files import TableError
 from .folders import FLAT, FOLDER_LAYOUTS, subfolders, why_not_flat
 from .formats import IMAGE_SUFFIXES
@@ -24,8 +25,8 @@ def find_records(
     - ``authors``: ``{split}/normal_256`` and ``{split}/pneumonia_256`` or ``abnormal_256``, as in
       the published code.
     - ``archive``: ``{train,val,test}/NORMAL``, and any other class folder beside it is anomalous
-      (``PNEUMONIA``); or these class folders alone, without splits. ``Training``, ``Testing`` and
-      ``good`` or ``healthy`` will do as well.
+      (``PNEUMONIA``); or these class folders alone, without splits. ``Training set``, ``Testing``
+      and ``good``, ``healthy`` or ``gesund`` will do as well.
     - ``medianomaly``: ``images/`` and ``data.json``.
     - ``chexpert``: ``train.csv`` and perhaps ``valid.csv``.
     - ``covidx``: ``train.txt``, ``val.txt``, ``test.txt`` or ``train_COVIDx9A.txt`` and the like.
@@ -33,8 +34,9 @@ def find_records(
     - ``rsna``: a CSV with ``patientId`` and ``Target``, as of the pneumonia challenge.
     - ``table``: a CSV with the column ``image_path``, or a folder with exactly one such CSV.
     - ``flat``: a folder of images whose labels and splits are unknown. It is recognised only if
-      nothing speaks of labels: no table lies beside the images, and folders in it are called like
-      patients, sites or dates. By its name, it takes the images of any folder.
+      nothing speaks of labels: no table lies beside the images, folders in it are called like
+      patients, sites or dates, and no image after a disease or split. By its name, it takes the
+      images of any folder.
 
     ``squid_fast.data.folders`` and ``squid_fast.data.tables`` describe them. A split may be absent.
     Where the only folder in ``root`` has such a layout, and not ``root`` itself, it is that one
@@ -58,7 +60,7 @@ def find_records(
     if layout != "auto" and layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r}; known are auto, {', '.join(LAYOUTS)}")
     if not root.exists():
-        raise LayoutError(f"{root} does not exist; give the folder of a dataset")
+        raise LayoutError(f"{shown(root)} does not exist; give the folder of a dataset")
     if root.is_file() and root.suffix.lower() not in (".csv", ".tsv"):
         raise LayoutError(f"{root} is a file; give the folder of a dataset, or a CSV table")
     if root.is_file() and layout not in ("auto", "table"):
@@ -108,11 +110,11 @@ def _files(folder: Path) -> list[Path]:
 
 def _refusal(root: Path) -> Iterator[str]:
     """Sentences on what was found and what keeps layouts from fitting."""
-    shown = root
-    while (inner := _only_folder(shown)) and not _files(shown) and inner.name.lower() not in SPLITS:
-        shown = inner
-    yield f"no known layout fits {_inventory(shown)}."
-    folders = subfolders(shown)
+    place = root
+    while (inner := _only_folder(place)) and not _files(place) and inner.name.lower() not in SPLITS:
+        place = inner
+    yield f"no known layout fits {_inventory(place)}."
+    folders = subfolders(place)
     for inner in folders.values():
         if name := next((n for n, (fits, _) in LAYOUTS.items() if n != "flat" and fits(inner)), ""):
             yield f"The layout {name!r} fits {inner}: give that folder."
@@ -123,11 +125,11 @@ def _refusal(root: Path) -> Iterator[str]:
                 "the layout 'archive' needs."
             )
             break
-    for path in csv_files(shown):
+    for path in csv_files(place):
         header = ", ".join(columns(path)) or "no columns"
         yield f"{path.name} has {header}; a table has image_path, and label for labels."
     if root.is_dir():
-        reason = why_not_flat(shown) or why_not_flat(root)
+        reason = why_not_flat(place) or why_not_flat(root)
         yield f"It is not taken for a flat folder of images of one kind: {reason}."
     yield (
         f"Known are {', '.join(LAYOUTS)}; for example train/NORMAL and test/PNEUMONIA folders, a "
@@ -137,15 +139,34 @@ def _refusal(root: Path) -> Iterator[str]:
 
 
 def _each_once(records: list[Record]) -> list[Record]:
+    """Sort records by path, each once; refuse an image with two labels or splits, links followed.
+
+    Two links to one image in the same split are two records, and so is a "val" that is "test".
+    """
     known: dict[Path, Record] = {}
+    files: dict[str, Record] = {}
+    folders: dict[Path, str] = {}
     for record in records:
         first = known.setdefault(record.path, record)
-        if first != record:
+        folder, name = record.path.parent, record.path.name
+        if folder not in folders:
+            folders[folder] = os.path.realpath(folder)
+        real = os.path.join(folders[folder], name)
+        if os.path.islink(real):
+            real = os.path.realpath(real)
+        twin = files.setdefault(real, record)
+        if first != record or twin.label != record.label or _trains(twin) != _trains(record):
+            same = "" if twin.path == record.path else f", which is {twin.path} by a link,"
             raise LayoutError(
-                f"{record.path} is listed twice: with label {first.label} in split {first.split} "
-                f"and with label {record.label} in split {record.split}; an image has one of each"
+                f"{record.path}{same} is listed twice: with label {twin.label} in split "
+                f"{twin.split} and with label {record.label} in split {record.split}; an image has "
+                "one of each"
             )
     return sorted(known.values(), key=lambda record: record.path.as_posix())
+
+
+def _trains(record: Record) -> bool:
+    return record.split in ("train", None)
 
 
 def _inventory(root: Path) -> str:
@@ -153,7 +174,7 @@ def _inventory(root: Path) -> str:
         return f"{root} (a file)"
     folders = [path.name for path in subfolders(root).values()]
     files = sorted(path.name for path in _files(root))
-    return f"{root} holds {enumerated(folders, 'folders')} and {enumerated(files, 'files')}"
+    return f"{shown(root)} holds {enumerated(folders, 'folders')} and {enumerated(files, 'files')}"
 
 
 LAYOUTS: dict[str, Layout] = {**FOLDER_LAYOUTS, **TABLE_LAYOUTS, "flat": FLAT}

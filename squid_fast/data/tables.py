@@ -13,19 +13,17 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..utils.text import decoded, spellings
+from ..utils.text import decoded, spellings, words
 from .csv_files import PATH_COLUMNS, Table, TableError
-from .folders import files_under
+from .folders import ANOMALOUS_WORDS, files_under
 from .listing import LeftOut
 from .records import ANOMALOUS, NORMAL, SPLITS, Layout, LayoutError, Record, enumerated
 
 _HEAD = 1 << 16  # bytes in which the header of a table is looked for
-_LIKE_LABELS = {
-    "labels", "class", "classes", "class_name", "class name", "category", "target", "finding",
-    "findings", "finding labels", "finding_labels", "diagnosis", "diagnoses", "disease",
-    "pathology", "condition", "status", "outcome", "ground_truth", "normal", "abnormal", "anomaly",
-    "anomalous", "no finding", "no_finding", "pneumonia", "covid", "covid19", "covid-19",
-    "tuberculosis", "edema", "effusion", "pleural effusion", "cardiomegaly", "atelectasis",
+_LIKE_LABELS = ANOMALOUS_WORDS | {
+    "atelectasis", "category", "class", "classes", "condition", "diagnoses", "finding", "findings",
+    "diagnosis", "ground", "gt", "label", "labels", "normal", "outcome", "status", "target",
+    "truth", "y",
 }  # fmt: skip
 _LABELS = {
     **dict.fromkeys(("0", "0.0", "normal"), NORMAL),
@@ -98,7 +96,7 @@ def chexpert(root: Path, left_out: LeftOut) -> Iterator[Record]:
             paths = [path.partition("/")[2] or path for path in paths]
             _first_that_holds([root], paths, table)
         for path, row in zip(paths, rows, strict=True):
-            label = NORMAL if row.get("no finding", "").strip() in ("1", "1.0") else ANOMALOUS
+            label = NORMAL if row["no finding"].strip() in ("1", "1.0") else ANOMALOUS
             patient = _patient(path, table)
             split = "test" if patient in tested else _patient_split(patient, not tested)
             yield Record(_inside(root, path, str(table)), label, split)
@@ -109,11 +107,8 @@ def _chexpert_rows(table: Path) -> list[dict[str, str]]:
         return []
     if missing := _CHEXPERT_COLUMNS - set(columns(table)):
         raise LayoutError(f"{table} lacks the columns {', '.join(sorted(missing))}")
-    rows = _read(table)
-    frontal = [row for row in rows if row.get("frontal/lateral", "").strip().lower() == "frontal"]
-    if any("path" not in row for row in frontal):
-        raise LayoutError(f"{table} has rows that are too short to name a Path")
-    return frontal
+    rows = _read(table, _CHEXPERT_COLUMNS)
+    return [row for row in rows if row["frontal/lateral"].strip().lower() == "frontal"]
 
 
 def _patient(path: str, table: Path) -> str:
@@ -220,9 +215,13 @@ def nih(root: Path, left_out: LeftOut) -> Iterator[Record]:
     labels: dict[str, int] = {}
     tables = _needed(root, _NIH_COLUMNS)
     for table in tables:
-        for row in _read(table):
-            findings = row.get("finding labels", "").strip().lower()
-            labels[row["image index"].strip()] = NORMAL if findings == "no finding" else ANOMALOUS
+        for row in _read(table, _NIH_COLUMNS):
+            name, findings = row["image index"].strip(), row["finding labels"].strip().lower()
+            label = NORMAL if findings == "no finding" else ANOMALOUS
+            if labels.setdefault(name, label) != label:
+                raise LayoutError(
+                    f"{table} gives {name} other findings than {tables[0].name}; keep one of them"
+                )
     lists = {root / name: split for name, split in _NIH_LISTS.items() if (root / name).is_file()}
     splits = {line: split for path, split in lists.items() for _, line in _lines(path)}
     for name, path in _listed_images(root, labels, left_out, tables[0]).items():
@@ -244,7 +243,8 @@ def rsna(root: Path, left_out: LeftOut) -> Iterator[Record]:
     table = _needed(root, _RSNA_COLUMNS)[0]
     classes = _with_columns(root, _RSNA_CLASSES)
     labels: dict[str, int] = {}
-    for row in _read(classes[0] if classes else table):
+    source, needed = (classes[0], _RSNA_CLASSES) if classes else (table, _RSNA_COLUMNS)
+    for row in _read(source, needed):
         name, value = row["patientid"].strip(), row["class" if classes else "target"].strip()
         normal = value.lower() == "normal" if classes else value in ("0", "0.0")
         labels[name] = max(labels.get(name, NORMAL), NORMAL if normal else ANOMALOUS)
@@ -291,7 +291,8 @@ def table(root: Path, left_out: LeftOut) -> Iterator[Record]:
     """A CSV with the column ``image_path`` and perhaps ``label`` and ``split``; others are ignored.
 
     Instead of ``image_path`` it may have another one of ``PATH_COLUMNS``. Without ``label``, a
-    column that is called like labels is refused, since all images would count as unlabelled.
+    column that is called like labels is refused, and so is a table in the folder that may hold
+    them, since all images would count as unlabelled. Without ``split``, a column of splits is.
 
     Paths are relative to the CSV's folder, which they may not leave through ``..``; absolute paths
     are taken as they are. A label is 0 or normal, 1 or abnormal (anomaly, anomalous), or empty for
@@ -307,12 +308,9 @@ def table(root: Path, left_out: LeftOut) -> Iterator[Record]:
         )
     source = candidates[0]
     content = Table.parse(source.read_bytes(), str(source))
-    column, like_labels = content.path_column, _LIKE_LABELS & set(content.header)
-    if like_labels and "label" not in content.header:
-        raise LayoutError(
-            f"{source} has no column label, but {enumerated(sorted(like_labels), 'columns')} that "
-            "may hold labels; call the column of labels label, with 0 or normal and 1 or abnormal"
-        )
+    column = content.path_column
+    _check_labels(root, source, content.header)
+    _check_splits(content)
     for number, (_, row) in enumerate(content.rows(), start=1):
         name = row.get(column, "")
         label, split = (row.get(key, "").strip().lower() for key in ("label", "split"))
@@ -325,6 +323,43 @@ def table(root: Path, left_out: LeftOut) -> Iterator[Record]:
             )
         path = _inside(source.parent, name, origin)
         yield Record(path, _LABELS.get(label), SPLITS.get(split, split) or None)
+
+
+def _check_labels(root: Path, source: Path, header: list[str]) -> None:
+    """Refuse a table without labels where they seem to stand elsewhere."""
+    if "label" in header:
+        return
+    if like_labels := sorted(name for name in header if _may_be_labels(name)):
+        raise LayoutError(
+            f"{source} has no column label, but {enumerated(like_labels, 'columns')} that "
+            "may hold labels; call the column of labels label, with 0 or normal and 1 or abnormal"
+        )
+    if others := [path.name for path in csv_files(root) if path != source]:
+        raise LayoutError(
+            f"{source} has no column label, but beside it {enumerated(others, 'tables')} may hold "
+            f"labels; add the column, or give {source.name} itself if its images are of one kind"
+        )
+
+
+def _may_be_labels(column: str) -> bool:
+    named = words(column)
+    return not _LIKE_LABELS.isdisjoint(named) and "score" not in named  # one of our own results
+
+
+def _check_splits(content: Table) -> None:
+    """Refuse a table without splits where another column holds nothing but these."""
+    if "split" in content.header:
+        return
+    values: dict[str, set[str]] = {}
+    for _, row in content.rows():
+        for name, cell in row.items():
+            values.setdefault(name, set()).add(cell.strip().lower())
+    for name, found in values.items():
+        if found <= SPLITS.keys() | {""} and found != {""}:
+            raise LayoutError(
+                f"{content.origin} has no column split, but its column {name!r} holds "
+                f"{enumerated(sorted(found - {''}), 'splits')}; call it split"
+            )
 
 
 def _tables(root: Path) -> list[Path]:
@@ -348,7 +383,7 @@ def _with_columns(root: Path, names: set[str]) -> list[Path]:
 
 def csv_files(root: Path) -> list[Path]:
     """The CSV tables in a folder."""
-    found = sorted(root.glob("*.[ct][sS][vV]")) if root.is_dir() else []
+    found = sorted(root.glob("*.[cCtT][sS][vV]")) if root.is_dir() else []
     return [path for path in found if path.is_file()]
 
 
@@ -375,9 +410,16 @@ def _first_that_holds(folders: Sequence[Path], names: Sequence[str], origin: Pat
     )
 
 
-def _read(path: Path) -> list[dict[str, str]]:
-    table = Table.parse(path.read_bytes(), str(path))
-    return [row for _, row in table.rows()]
+def _read(path: Path, needed: set[str]) -> list[dict[str, str]]:
+    """The rows of a table, in which no row may be too short for the ``needed`` columns."""
+    rows = []
+    for line, row in Table.parse(path.read_bytes(), str(path)).rows():
+        if missing := needed - row.keys():
+            raise LayoutError(
+                f"{path}, line {line} is too short: it lacks {', '.join(sorted(missing))}"
+            )
+        rows.append(row)
+    return rows
 
 
 def columns(path: Path) -> list[str]:

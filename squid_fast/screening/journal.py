@@ -175,13 +175,18 @@ class Journal:
         except _UNREADABLE as error:
             raise _damaged(self.folder, error) from error
 
+    @property
+    def paths(self) -> list[Path]:
+        """All files that may lie in the folder."""
+        return [self.folder / name for name in _names(self.folder)]
+
     def remove(self) -> None:
         """Remove the journal, for its rows are elsewhere now."""
         with closing(self._database), self._explained("is no longer needed, but cannot be removed"):
             if sys.platform == "win32":
                 self._database.close()  # an open file cannot be removed there
-            for name in _names(self.folder):
-                (self.folder / name).unlink(missing_ok=True)
+            for path in self.paths:
+                path.unlink(missing_ok=True)
             with suppress(OSError):  # a file manager or a network file system has left something
                 self.folder.rmdir()
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping
 from contextlib import closing
 from pathlib import Path
@@ -22,6 +24,8 @@ from .report.summary import Summary
 from .results import table_writer, write_table
 
 _INPUTS_SHOWN = 20
+_LOOKED_AT = 4096
+_MARKS = (b"z_score", b"<title>Radiograph screening report")  # Parquet has its columns at the end
 _COMPARED = {
     "score_name": "score",
     "threshold": "threshold",
@@ -96,6 +100,8 @@ def screen_to_table(
             if resume:
                 say(f"there is no unfinished run of {str(out)!r}: starting at the beginning")
             left_out = LeftOut()
+            for path in journal.paths:
+                left_out.keep(str(path))
             found = search_files(named, left_out)
             journal.start(run, found, lambda files: Source(files).packed, left_out)
             if journal.left_out:
@@ -148,12 +154,16 @@ def check_outputs(
 ) -> None:
     """Refuse files for results that cannot be written, are one file, or would replace an image.
 
+    Nor may they replace another file in the folders that are searched for images, such as a table
+    of labels, unless it is of results, too.
+
     Args:
         outputs: files by the name of their argument, the table first; None for those not wanted.
         inputs: what is screened, see ``find_files``.
 
     Raises:
-        ValueError: two are the same file, or one is an input or any other image.
+        ValueError: two are the same file, or one is an input, any other image, or a file among the
+            inputs that holds no results.
         OSError: see ``check_folder``.
 
     >>> check_outputs({"out": "results.csv", "report": "results.csv"})
@@ -171,6 +181,34 @@ def check_outputs(
         place = Path(path)
         if place.suffix.lower() in IMAGE_SUFFIXES or (place.is_file() and is_image(place)):
             raise ValueError(f"{name} is {str(path)!r}, an image; name another file for results.")
+        if place.is_file() and _is_searched(place, inputs) and not _holds_results(place):
+            raise ValueError(
+                f"{name} is {str(path)!r}, a file among the inputs that holds no results of "
+                "screening; name another."
+            )
+
+
+def _is_searched(file: Path, inputs: Collection[PathInput]) -> bool:
+    """Whether a file lies in a folder that is an input, or in one in which a glob starts."""
+    above = {os.path.realpath(folder) for folder in file.resolve().parents}
+    for path in as_paths(inputs):
+        if os.path.isdir(path):
+            folder = path
+        elif glob.has_magic(path):
+            folder = re.split(r"[^/]*[*?[]", path, maxsplit=1)[0]
+        else:
+            continue
+        if os.path.realpath(folder) in above:
+            return True
+    return False
+
+
+def _holds_results(file: Path) -> bool:
+    """Whether a file is empty, or a table, summary or report of an earlier run."""
+    with open(file, "rb") as opened:
+        head = opened.read(_LOOKED_AT)
+        opened.seek(max(0, file.stat().st_size - _LOOKED_AT))
+        return not head or any(mark in head + opened.read() for mark in _MARKS)
 
 
 def _score(

@@ -88,6 +88,15 @@ def end_on_interrupt() -> None:
         signal.signal(signal.SIGINT, _end)
 
 
+def ignore_interrupts() -> None:
+    """Let Ctrl-C change nothing any more, for the work is done and the exit code known.
+
+    Python takes a moment to end, and another exit code if it is interrupted meanwhile.
+    """
+    if signal.getsignal(signal.SIGINT) is _end:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 @contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
     """Let Ctrl-C raise KeyboardInterrupt in the block, and a second one end the program at once.

@@ -8,9 +8,11 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterator
+from urllib.parse import unquote
 
 _BREAKS = re.compile(r" *[\t\n\v\f\r\x1c-\x1f\x85\u2028\u2029][\s\x1c-\x1f]*")
 _LOOKED_AT = 4096
+_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+|[^\W\d_]+")
 _MARKS = {
     codecs.BOM_UTF32_LE: "utf-32-le",  # begins like UTF-16
     codecs.BOM_UTF16_LE: "utf-16-le",
@@ -54,6 +56,15 @@ def one_line(text: str) -> str:
     return _BREAKS.sub(" ", text.strip("\r\n"))
 
 
+def words(name: str) -> list[str]:
+    """Words and numbers in a name, in lower case.
+
+    >>> words("siteA-2 Normal_cases")
+    ['site', 'a', '2', 'normal', 'cases']
+    """
+    return [word.lower() for word in _WORD.findall(name)]
+
+
 def decoded(content: bytes) -> str:
     """The text of a file: UTF-8, or UTF-16 as Windows writes it, without a byte order mark.
 
@@ -77,15 +88,21 @@ def decoded(content: bytes) -> str:
 def spellings(name: str) -> Iterator[str]:
     r"""What a file may be called that ``name`` stands for, likeliest first.
 
-    A list may have been written with blanks to fill a column; on Windows, with backslashes or in
-    its Western European code page; or with accents as characters of their own, as on macOS, where
-    the file's name has them in one with the letter.
+    A list may have been written with blanks to fill a column, in quotation marks, as file://
+    addresses, or behind the mark that opens a file in UTF-8; on Windows, with backslashes or in its
+    Western European code page; or with accents as characters of their own, as on macOS, where the
+    file's name has them in one with the letter.
 
     >>> [ascii(name) for name in spellings("e\u0301.png")]
     ["'e\\u0301.png'", "'\\xe9.png'"]
     """
     yield name
-    if (bare := name.strip()) not in ("", name):
+    bare = name.removeprefix("\ufeff").strip()
+    if bare[:1] in ("'", '"') and bare[-1] == bare[0]:
+        bare = bare[1:-1]
+    elif bare.lower().startswith("file://"):
+        bare = unquote(bare[7:].removeprefix("localhost"))
+    if bare not in ("", name):
         yield from spellings(bare)
     elif "\\" in name:
         yield from spellings(name.replace("\\", "/"))

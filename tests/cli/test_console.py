@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 
 pytest.importorskip("rich")
@@ -59,3 +61,21 @@ def test_other_work_says_lines_too(clock: list[float], capsys: pytest.CaptureFix
     assert lines[0] == "reading images: 30 of 8000, 0:10 gone, 1:06:25 left"
     assert any(", 1:00:10 gone, 6:" in line for line in lines)
     assert len(lines) == 4000 // 15
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_ask_to_stop_unless_the_caller_ignores_them(number: signal.Signals) -> None:
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with console.stop_on_signals() as should_stop:
+            signal.raise_signal(number)
+            assert not should_stop()
+        assert signal.getsignal(number) == signal.SIG_IGN
+        signal.signal(number, before)
+        with console.stop_on_signals() as should_stop:
+            assert not should_stop()
+            signal.raise_signal(number)
+            assert should_stop()
+        assert signal.getsignal(number) == before
+    finally:
+        signal.signal(number, before)

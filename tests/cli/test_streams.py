@@ -84,6 +84,23 @@ app(["evaluate", {str(tmp_path)!r}, "--data", "x"])
     assert (done.returncode, done.stderr) == (130, "squid-fast: interrupted\n")
 
 
+def test_an_interrupt_while_python_ends_leaves_the_exit_code() -> None:
+    program = """
+import signal, squid_fast.__main__ as program, squid_fast.utils.program as utils
+ignore = utils.ignore_interrupts
+def interrupted():
+    ignore()
+    signal.raise_signal(signal.SIGINT)
+utils.ignore_interrupts = program.ignore_interrupts = interrupted
+program.main()
+"""
+    for arguments, code in (["--version"], 0), (["evaluate", "missing", "--data", "x"], 1):
+        command = [sys.executable, "-c", program, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == code
+        assert "interrupted" not in done.stderr
+
+
 def test_an_interrupt_in_a_destructor_is_not_lost() -> None:
     program = """
 import signal, time

@@ -91,7 +91,16 @@ def test_flat(tmp_path: Path) -> None:
         (["images/a.png", "data/classes.json"], r"1 table \(classes.json\) may hold labels"),
         (["a.png", "a_mask.png", "b.png", "b_mask_1.png"], r"2 files \(.*\) may be masks"),
         (["IM-NORMAL-1.png", "person3_virus.png"], "1 of 2 images are called normal"),
-        (["CHN_1_0.png", "CHN_2_0.png", "CHN_3_1.png"], "end in _0 or _1"),
+        (["CHN_1_0.png", "CHN_2_0.png", "CHN_3_1.png"], "names of 3 images end in _0 or _1"),
+        (["CHN_1_0.png", "CHN_2_1.png", "other.png"], "names of 2 images end in _0 or _1"),
+        (["IM-0001.jpeg.png", "person3_virus_5.png"], r"1 image \(person3_virus_5\) speak of anom"),
+        (["train_1.png", "train_2.png", "test_1.png"], r"2 splits \(test, train\)"),
+        (["a.png", "mask_a.png"], r"1 file \(mask_a.png\) may be masks"),
+        (["a.png", "labels.txt"], r"1 file \(labels.txt\) may hold labels"),
+        (["a.png", "annotations.xml"], r"1 file \(annotations.xml\) may hold labels"),
+        (["images/a.png", "test_list.txt"], r"1 file \(test_list.txt\) may hold labels"),
+        (["images/a.png", "labels/a.txt"], r"1 file \(a.txt\) may hold labels"),
+        (["a.png", "S.XLSX", "labels.ods"], r"2 tables \(S.XLSX, labels.ods\) may hold labels"),
         (["train\\NORMAL\\a.png", "test\\SICK\\b.png"], "whose name holds backslashes"),
         (["x/chest/train/NORMAL/a.png", "x/other/b.png"], "may be labels or splits"),
         (["chest/train/NORMAL/a.png", "other/b.png"], "'archive' fits .*chest: give that folder"),
@@ -152,6 +161,46 @@ def test_other_words_for_classes_and_splits(
     assert len(find_records(tmp_path)) == 2
 
 
+def test_names_that_people_give_to_classes_and_splits(tmp_path: Path) -> None:
+    touch(tmp_path, "Training set/gesund/a.png", "Training set/krank/b.png", "train /normals/c.png")
+    touch(tmp_path, "test_data/Normal (1)/d.png", "test_data/not normal/e.png")
+    touch(tmp_path, "test_data/normal_patients/f.png", "test_data/Non-Healthy/g.png")
+    touch(tmp_path, "test_data/normal/overlay/h.png", "test_data/normal/mask_d.png")
+    assert found(tmp_path, "archive") == [
+        ("Training set/gesund/a.png", 0, "train"),
+        ("Training set/krank/b.png", 1, "train"),
+        ("test_data/Non-Healthy/g.png", 1, "test"),
+        ("test_data/Normal (1)/d.png", 0, "test"),
+        ("test_data/normal/mask_d.png", 0, "test"),  # there is no image d beside it
+        ("test_data/normal_patients/f.png", 0, "test"),
+        ("test_data/not normal/e.png", 1, "test"),
+        ("train /normals/c.png", 0, "train"),
+    ]
+
+
+def test_backslashes_in_names_are_told_in_class_folders_too(tmp_path: Path) -> None:
+    touch(tmp_path, "train/NORMAL/a.png", "train/NORMAL/TB\\b.png")
+    with pytest.raises(LayoutError, match=r"'TB\\\\b.png' is a file whose name holds backslashes"):
+        find_records(tmp_path)
+
+
+def test_an_image_is_not_in_two_splits_or_classes_by_links(tmp_path: Path) -> None:
+    touch(tmp_path, "train/NORMAL/a.png", "test/NORMAL/b.png", "test/TB/c.png")
+    (tmp_path / "val").symlink_to("test")
+    labels = [(record.label, record.split) for record in find_records(tmp_path)]
+    assert labels == [(0, "test"), (1, "test"), (0, "train"), (0, "val"), (1, "val")]
+    link = tmp_path / "train/NORMAL/again.png"
+    for target, reason in (
+        ("test/NORMAL/b.png", "with label 0 in split test and with label 0 in split train"),
+        ("test/TB/c.png", "with label 1 in split test and with label 0 in split train"),
+    ):
+        link.symlink_to(tmp_path / target)
+        match = rf"again.png, which is \S*{target} by a link, is listed twice: {reason}"
+        with pytest.raises(LayoutError, match=match):
+            find_records(tmp_path)
+        link.unlink()
+
+
 def test_archive_with_the_splits_in_the_classes(tmp_path: Path) -> None:
     touch(tmp_path, "Normal/train/a.png", "Normal/test/b.png", "Sick/test/c.png", "Other/d.png")
     assert found(tmp_path, "archive") == [
@@ -172,6 +221,14 @@ def test_archive_with_the_splits_in_the_classes(tmp_path: Path) -> None:
         ["normal/train/a.png", "normal/b.png"],
         ["normal/a.png", "b.png"],
         ["train/normal/a.png", "test/0/b.png", "test/1/b.png"],
+        ["good/normal/a.png", "good/abnormal/b.png"],
+        ["train/NORMAL/a.png", "train/NORMAL/Viral Pneumonia/b.png"],
+        ["train/NORMAL/a.png", "test/NORMAL/b.png", "test/NORMAL - Copy/b.png"],
+        ["train/NORMAL/a.png", "train/normal_augmented/b.png"],
+        ["NORMAL/a.png", "TB/b.png", "unlabelled/c.png"],
+        ["NORMAL/a.png", "TB/b.png", "images/c.png"],
+        ["NORMAL/a.png", "TB/b.png", "evaluation-test/roc.png"],
+        ["Normal/a.png", "COVID/b.png", "NonCOVID/c.png"],
     ],
 )
 def test_class_folders_that_hold_something_else_are_refused(
@@ -480,6 +537,51 @@ def test_tables_whose_labels_are_called_otherwise_are_refused(tmp_path: Path) ->
         find_records(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("image_path,label,label\na.png,0,1", "line 2 has '0' and '1' in two columns .* label"),
+        ("image_path,label\na,b.png,0", "line 2 has 3 cells, the header 2"),
+        ('image_path,label\n"a.png,0\nb.png,1\n', "line 3 cannot be read as CSV"),
+        ("image_path,y\na.png,0", r"no column label, but 1 column \(y\)"),
+        ("image_path,is_abnormal\na.png,0", r"no column label, but 1 column \(is_abnormal\)"),
+        (
+            "image_path,label,set\na.png,0,Train\nb.png,0,test",
+            r"'set' holds 2 splits \(test, train\)",
+        ),
+    ],
+)
+def test_tables_that_would_be_misread_are_refused(tmp_path: Path, text: str, reason: str) -> None:
+    (tmp_path / "set.csv").write_text(text)
+    with pytest.raises(LayoutError, match=reason):
+        find_records(tmp_path)
+
+
+def test_tables_beside_one_without_labels(tmp_path: Path) -> None:
+    """As the reports of Indiana University: one table names images, another has the findings."""
+    (tmp_path / "projections.csv").write_text("uid,filename,z_score\n1,a.png,\n\n2,b.png,,,\n")
+    (tmp_path / "REPORTS.CSV").write_text("uid,Problems\n1,normal\n2,Opacity\n")
+    with pytest.raises(LayoutError, match=r"beside it 1 table \(REPORTS.CSV\) may hold labels"):
+        find_records(tmp_path)
+    records = find_records(tmp_path / "projections.csv")
+    assert rows(records, tmp_path) == [("a.png", None, None), ("b.png", None, None)]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("No,Image Index,Finding Labels\n1,a.png,Mass\n2\n", "line 3 is too short: it lacks find"),
+        ("Image Index,Finding Labels\na.png,Mass\na.png,No Finding", "gives a.png other findings"),
+        ("No,patientId,Target\n1,a,0\n2", "line 3 is too short: it lacks patientid, target"),
+    ],
+)
+def test_tables_with_broken_rows(tmp_path: Path, text: str, reason: str) -> None:
+    touch(tmp_path, "train_images/a.png")
+    (tmp_path / "Data.csv").write_text(text)
+    with pytest.raises(LayoutError, match=reason):
+        find_records(tmp_path)
+
+
 def test_errors_say_what_was_found(tmp_path: Path) -> None:
     with pytest.raises(LayoutError, match="does not exist"):
         find_records(tmp_path / "gone")
@@ -493,6 +595,11 @@ def test_errors_say_what_was_found(tmp_path: Path) -> None:
     for layout in LAYOUTS.keys() - {"flat"}:
         with pytest.raises(LayoutError):
             find_records(tmp_path, layout)
+
+
+def test_errors_keep_the_blanks_of_a_name(tmp_path: Path) -> None:
+    with pytest.raises(LayoutError, match=r"^'\S+/set ' does not exist"):
+        find_records(tmp_path / "set ")
 
 
 def test_select() -> None:

@@ -20,6 +20,7 @@ from squid_fast.screening import (
     COLUMNS,
     JournalError,
     check_output,
+    check_outputs,
     pack,
     run,
     screen,
@@ -400,6 +401,31 @@ def test_a_table_never_replaces_what_is_read(images: Path, tmp_path: Path) -> No
             screen_to_table(MeanScorer(), inputs, out, workers=0)
     assert picture.read_bytes()[:4] in (b"\x93NUM", b"\x89PNG")
     assert sorted(os.listdir(tmp_path)) == ["in", "linked.csv", "list.csv"]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_in_the_folder_that_is_screened_only_results_are_replaced(
+    images: Path, tmp_path: Path, suffix: str
+) -> None:
+    out = images / f"labels{suffix}"
+    listed: list[str | Path]
+    for listed in ([images], [f"{tmp_path}/*/*.npy"], [f"{tmp_path}/**"]):
+        out.write_text("id,label\n1,0\n")
+        with pytest.raises(ValueError, match="a file among the inputs that holds no results"):
+            screen_to_table(MeanScorer(), listed, out, workers=0)
+        with pytest.raises(ValueError, match=r"report is .* a file among the inputs"):
+            check_outputs({"out": tmp_path / "r.csv", "report": out}, listed)
+    assert out.read_text() == "id,label\n1,0\n"
+    out.write_text("")
+    for _ in range(2):
+        summary = screen_to_table(MeanScorer(), images, out, workers=0)
+        assert found(out) == expected(images)
+        assert summary is not None
+        assert summary.left_out == {suffix: 1}  # and no file of the journal
+    out.write_text("id,label\n1,0\n")
+    other = sorted(images.iterdir())[0]
+    screen_to_table(MeanScorer(), other, out, workers=0)  # which is what the caller asks for
+    assert len(found(out)) == 1
 
 
 def test_a_link_is_followed_and_stays(images: Path, tmp_path: Path) -> None:

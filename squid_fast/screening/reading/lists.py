@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 
 from ...data.csv_files import Table, TableError
 from ...utils.text import decoded
 from .files import PathInput, listed_file
+
+_BINARY = re.compile("[\x01-\x08\x0e-\x1a\x1c-\x1f]")
+_LOOKED_AT = 1024
 
 
 def read_list(path: PathInput, root: PathInput | None = None) -> list[str]:
@@ -30,6 +34,7 @@ def read_list(path: PathInput, root: PathInput | None = None) -> list[str]:
     Raises:
         OSError: the list cannot be read.
         TableError: a table is not CSV, or lacks the column ``image_path`` or a value in it.
+        ValueError: the list is no text, such as Parquet or an image, or it is JSON.
 
     >>> with open("night.txt", "w") as file:
     ...     _ = file.write("a.png\nward 3/b.dcm\n")
@@ -47,8 +52,21 @@ def read_list(path: PathInput, root: PathInput | None = None) -> list[str]:
         with open(path, "rb") as file:
             content = file.read()
     is_table = path.lower().endswith((".csv", ".tsv"))
+    _check_text(decoded(content[: 4 * _LOOKED_AT]), path)
     names = _column(content, path) if is_table else _lines(decoded(content))
     return [listed_file(name, os.fspath(root)) for name in names]
+
+
+def _check_text(head: str, origin: str) -> None:
+    first = head.lstrip().partition("\n")[0]
+    what = "no text" if _BINARY.search(head[:_LOOKED_AT]) else ""
+    if first.startswith(('{"', '["', "[{")) or first.strip() in ("{", "["):
+        what = "JSON"
+    if what:
+        raise ValueError(
+            f"the list {origin!r} is {what}; give text with one file per line, or a CSV table with "
+            "a column image_path or path, such as the results of screen as .csv"
+        )
 
 
 def _lines(text: str) -> list[str]:

@@ -115,9 +115,10 @@ def pack(
     >>> packed.files, packed.errors, os.listdir("packed")
     (2, 1, ['shard-00000.arrow'])
     """
-    for name, value in (("size", size), ("rows_per_shard", rows_per_shard)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}")
+    for name, value, most in (("size", size, 1 << 14), ("rows_per_shard", rows_per_shard, 1 << 31)):
+        if not 1 <= value <= most:
+            least = "at least 1" if value < 1 else f"at most {most}"
+            raise ValueError(f"{name} must be {least}, not {value}")
     folder = Path(out_folder)
     check_folder(folder)
     check_reading(workers, timeout)

@@ -26,6 +26,7 @@ TIMEOUT = 60.0
 """Seconds that decoding one file may take by default."""
 
 _MAX_TIMEOUT = 1e6
+_MAX_WORKERS = 1024
 _MAX_FAILED_STARTS = 3  # in a row
 _TICK = 1.0
 
@@ -73,6 +74,8 @@ def check_reading(workers: int | None, timeout: float) -> int:
         return min(16, _available_cores()) if posix else 0
     if workers < 0:
         raise ValueError(f"workers must be at least 0, not {workers}")
+    if workers > _MAX_WORKERS:
+        raise ValueError(f"workers must be at most {_MAX_WORKERS}, not {workers}")
     if workers and not posix:
         raise ValueError(f"workers must be 0 on this system, which is no POSIX, not {workers}")
     return workers

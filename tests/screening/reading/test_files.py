@@ -184,6 +184,37 @@ def test_a_name_is_looked_for_in_other_spellings_too(root: Path) -> None:
     assert names(read_list(root / "list.csv"), root) == found
 
 
+def test_names_in_quotation_marks_and_addresses(root: Path) -> None:
+    (root / "two words.png").touch()
+    (root / "'kept'").touch()
+    (root / "one.txt").write_text(
+        f"\"two words.png\"\n'a.png'\n'kept'\nfile://{root}/two%20words.png\n"
+    )
+    (root / "list.txt").write_text(f'{(root / "one.txt").read_text()}\ufeffb.png\n"\n')
+    expected = ["two words.png", "a.png", "'kept'", "two words.png", "b.png", '"']
+    assert names(read_list(root / "list.txt"), root) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"PAR1\x15\x04\x15", "no text"),
+        (b"PK\x03\x04\x14\0\x06", "no text"),
+        (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "no text"),
+        (b"SQLite format 3\0\x10\0\x01\x01", "no text"),
+        (b'{"path": "a.png"}\n{"path": "b.png"}\n', "JSON"),
+        (b'\n[\n  "a.png"\n]', "JSON"),
+    ],
+)
+def test_lists_that_are_no_lists_are_refused(root: Path, content: bytes, what: str) -> None:
+    for name in ("list.txt", "list.csv", "results.parquet"):
+        (root / name).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"the list '\S*{name}' is {what}; give text"):
+            read_list(root / name)
+    (root / "list.txt").write_text("{a}.png\n[b].png\n")
+    assert names(read_list(root / "list.txt"), root)[0] == "{a}.png"
+
+
 def test_lines_of_old_macs_and_carriage_returns_in_names(root: Path) -> None:
     (root / "list.txt").write_bytes(b"b.png\ra.png\r")
     assert names(read_list(root / "list.txt"), root) == ["b.png", "a.png"]

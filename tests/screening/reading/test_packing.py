@@ -138,6 +138,8 @@ def test_progress_counts_rows_and_ends_at_all(tmp_path: Path) -> None:
 
 
 def test_arguments_are_checked(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="size must be at most 16384, not 99999999999"):
+        pack(tmp_path, tmp_path / "packed", 99_999_999_999)
     with pytest.raises(ValueError, match="size must be at least 1, not 0"):
         pack(tmp_path, tmp_path / "packed", 0)
     with pytest.raises(ValueError, match="rows_per_shard must be at least 1, not -1"):

@@ -325,6 +325,7 @@ def test_arguments_are_checked_at_the_call() -> None:
     for arguments, reason in (
         ({"size": 0}, "size must be at least 1, not 0"),
         ({"workers": -1}, "workers must be at least 0, not -1"),
+        ({"workers": 100_000}, "workers must be at most 1024, not 100000"),
         ({"look_ahead": 0}, "look_ahead must be at least 1, not 0"),
         ({"timeout": 0}, "timeout must be more than 0 and at most 1e6 seconds, not 0"),
         ({"timeout": float("nan")}, "not nan"),
