@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..data import ImageSet
 from ..modules import SQUID, Discriminator, ScoreMode
-from ..modules.images import check_dtype, check_values, refuse_values
+from ..modules.images import check_tensor, check_values, refuse_values
 from ..modules.squid import check_shape
 from ..ops.common import as_floats
 from ..utils.devices import Backend, choose_layout, has_fast_bf16, to_layout
@@ -71,7 +71,8 @@ class FrozenModel(nn.Module):
         layout = choose_layout(model.config["features_root"])
         on_cpu, int8 = self.device.type == "cpu", precision == "int8"
         in_bf16 = precision == "bf16" or (int8 and has_fast_bf16(self.device))
-        with tf32(False):  # on its way to the device, slots are projected anew
+        exact = torch.autocast(self.device.type, enabled=False)
+        with tf32(False), exact:  # on its way to the device, slots are projected anew
             self.generator = FrozenGenerator(
                 model,
                 torch.bfloat16 if in_bf16 else torch.float32,
@@ -141,15 +142,18 @@ class FrozenModel(nn.Module):
         # On a GPU the range is found on the way: asking beforehand would wait for the device.
         ranged = on_gpu and images.is_floating_point()
         width = len(names) + self.config["num_patch"] ** 2 + 2 * ranged
-        table = torch.empty(len(images), width, dtype=torch.float32, pin_memory=on_gpu)
+        table = torch.empty(
+            len(images), width, dtype=torch.float32, device="cpu", pin_memory=on_gpu
+        )
         recon = None
         if reconstruction:
             recon = torch.empty_like(images, dtype=torch.float32, device=self.device)
         function = partial(self._compiled or self._tabulate, names=names, ranged=ranged)
-        for rows, (shown, values) in self._in_portions(function, (names, ranged), images):
-            table[rows].copy_(values, non_blocking=True)
-            if recon is not None:
-                recon[rows].copy_(shown)
+        with torch.autocast(self.device.type, enabled=False):  # of the caller
+            for rows, (shown, values) in self._in_portions(function, (names, ranged), images):
+                table[rows].copy_(values, non_blocking=True)
+                if recon is not None:
+                    recon[rows].copy_(shown)
         if on_gpu:
             torch.cuda.current_stream(self.device).synchronize()
         if ranged:
@@ -223,13 +227,13 @@ class FrozenModel(nn.Module):
 
     def _received(self, images: Tensor) -> Tensor:
         """The images in float32 or uint8, checked; for a GPU they may still be on the host."""
+        check_tensor(images, self.value_range, bytes_fit=True)
         check_shape(images, self.config, self.image_size)
         if self._copies is not None and images.is_cuda:
             current = torch.cuda.current_stream(self.device)
             current.wait_stream(self._copies)  # they may come from prefetch
             images.record_stream(current)
         if images.dtype != torch.uint8:
-            check_dtype(images, self.value_range)
             if self._graphs is None:
                 check_values(images, self.value_range)
             images = images.to(torch.float32)

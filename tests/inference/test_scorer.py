@@ -7,8 +7,11 @@ import dataclasses
 import json
 import multiprocessing
 import pickle
+import re
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +29,14 @@ from tests.processor import needs_bf16
 @pytest.fixture
 def bundle() -> Bundle:
     return tiny_bundle()
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    yield
+    torch.set_default_dtype(before)
 
 
 # --- scores ---------------------------------------------------------------------------------------
@@ -90,6 +101,24 @@ def test_float32_scores_are_the_same_to_the_bit_in_any_batch_and_order(
     assert scorer.score(images[:0]).raw.shape == (0,)
 
 
+@pytest.mark.parametrize("score", SCORES)
+def test_settings_of_the_caller_do_not_reach_the_scores(bundle: Bundle, score: str) -> None:
+    images = image_batch(9, seed=2)
+    expected = scorer_of(bundle, score).score(images)
+    made_before = scorer_of(bundle, score)
+    for setting in (
+        torch.autocast("cpu", torch.bfloat16),
+        torch.autocast("cpu", torch.float16),
+        torch.device("meta"),
+        default_dtype(torch.float64),
+    ):
+        with setting:
+            both = [scorer.score(images) for scorer in (made_before, scorer_of(bundle, score))]
+        for scores in both:
+            assert torch.equal(scores.raw, expected.raw)
+            assert torch.equal(scores.z_score, expected.z_score)
+
+
 @needs_bf16
 def test_bf16_scores_hardly_depend_on_the_batch(bundle: Bundle) -> None:
     scorer = scorer_of(bundle, precision="bf16")
@@ -106,8 +135,12 @@ def test_bytes_are_images_too(bundle: Bundle) -> None:
     as_floats = scorer.score(images.batch(slice(0, 3))).raw
     assert torch.equal(scorer.score(images.images).raw, as_floats)
     assert scorer.prefetch(images.images) is images.images
-    with pytest.raises(ValueError, match=r"images are torch\.int64; floating-point values"):
-        scorer.score(images.images.long())
+    for wrong in (images.images.long(), images.images.to(torch.int8), images.images > 9):
+        said = f"images are {wrong.dtype}; floating-point values in [0, 1], or uint8, of which 255"
+        with pytest.raises(ValueError, match=re.escape(said)):
+            scorer.score(wrong)
+    with pytest.raises(ValueError, match=r"images are of the type ndarray; a tensor of floating"):
+        scorer.score(images.images.numpy())
     with pytest.raises(ValueError, match=r"images are \[3, 48, 48\]; this model takes"):
         scorer.score(images.images[:, 0])
 
