@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..modules import SQUID, Discriminator, MemoryQueue, discriminator_size
@@ -118,8 +119,9 @@ def load_bundle(folder: str | Path) -> Bundle:
             "squid_fast.experiments.baselines.load_scorer reads it."
         )
     try:
-        model = SQUID(**config["model"])
-        discriminator = Discriminator(**config["discriminator"])
+        with torch.device("cpu"):  # whatever the default is
+            model = SQUID(**config["model"])
+            discriminator = Discriminator(**config["discriminator"])
         score, about = config["score"], config.get("about", {})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BundleError(
@@ -160,8 +162,12 @@ def load_published(
     Raises:
         BundleError: a file cannot be read so, or its weights do not fit the configuration.
     """
-    squid = SQUID(**model)
-    pair = squid, Discriminator(discriminator_size(squid.image_size))
+    try:
+        with torch.device("cpu"):  # whatever the default is
+            squid = SQUID(**model)
+            pair = squid, Discriminator(discriminator_size(squid.image_size))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BundleError(f"the configuration describes no model: {_lack(error)}.") from error
     for module, path in zip(pair, map(Path, (generator, discriminator)), strict=True):
         try:
             found = read_tensors(path)

@@ -16,7 +16,7 @@ from ..modules import SQUID, Discriminator, ScoreMode
 from ..modules.images import check_tensor, check_values, refuse_values
 from ..modules.squid import check_shape
 from ..ops.common import as_floats
-from ..utils.devices import Backend, choose_layout, has_fast_bf16, to_layout
+from ..utils.devices import Backend, choose_layout, has_fast_bf16, to_layout, without_autocast
 from ..utils.tf32 import tf32
 from .compiler import compiled
 from .convolution import FoldedConv, cast, has_cudnn, has_onednn, use_cudnn
@@ -71,8 +71,10 @@ class FrozenModel(nn.Module):
         layout = choose_layout(model.config["features_root"])
         on_cpu, int8 = self.device.type == "cpu", precision == "int8"
         in_bf16 = precision == "bf16" or (int8 and has_fast_bf16(self.device))
-        exact = torch.autocast(self.device.type, enabled=False)
-        with tf32(False), exact:  # on its way to the device, slots are projected anew
+        with (
+            tf32(False),
+            without_autocast(self.device),
+        ):  # on its way to the device, slots are projected anew
             self.generator = FrozenGenerator(
                 model,
                 torch.bfloat16 if in_bf16 else torch.float32,
@@ -149,7 +151,7 @@ class FrozenModel(nn.Module):
         if reconstruction:
             recon = torch.empty_like(images, dtype=torch.float32, device=self.device)
         function = partial(self._compiled or self._tabulate, names=names, ranged=ranged)
-        with torch.autocast(self.device.type, enabled=False):  # of the caller
+        with without_autocast(self.device):
             for rows, (shown, values) in self._in_portions(function, (names, ranged), images):
                 table[rows].copy_(values, non_blocking=True)
                 if recon is not None:
@@ -222,7 +224,7 @@ class FrozenModel(nn.Module):
             if isinstance(conv, FoldedConv)
         }
         own = copy.deepcopy(self, plain).requires_grad_(False)
-        own.generator.layout, own.generator.least = torch.contiguous_format, 1
+        own.generator.channels_last, own.generator.least = False, 1
         return to_layout(own, torch.contiguous_format)
 
     def _received(self, images: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ def trace(model: FrozenModel, score: str, calibration: Calibration) -> ExportedP
     images = torch.rand(2, 1, side, side, dtype=torch.float32, device="cpu")
     shapes = {"images": {0: Dim("batch", min=1)}}
     # With gradients the projections of the memory slots would not be used.
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+    with torch.no_grad():
         own = _Program(model, score, calibration).eval()
         program = torch.export.export(own, (images,), dynamic_shapes=shapes)
     with quiet():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ def check_tensor(
         raise ValueError(f"images are {images.dtype}; {fitting} fit.")
 
 
-def check_precision(images: Tensor, weight: Tensor) -> None:
+def check_precision(images: Tensor, weight: Any) -> None:
     """Raise ValueError if images are of another dtype than weights, unless autocast casts both."""
     if images.dtype != weight.dtype and not torch.is_autocast_enabled(images.device.type):
         raise ValueError(

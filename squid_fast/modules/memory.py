@@ -230,7 +230,7 @@ class MemoryQueue(_Memory):
     ) -> list[str]:
         key = f"{prefix}ptr"  # formats without metadata carry it as an entry
         ptr = state_dict.get(key, local_metadata.get("ptr", 0))
-        position = torch.as_tensor(ptr).reshape(()) % self.slots.shape[1]
+        position = torch.as_tensor(ptr, device=self.slots.device).reshape(()) % self.slots.shape[1]
         if self.ptr.device != self.slots.device:  # these were assigned
             self.ptr = torch.empty_like(self.ptr, device=self.slots.device)
         with torch.no_grad():

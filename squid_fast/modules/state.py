@@ -24,9 +24,10 @@ class Network(nn.Module):
             RuntimeError: the state dict does not fit.
             TypeError: it is no dictionary with names as keys.
         """
-        if not isinstance(state_dict, Mapping) or not all(isinstance(k, str) for k in state_dict):
+        given: object = state_dict
+        if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
             raise TypeError(
-                f"the state dict is of the type {type(state_dict).__name__}; a dictionary of "
+                f"the state dict is of the type {type(given).__name__}; a dictionary of "
                 "tensors by name would fit, such as torch.load(path) gives."
             )
         state = without_wrappers(state_dict)

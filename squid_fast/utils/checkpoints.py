@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 
 _HEAD = 512  # bytes
 _WRAPPERS = {
@@ -87,7 +87,7 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
 def _checksum(state: Mapping[str, Tensor]) -> str:
     value = 0
     for _, tensor in sorted(state.items()):
-        value = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), value)
+        value = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, value)
     return f"{value:08x}"
 
 
@@ -147,6 +147,18 @@ def _reason(error: str) -> str:
             "where it was made, save the weights alone, by torch.save(model.state_dict(), path)"
         )
     return "it is damaged, or was not written by torch.save(model.state_dict(), path)"
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module itself, without those that wrap it.
+
+    >>> layer = nn.Linear(2, 1)
+    >>> unwrapped(nn.DataParallel(layer)) is layer
+    True
+    """
+    inner = [getattr(module, name, None) for name in _WRAPPERS]
+    found = [value for value in inner if isinstance(value, nn.Module)]
+    return unwrapped(found[0]) if found else module
 
 
 def plain_name(name: str) -> str:

@@ -18,7 +18,7 @@ from safetensors.torch import save, save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from squid_fast import PRESETS, SQUID, Bundle, Discriminator, load_bundle, save_bundle
+from squid_fast import PRESETS, SQUID, Bundle, Discriminator, Scorer, load_bundle, save_bundle
 from squid_fast.inference.bundle import BundleError, load_published
 from squid_fast.training.checkpoint import CheckpointError, load_checkpoint
 from tests.factories import TINY, tiny_pair
@@ -363,6 +363,22 @@ def test_what_else_is_an_archive_is_named(tmp_path: Path) -> None:
         load_published(tmp_path / "g.pth", tmp_path / "d.pth", TINY)
     with pytest.raises(BundleError, match=r"plain tensors: it is a folder; a file in it would fit"):
         load_published(tmp_path, tmp_path / "d.pth", TINY)
+
+
+def test_no_weights_can_come_from_the_meta_device(tmp_path: Path) -> None:
+    model, discriminator = tiny_pair()
+    save_bundle(Bundle(model, discriminator), tmp_path)
+    torch.save(model.state_dict(), tmp_path / "g.pth")
+    torch.save(discriminator.state_dict(), tmp_path / "d.pth")
+    with torch.device("meta"):  # as torch.set_default_device would
+        loaded = load_bundle(tmp_path)
+        published = load_published(tmp_path / "g.pth", tmp_path / "d.pth", TINY)
+        empty = SQUID(**TINY)
+    assert_same(loaded.model, model)
+    assert_same(loaded.discriminator, discriminator)
+    assert_same(published[0], model)
+    with pytest.raises(ValueError, match=r"^a module is on the meta device, without values; load"):
+        Scorer(empty, discriminator)
 
 
 def test_what_is_no_state_dict_is_named() -> None:

@@ -18,7 +18,7 @@ from ...modules.images import check_tensor, check_values
 from ...ops.common import as_floats
 from ...utils.atomic import write_json
 from ...utils.checkpoints import UnreadableError, read_tensors, tensors
-from ...utils.devices import Backend, ScoringPrecision, choose_device
+from ...utils.devices import Backend, ScoringPrecision, choose_device, without_autocast
 from ...utils.text import shown
 from ...utils.tf32 import tf32
 from .networks import AutoEncoder, MemAE, PixelInpainting
@@ -86,7 +86,7 @@ class BaselineScorer(BaseScorer):
         if images.dtype != torch.uint8:
             check_values(images)
         images = as_floats(images.to(self.device))
-        with tf32(False), torch.autocast(self.device.type, enabled=False):
+        with tf32(False), without_autocast(self.device):
             raw, recon = self.method(images) if len(images) else (images.new_zeros(0), images)
         return {self.score_name: raw.cpu()}, recon
 

@@ -21,7 +21,9 @@ from ...training.checkpoint import check_run_folder, prepare_folder
 from ...training.graphs import Losses
 from ...training.learner import Learner, step_seed
 from ...training.loop import fit, has_both_classes
+from ...training.run import check_sets
 from ...training.state import Run, Settings, check_count
+from ...utils.arguments import check_json, check_kind
 from ...utils.devices import Precision, choose_device, choose_precision
 from ...utils.extras import require
 from ...utils.machine import describe
@@ -78,7 +80,7 @@ class NetworkLearner(Learner):
 def train_baseline(
     name: str,
     train_set: ImageSet,
-    out: Path,
+    out: str | Path,
     *,
     recipe: Recipe = RECIPE,
     validation_set: ImageSet | None = None,
@@ -113,7 +115,11 @@ def train_baseline(
     >>> train_baseline("smoothness", images, Path("run"), false_positive_rate=0.25).finished
     True
     """
-    if name not in METHODS:
+    out = Path(out)
+    check_sets(train_set, validation_set, None)
+    check_kind("recipe", recipe, Recipe)
+    check_json("about", about or {})
+    if name not in tuple(METHODS):
         raise ValueError(f"method is {name!r}; known are squid, {', '.join(METHODS)}.")
     kind = METHODS[name][0]
     if not issubclass(kind, PixelMethod):
