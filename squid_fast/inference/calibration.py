@@ -77,7 +77,8 @@ def calibrate(
     training = normal_training.subsample(_IMAGES)
     known = _NOTHING
     if has_int8() and choose_layout(model.config["features_root"]) is torch.channels_last:
-        quantization = _quantization(model, discriminator, training)
+        with torch.device("cpu"):  # whatever the default is
+            quantization = _quantization(model, discriminator, training)
         known = dataclasses.replace(known, quantization=quantization)
     scorer = Scorer(model, discriminator, known, PAPER_SCORE, precision, device)
     logits, errors = scorer.model.measure_set(training, SCORES)

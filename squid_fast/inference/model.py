@@ -71,10 +71,8 @@ class FrozenModel(nn.Module):
         layout = choose_layout(model.config["features_root"])
         on_cpu, int8 = self.device.type == "cpu", precision == "int8"
         in_bf16 = precision == "bf16" or (int8 and has_fast_bf16(self.device))
-        with (
-            tf32(False),
-            without_autocast(self.device),
-        ):  # on its way to the device, slots are projected anew
+        # On its way to the device, slots are projected anew: no setting of the caller may matter.
+        with torch.device("cpu"), tf32(False), without_autocast(self.device):
             self.generator = FrozenGenerator(
                 model,
                 torch.bfloat16 if in_bf16 else torch.float32,

@@ -95,7 +95,7 @@ def load_splits(
         )
     validation = [record for record in select(records, "val") if record.label is not None]
     images = load_images(training + validation, size, on_progress=on_progress)
-    is_training = torch.arange(len(images)) < len(training)
+    is_training = torch.arange(len(images), device="cpu") < len(training)
     return images.subset(is_training), images.subset(~is_training) if validation else None
 
 
@@ -177,6 +177,7 @@ def train(
     if has_both_classes(validation_set):
         require("sklearn.metrics", "train")
     where = choose_device(device)
+    check_context(where)
     chosen = choose_precision(precision, where)
     settings = Settings(model.config, recipe, seed, chosen, len(train_set), train_set.fingerprint)
     prepare_folder(out, resume)
@@ -209,6 +210,26 @@ def check_sets(train_set: ImageSet, validation_set: ImageSet | None, side: int |
         raise ValueError(
             f"{bad} of {len(validation_set)} images of validation_set have labels other than 0, "
             "normal, and 1, anomalous."
+        )
+
+
+def check_context(device: torch.device) -> None:
+    """Raise ValueError where PyTorch would compute no gradients, or in another precision.
+
+    >>> with torch.no_grad():
+    ...     check_context(torch.device("cpu"))
+    Traceback (most recent call last):
+    ValueError: training takes gradients, which torch.no_grad() and the like switch off; call ...
+    """
+    if not torch.is_grad_enabled():
+        raise ValueError(
+            "training takes gradients, which torch.no_grad() and the like switch off; call it "
+            "outside of them."
+        )
+    if torch.is_autocast_enabled(device.type):
+        raise ValueError(
+            "training is called inside torch.autocast, but its own argument precision says what "
+            "it computes in; call it outside."
         )
 
 

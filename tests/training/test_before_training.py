@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,25 @@ def test_sets_of_other_labels_sizes_and_types_are_refused(tmp_path: Path) -> Non
     for given, sentence in (("small", "preset is of the type str"), (None, "preset is of the typ")):
         with pytest.raises(TypeError, match=sentence):
             train_bundle(given, fitting, tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("context", "sentence"),
+    [
+        (torch.no_grad(), "training takes gradients, which"),
+        (torch.inference_mode(), "training takes gradients, which"),
+        (torch.autocast("cpu", torch.bfloat16), "is called inside torch.autocast, but its own"),
+    ],
+)
+def test_training_is_not_called_where_it_cannot_learn(
+    tmp_path: Path, context: AbstractContextManager[Any], sentence: str
+) -> None:
+    images = ImageSet(torch.zeros(4, 1, 48, 48, dtype=torch.uint8), torch.zeros(4).long(), [""] * 4)
+    options = {"recipe": Recipe(epochs=1, batch_size=2), "false_positive_rate": 0.25}
+    for call, first in ((train_bundle, PRESETS["small"]), (train_baseline, "autoencoder")):
+        with context, pytest.raises(ValueError, match=sentence):
+            call(first, images, tmp_path / "run", device="cpu", **options)
     assert not (tmp_path / "run").exists()
 
 

@@ -21,7 +21,7 @@ from ...training.checkpoint import check_run_folder, prepare_folder
 from ...training.graphs import Losses
 from ...training.learner import Learner, step_seed
 from ...training.loop import fit, has_both_classes
-from ...training.run import check_sets
+from ...training.run import check_context, check_sets
 from ...training.state import Run, Settings, check_count
 from ...utils.arguments import check_json, check_kind
 from ...utils.devices import Precision, choose_device, choose_precision
@@ -132,6 +132,7 @@ def train_baseline(
     if has_both_classes(validation_set):
         require("sklearn.metrics", "train")
     where = choose_device(device)
+    check_context(where)
     chosen = choose_precision(precision, where)
     count = thread_count or torch.get_num_threads()
     started, side, step = time.perf_counter(), train_set.images.shape[-1], 0
@@ -141,7 +142,7 @@ def train_baseline(
         check_folder(out)
         method: PixelMethod | AutoEncoder = kind.fit(train_set)
     else:
-        with seeded(seed):
+        with seeded(seed), torch.device("cpu"):
             method = kind(image_size=side)
         config = {"method": name, **method.config}
         settings = Settings(config, recipe, seed, chosen, len(train_set), train_set.fingerprint)
