@@ -381,6 +381,21 @@ def test_no_weights_can_come_from_the_meta_device(tmp_path: Path) -> None:
         Scorer(empty, discriminator)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"foo": 3}, r"this version of squid_fast does not know its 'foo'\.$"),
+        ({"level": "2"}, r"its parts have other types than squid_fast writes\.$"),
+        ({"level": 9}, r"level is 9; it must lie between 1 and 5\.$"),
+    ],
+)
+def test_a_configuration_that_is_none_is_named(
+    tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(BundleError, match=rf"^the configuration describes no model: {said}"):
+        load_published(tmp_path / "g.pth", tmp_path / "d.pth", TINY | change)
+
+
 def test_what_is_no_state_dict_is_named() -> None:
     model, twin = SQUID(**TINY), SQUID(**TINY)
     state = model.state_dict()
