@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from .utils.arguments import is_number
 from .utils.moved import renamed_field
 
 Keep = Literal["last", "best"]
 
 _RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     (("batch_size", "epochs", "t_max", "n_critic", "validate_every"),
-     lambda value: value >= 1 and value == int(value), "be a whole number from 1 on"),
+     lambda value: isinstance(value, int) and value >= 1, "be a whole number from 1 on"),
     (("lr", "discriminator_lr"), lambda value: value > 0, "be a number above 0"),
     (("generator_eps", "weight_decay", "lr_floor", "recon_w", "g_w", "t_w", "dist_w", "d_w"),
      lambda value: value >= 0, "be a number from 0 on"),
@@ -72,9 +73,11 @@ class Recipe:
         for names, fits, wanted in _RANGES:
             for name in names:
                 value = getattr(self, name)
-                if not (isinstance(value, int | float) and math.isfinite(value) and fits(value)):
-                    raise ValueError(f"{name} is {value}; it must {wanted}.")
-        if [0 <= beta < 1 for beta in self.betas] != [True, True]:
+                if not (is_number(value) and -math.inf < value < math.inf and fits(value)):
+                    raise ValueError(f"{name} is {value!r}; it must {wanted}.")
+        betas: Any = self.betas
+        pair = betas if isinstance(betas, tuple | list) else ()
+        if [is_number(beta) and 0 <= beta < 1 for beta in pair] != [True, True]:
             raise ValueError(f"betas are {self.betas}; they must be two numbers in [0, 1).")
         if self.keep not in get_args(Keep):
             raise ValueError(f"keep is {self.keep!r}; it must be 'last' or 'best'.")

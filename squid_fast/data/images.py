@@ -67,7 +67,7 @@ class ImageSet:
     ) -> torch.Tensor:
         """Some images as a model takes them: float32 ``[b, 1, S, S]`` in [0, 1] on ``device``."""
         if not isinstance(indices, slice | torch.Tensor):
-            indices = torch.as_tensor(indices, dtype=torch.int64)
+            indices = torch.as_tensor(indices, dtype=torch.int64, device="cpu")
         return self.images[indices].to(device).to(torch.float32).div_(255)
 
     def batches(self, size: int) -> Iterator[torch.Tensor]:
@@ -77,7 +77,7 @@ class ImageSet:
 
     def subset(self, mask_or_indices: torch.Tensor | Sequence[int] | Sequence[bool]) -> ImageSet:
         """The images that a boolean mask ``[n]`` marks or that indices name, in their order."""
-        index = torch.as_tensor(mask_or_indices)
+        index = torch.as_tensor(mask_or_indices, device="cpu")
         if index.dtype == torch.bool:
             if tuple(index.shape) != (len(self),):
                 raise ValueError(f"the mask has the shape {tuple(index.shape)}, not [{len(self)}]")
@@ -171,10 +171,10 @@ def load_images(
         more = f"; and {len(broken) - _SHOWN} more" if len(broken) > _SHOWN else ""
         raise ImageReadError(f"{len(broken)} of {total} images could not be read: {shown}{more}")
     known = [UNKNOWN if record.label is None else record.label for record in records]
-    labels = torch.tensor(known, dtype=torch.int64)
+    labels = torch.tensor(known, dtype=torch.int64, device="cpu")
     everything = ImageSet(torch.from_numpy(images), labels, [str(r.path) for r in records])
     if not broken:
         return everything
-    kept = everything.subset(torch.tensor([problem is None for problem in problems]))
+    kept = everything.subset([problem is None for problem in problems])
     kept.broken = broken
     return kept

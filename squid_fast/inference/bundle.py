@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from ..modules import SQUID, Discriminator, MemoryQueue, discriminator_size
@@ -29,6 +28,7 @@ from ..utils.checkpoints import (
     UnreadableError,
     read_head,
     read_tensors,
+    safetensors_bytes,
     state_dicts,
     tensors,
 )
@@ -119,8 +119,9 @@ def load_bundle(folder: str | Path) -> Bundle:
             "squid_fast.experiments.baselines.load_scorer reads it."
         )
     try:
-        model = SQUID(**config["model"])
-        discriminator = Discriminator(**config["discriminator"])
+        with torch.device("cpu"):  # whatever the default is
+            model = SQUID(**config["model"])
+            discriminator = Discriminator(**config["discriminator"])
         score, about = config["score"], config.get("about", {})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BundleError(
@@ -161,8 +162,12 @@ def load_published(
     Raises:
         BundleError: a file cannot be read so, or its weights do not fit the configuration.
     """
-    squid = SQUID(**model)
-    pair = squid, Discriminator(discriminator_size(squid.image_size))
+    try:
+        with torch.device("cpu"):  # whatever the default is
+            squid = SQUID(**model)
+            pair = squid, Discriminator(discriminator_size(squid.image_size))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BundleError(f"the configuration describes no model: {_lack(error)}.") from error
     for module, path in zip(pair, map(Path, (generator, discriminator)), strict=True):
         try:
             found = read_tensors(path)
@@ -178,8 +183,6 @@ def _load(module: Network, found: object, path: Path) -> None:
     """Load a module from what a file holds, which may wrap its state dict."""
     state, where = _state_dict(module, found, path), shown(path)
     for name, own in module.state_dict().items():
-        if name in state and state[name].is_meta:
-            raise BundleError(f"{where} holds no values, but {name!r} on the meta device.")
         if name in state and own.is_floating_point() and not state[name].is_floating_point():
             raise BundleError(
                 f"{where} holds {state[name].dtype} in {name!r}; floating-point weights would fit."
@@ -215,12 +218,8 @@ def _state_dict(module: Network, found: object, path: Path) -> State:
 
 def save_weights(state: dict[str, Tensor], path: Path) -> None:
     """Write tensors as safetensors; the file is replaced whole or not at all."""
-    # The memories are slices of one tensor and convolutions may be channels-last; the format wants
-    # each tensor to stand alone and contiguous.
-    layout = torch.contiguous_format
-    plain = {key: value.detach().cpu().clone(memory_format=layout) for key, value in state.items()}
     with replacing(path) as file:  # save_file would leave it readable to its owner alone
-        file.write(save(plain))
+        file.write(safetensors_bytes(state))
 
 
 def _load_weights(module: Network, path: Path) -> None:

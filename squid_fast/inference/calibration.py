@@ -13,11 +13,12 @@ from torch import Tensor
 from ..data import ImageSet
 from ..metrics import count_above, threshold_at_false_positive_rate
 from ..modules import SQUID, Discriminator
+from ..utils.arguments import check_kind, is_number
 from ..utils.devices import ScoringPrecision, choose_device, choose_layout
 from .model import FrozenModel
 from .precision import check_hardware
 from .quantization import MinMaxObserver, Range, has_int8
-from .scorer import BaseScorer, Scorer
+from .scorer import BaseScorer, Scorer, checked_pair
 from .scores import (
     PAPER_SCORE,
     SCORES,
@@ -66,19 +67,41 @@ def calibrate(
     >>> known.scores["patch_error"].false_positive_rate, known.threshold_images
     (0.05, 'training')
     """
+    model, discriminator = checked_pair(model, discriminator)
+    check_normal("normal_training", normal_training, model.image_size)
+    if normal_validation is not None:
+        check_normal("normal_validation", normal_validation, model.image_size)
     held_out = 0 if normal_validation is None else len(normal_validation)
     check_calibration(len(normal_training), held_out, false_positive_rate)
     check_hardware(precision, choose_device(device))
     training = normal_training.subsample(_IMAGES)
     known = _NOTHING
     if has_int8() and choose_layout(model.config["features_root"]) is torch.channels_last:
-        quantization = _quantization(model, discriminator, training)
+        with torch.device("cpu"):  # whatever the default is
+            quantization = _quantization(model, discriminator, training)
         known = dataclasses.replace(known, quantization=quantization)
     scorer = Scorer(model, discriminator, known, PAPER_SCORE, precision, device)
     logits, errors = scorer.model.measure_set(training, SCORES)
     scorer.calibration = _with_patches(known, errors)
     raw = raw_scores(SCORES, logits, errors, scorer.calibration)
     return calibrate_scores(scorer, raw, normal_validation, false_positive_rate)
+
+
+def check_normal(name: str, images: ImageSet, side: int | None = None) -> None:
+    """Raise TypeError or ValueError unless it is a set of normal images, of that side if given.
+
+    Images of unknown label are taken as normal.
+    """
+    check_kind(name, images, ImageSet)
+    if side is not None and images.images.shape[-1] != side:
+        raise ValueError(
+            f"the images are {images.images.shape[-1]} pixels wide; the model takes {side}."
+        )
+    if bad := int((images.labels > 0).sum()):
+        raise ValueError(
+            f"{bad} of {len(images)} images of {name} are labelled anomalous; {name}.normal leaves "
+            "them out."
+        )
 
 
 def check_rate(false_positive_rate: float) -> None:
@@ -88,9 +111,9 @@ def check_rate(false_positive_rate: float) -> None:
     Traceback (most recent call last):
     ValueError: the false-positive rate is 5; it must lie in (0, 1), such as 0.05.
     """
-    if not 0 < false_positive_rate < 1:
+    if not (is_number(false_positive_rate) and 0 < false_positive_rate < 1):
         raise ValueError(
-            f"the false-positive rate is {false_positive_rate}; it must lie in (0, 1), such as "
+            f"the false-positive rate is {false_positive_rate!r}; it must lie in (0, 1), such as "
             "0.05."
         )
 

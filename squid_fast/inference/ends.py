@@ -9,6 +9,7 @@ from .. import ops
 from ..modules.unet import OutConv
 from ..ops.images import patch_errors
 from ..ops.patches import to_image
+from ..utils.devices import named_layout
 from .convolution import FoldedConv
 
 
@@ -26,12 +27,13 @@ class Stem(nn.Module):
         weight = conv.weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
         self.register_buffer("weight", weight)
         self.register_buffer("bias", conv.bias)
-        self.num_patch, self.dtype, self.layout = num_patch, dtype, layout
+        self.num_patch, self.dtype = num_patch, dtype
+        self.channels_last = layout is torch.channels_last
 
     def forward(self, images: Tensor) -> Tensor:
         """Images [B, Cin, H, W], floats in [0, 1] or bytes, to maps [B * N, F, H / P, W / P]."""
         maps = ops.stem(images, self.weight, self.bias, self.num_patch, self.dtype)
-        return maps.contiguous(memory_format=self.layout)
+        return maps.contiguous(memory_format=named_layout(self.channels_last))
 
 
 class Head(nn.Module):

@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from .._version import __version__
+from ..utils.arguments import check_kind
 from ..utils.atomic import replacing
+from ..utils.devices import without_autocast
 from ..utils.extras import require
 from ..utils.outputs import check_file
 from .program import quiet
@@ -43,6 +45,7 @@ def write_export(scorer: Scorer, path: str | Path) -> None:
         ImportError: the "export" extra is missing, which ONNX needs.
         OSError: the file cannot be written.
     """
+    check_kind("scorer", scorer, Scorer)
     check_export(path)
     path = Path(path)
     with replacing(path) as file:
@@ -101,7 +104,7 @@ def _onnx(program: ExportedProgram, metadata: dict[str, str]) -> bytes:
             f"the weights take {size / 1e9:.1f} GB, but an ONNX file holds at most "
             f"{_LARGEST_ONNX / 1e9:.1f} GB; .pt2 has no such limit."
         )
-    with quiet():
+    with quiet(), without_autocast(torch.device("cpu")):
         found = torch.onnx.export(
             program, input_names=["images"], output_names=list(OUTPUTS), dynamo=True, verbose=False
         )

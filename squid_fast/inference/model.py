@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from ..data import ImageSet
 from ..modules import SQUID, Discriminator, ScoreMode
-from ..modules.images import check_dtype, check_values, refuse_values
+from ..modules.images import check_tensor, check_values, refuse_values
 from ..modules.squid import check_shape
 from ..ops.common import as_floats
-from ..utils.devices import Backend, choose_layout, has_fast_bf16, to_layout
+from ..utils.devices import Backend, choose_layout, has_fast_bf16, to_layout, without_autocast
 from ..utils.tf32 import tf32
 from .compiler import compiled
 from .convolution import FoldedConv, cast, has_cudnn, has_onednn, use_cudnn
@@ -71,7 +71,8 @@ class FrozenModel(nn.Module):
         layout = choose_layout(model.config["features_root"])
         on_cpu, int8 = self.device.type == "cpu", precision == "int8"
         in_bf16 = precision == "bf16" or (int8 and has_fast_bf16(self.device))
-        with tf32(False):  # on its way to the device, slots are projected anew
+        # On its way to the device, slots are projected anew: no setting of the caller may matter.
+        with torch.device("cpu"), tf32(False), without_autocast(self.device):
             self.generator = FrozenGenerator(
                 model,
                 torch.bfloat16 if in_bf16 else torch.float32,
@@ -141,15 +142,18 @@ class FrozenModel(nn.Module):
         # On a GPU the range is found on the way: asking beforehand would wait for the device.
         ranged = on_gpu and images.is_floating_point()
         width = len(names) + self.config["num_patch"] ** 2 + 2 * ranged
-        table = torch.empty(len(images), width, dtype=torch.float32, pin_memory=on_gpu)
+        table = torch.empty(
+            len(images), width, dtype=torch.float32, device="cpu", pin_memory=on_gpu
+        )
         recon = None
         if reconstruction:
             recon = torch.empty_like(images, dtype=torch.float32, device=self.device)
         function = partial(self._compiled or self._tabulate, names=names, ranged=ranged)
-        for rows, (shown, values) in self._in_portions(function, (names, ranged), images):
-            table[rows].copy_(values, non_blocking=True)
-            if recon is not None:
-                recon[rows].copy_(shown)
+        with without_autocast(self.device):
+            for rows, (shown, values) in self._in_portions(function, (names, ranged), images):
+                table[rows].copy_(values, non_blocking=True)
+                if recon is not None:
+                    recon[rows].copy_(shown)
         if on_gpu:
             torch.cuda.current_stream(self.device).synchronize()
         if ranged:
@@ -218,18 +222,18 @@ class FrozenModel(nn.Module):
             if isinstance(conv, FoldedConv)
         }
         own = copy.deepcopy(self, plain).requires_grad_(False)
-        own.generator.layout, own.generator.least = torch.contiguous_format, 1
+        own.generator.channels_last, own.generator.least = False, 1
         return to_layout(own, torch.contiguous_format)
 
     def _received(self, images: Tensor) -> Tensor:
         """The images in float32 or uint8, checked; for a GPU they may still be on the host."""
+        check_tensor(images, self.value_range, bytes_fit=True)
         check_shape(images, self.config, self.image_size)
         if self._copies is not None and images.is_cuda:
             current = torch.cuda.current_stream(self.device)
             current.wait_stream(self._copies)  # they may come from prefetch
             images.record_stream(current)
         if images.dtype != torch.uint8:
-            check_dtype(images, self.value_range)
             if self._graphs is None:
                 check_values(images, self.value_range)
             images = images.to(torch.float32)

@@ -12,6 +12,7 @@ from ..modules import SQUID
 from ..modules.unet import DoubleConv, Down, Up
 from ..ops.common import as_floats
 from ..ops.patches import to_image, to_patches
+from ..utils.devices import named_layout
 from .ends import Head, Stem
 from .inpainting import freeze_inpainting
 from .quantization import QuantParams, Range
@@ -47,7 +48,8 @@ class FrozenGenerator(nn.Module):
         super().__init__()
         self.least = least
         model = copy.deepcopy(model).float().eval()
-        self.num_patch, self.level, self.layout = model.num_patch, model.level, layout
+        self.num_patch, self.level = model.num_patch, model.level
+        self.channels_last = layout is torch.channels_last
         self.combine = model.initial_combine or 0
         self.concat = [op == "concat" for op in model.config["ops"]]
         self.in_conv = Stage(model.in_conv.conv, dtype, layout, onednn, self.num_patch)
@@ -119,7 +121,7 @@ class FrozenGenerator(nn.Module):
         x = images
         if not isinstance(self.in_conv.first, Stem):
             x = to_patches(as_floats(images), self.num_patch)
-            x = x.contiguous(memory_format=self.layout)
+            x = x.contiguous(memory_format=named_layout(self.channels_last))
         x = self.in_conv(x)
         skips: list[Tensor | None] = []
         for i, down in enumerate(self.downs):
@@ -128,12 +130,12 @@ class FrozenGenerator(nn.Module):
                 skip = to_image(x, self.num_patch) if i < self.combine else x
             skips.append(skip)
             x = down(x)
-        B = images.shape[0]
+        B, layout = images.shape[0], named_layout(self.channels_last)
         x = self._padded(self.inpaint, x.float(), B)
         for i, up in enumerate(self.ups):
             deep = self.level - 1 - i
             patches = self.num_patch if self.combine == deep + 1 else 1
-            x = x.contiguous(memory_format=self.layout)
+            x = x.contiguous(memory_format=layout)
             plain = isinstance(self.memories[deep], nn.Identity)
             if not deep and plain and isinstance(up, Stage) and up.takes_head:
                 return up(x, skips[deep], patches, self.head, images)

@@ -19,9 +19,11 @@ from .scores import Calibration, raw_scores, z_score
 def trace(model: FrozenModel, score: str, calibration: Calibration) -> ExportedProgram:
     """The program of a float32 model on the CPU and one of its calibrated scores."""
     side = model.image_size
-    images = torch.rand(2, 1, side, side)  # a batch of 1 would be taken for a constant
+    # A batch of 1 would be taken for a constant.
+    images = torch.rand(2, 1, side, side, dtype=torch.float32, device="cpu")
     shapes = {"images": {0: Dim("batch", min=1)}}
-    with torch.no_grad():  # with gradients the projections of the memory slots would not be used
+    # With gradients the projections of the memory slots would not be used.
+    with torch.no_grad():
         own = _Program(model, score, calibration).eval()
         program = torch.export.export(own, (images,), dynamic_shapes=shapes)
     with quiet():

@@ -12,13 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from ..data import ImageSet
 from ..metrics import Evaluation, evaluate
-from ..modules import SQUID, Discriminator
-from ..utils.devices import Backend, ScoringPrecision, choose_device
+from ..modules import SQUID, Discriminator, discriminator_size
+from ..utils.arguments import check_kind
+from ..utils.checkpoints import unwrapped
+from ..utils.devices import Backend, ScoringPrecision, choose_device, without_autocast
 from .bundle import load_bundle
 from .model import BATCH, FrozenModel
 from .precision import check_hardware, choose_scoring_precision
@@ -115,9 +117,19 @@ class BaseScorer(ABC):
     def raw_scores(
         self, images: ImageSet, names: Collection[str] | None = None
     ) -> dict[str, Tensor]:
-        """Raw values [n] of several scores at once, of all unless named."""
-        names = self.score_names if names is None else names
-        parts = [self.measure(batch, names, False)[0] for batch in images.batches(self.batch_size)]
+        """Raw values [n] of several scores at once, of all unless named.
+
+        Without a calibration there is no "patch_error".
+        """
+        check_kind("images", images, ImageSet)
+        names = self.score_names if names is None else [names] if isinstance(names, str) else names
+        for name in names:
+            if name not in self.score_names:
+                raise ValueError(
+                    f"score is {name!r}; it must be one of {_listed(self.score_names)}."
+                )
+        batches = images.batches(self.batch_size) if len(images) else [images.batch([])]
+        parts = [self.measure(batch, names, False)[0] for batch in batches]
         return {name: torch.cat([part[name] for part in parts]) for name in names}
 
     def evaluate(self, images: ImageSet) -> tuple[dict[str, Evaluation], dict[str, np.ndarray]]:
@@ -205,11 +217,21 @@ class Scorer(BaseScorer):
         device: str | torch.device | None = None,
         backend: Backend = "eager",
     ) -> None:
-        if score not in SCORES:
-            raise ValueError(f"score is {score!r}; it must be one of {', '.join(SCORES)}.")
+        model, discriminator = checked_pair(model, discriminator)
+        if score not in tuple(SCORES):
+            raise ValueError(f"score is {score!r}; it must be one of {_listed(SCORES)}.")
+        if calibration is not None:
+            check_kind("calibration", calibration, Calibration)
+            count = len(calibration.patch_mean)
+            if count not in (0, model.num_patch**2):
+                raise ValueError(
+                    f"the calibration is of a model with {count} patches, but this one has "
+                    f"{model.num_patch**2}; squid_fast.calibrate makes one for it."
+                )
         where = choose_device(device)
         chosen = choose_scoring_precision(precision, where, calibration, score, backend)
-        super().__init__(score, SCORES, model.image_size, chosen, where, calibration)
+        known = SCORES if calibration else [name for name in SCORES if name != "patch_error"]
+        super().__init__(score, known, model.image_size, chosen, where, calibration)
         quantization = calibration.quantization if calibration else None
         self.backend = backend
         self.model = FrozenModel(model, discriminator, chosen, where, quantization, backend)
@@ -270,7 +292,36 @@ class Scorer(BaseScorer):
             )
         self.calibration_of()  # raises without one
         assert self.calibration is not None
-        return trace(self.model, self.score_name, self.calibration)
+        with without_autocast(self.device):
+            return trace(self.model, self.score_name, self.calibration)
+
+
+def checked_pair(model: nn.Module, discriminator: nn.Module) -> tuple[SQUID, Discriminator]:
+    """A generator and a discriminator that fit, without what wraps them, such as torch.compile.
+
+    Raises:
+        TypeError: a module is of another type; ValueError: they do not fit, or hold no values.
+    """
+    model, discriminator = unwrapped(model), unwrapped(discriminator)
+    check_kind("model", model, SQUID)
+    check_kind("discriminator", discriminator, Discriminator)
+    assert isinstance(model, SQUID)
+    assert isinstance(discriminator, Discriminator)
+    if any(
+        value.is_meta for part in (model, discriminator) for value in part.state_dict().values()
+    ):
+        raise ValueError("a module is on the meta device, without values; load its weights first.")
+    fitting = discriminator_size(model.image_size)
+    if discriminator.size != fitting:
+        raise ValueError(
+            f"the discriminator is a Discriminator({discriminator.size}); for images of "
+            f"{model.image_size} pixels a Discriminator({fitting}) would fit."
+        )
+    return model, discriminator
+
+
+def _listed(names: Collection[str]) -> str:
+    return ", ".join(names)
 
 
 def fingerprint(weights: Iterable[tuple[str, Tensor]], about: object, method: str = "") -> str:

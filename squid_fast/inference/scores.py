@@ -6,7 +6,6 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 PAPER_SCORE = "discriminator_instance"
@@ -106,8 +105,8 @@ def raw_scores(
     if "patch_error" in names:
         if calibration is None:
             raise ValueError("patch_error needs a calibration, but this scorer has none.")
-        mean = torch.tensor(calibration.patch_mean)
-        std = torch.tensor(calibration.patch_std)
+        mean = patch_errors.new_tensor(calibration.patch_mean)
+        std = patch_errors.new_tensor(calibration.patch_std)
         values["patch_error"] = ((patch_errors - mean) / std).amax(dim=1)
     return {name: values[name] for name in names}
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # SyncBatchNorm is no subclass of BatchNorm2d
 
-from .images import VALUE_RANGE, check_values
+from .images import VALUE_RANGE, check_precision, check_tensor, check_values
 from .norm import NormSequential
 from .state import Network
 
@@ -106,6 +106,7 @@ class Discriminator(Network):
         return f"It is of a Discriminator(size={size}), for images of {32 * size} x {32 * size}"
 
     def _check(self, images: Tensor) -> None:
+        check_tensor(images, self.value_range)
         most = 32 * self.size
         sides = range(most - 31, most + 1)
         one_channel = images.dim() == 4 and images.shape[1] == 1
@@ -114,6 +115,7 @@ class Discriminator(Network):
                 f"images are {list(images.shape)}; a Discriminator(size={self.size}) takes "
                 f"[B, 1, {most}, {most}] (sides from {sides[0]} on)."
             )
+        check_precision(images, self.conv_model[0].weight)
         check_values(images, self.value_range, self.training, nan_passes=self.training)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 
 VALUE_RANGE = (0.0, 1.0)
 """Range of the pixels that the networks learn from and reconstruct."""
@@ -14,6 +16,8 @@ TOLERANCE = 1e-3
 """By how much pixels may lie outside, since resizing rounds: one step of float16 above 1, and a
 quarter of a step of an 8-bit image."""
 
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 def check_values(
     images: Tensor,
@@ -21,28 +25,47 @@ def check_values(
     training: bool = False,
     nan_passes: bool = False,
 ) -> None:
-    """Raise ValueError unless images [B, ...] are floating-point, finite and within the range.
+    """Raise ValueError unless the values of images [B, ...] are finite and within the range.
 
     The values are not read while compiling or capturing, nor in training on a GPU, where reading
     them would stall every step.
     """
-    check_dtype(images, value_range)
     if torch.compiler.is_compiling() or images.is_meta or not images.numel():
         return
     if images.is_cuda and (training or torch.cuda.is_current_stream_capturing()):
         return
     images = images.detach()
+    while is_functorch_wrapped_tensor(images):  # under vmap, where no value can be read
+        images = get_unwrapped(images)
     low, high = torch.stack(images.aminmax()).tolist()  # both NaN if any value is
     if _fit(low, high, value_range) or (nan_passes and math.isnan(low)):
         return
     refuse_values(*images.flatten(1).aminmax(dim=1), value_range)
 
 
-def check_dtype(images: Tensor, value_range: tuple[float, float] = VALUE_RANGE) -> None:
-    """Raise ValueError unless images are floating-point."""
-    if not images.is_floating_point():
+def check_tensor(
+    images: object, value_range: tuple[float, float] = VALUE_RANGE, bytes_fit: bool = False
+) -> None:
+    """Raise ValueError unless images are a dense tensor of floats or, where they fit, bytes."""
+    fitting = f"floating-point values in {_shown(value_range)}"
+    if bytes_fit:
+        fitting += ", or uint8, of which 255 is 1,"
+    if not isinstance(images, Tensor):
         raise ValueError(
-            f"images are {images.dtype}; floating-point values in {_shown(value_range)} fit."
+            f"images are of the type {type(images).__name__}; a tensor of {fitting} fits."
+        )
+    if images.layout is not torch.strided or images.is_nested:
+        raise ValueError("images are a sparse or nested tensor; a dense one would fit.")
+    if images.dtype not in (*_FLOATS, *([torch.uint8] if bytes_fit else [])):
+        raise ValueError(f"images are {images.dtype}; {fitting} fit.")
+
+
+def check_precision(images: Tensor, weight: Any) -> None:
+    """Raise ValueError if images are of another dtype than weights, unless autocast casts both."""
+    if images.dtype != weight.dtype and not torch.is_autocast_enabled(images.device.type):
+        raise ValueError(
+            f"images are {images.dtype} and the weights {weight.dtype}; "
+            f"images.to({weight.dtype}) would fit."
         )
 
 

@@ -125,16 +125,20 @@ class _Memory(nn.Module):
             return
         published, shape = self._keys(prefix), self.slots.shape[1:]
         absent = [key for key in published if key not in state_dict]
-        wrong = [
-            f"{key} is {list(state_dict[key].shape)}, the model's is {list(shape)}"
-            for key in published
-            if key in state_dict and state_dict[key].shape != shape
-        ]
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        wrong = []
+        for value, key in ((state_dict[key], key) for key in published if key in state_dict):
+            if not isinstance(value, Tensor):
+                wrong.append(f"{key} is of the type {type(value).__name__}, not a tensor")
+            elif value.shape != shape:
+                wrong.append(f"{key} is {list(value.shape)}, the model's is {list(shape)}")
+            elif value.is_meta and not (assign or self.slots.is_meta):
+                wrong.append(f"{key} is on the meta device, without values")
         missing_keys.extend(absent)
         error_msgs.extend(wrong)
         if not absent and not wrong:
             slots = torch.stack([state_dict[key].detach() for key in published])
-            if local_metadata.get("assign_to_params_buffers", False):
+            if assign:
                 learned = isinstance(self.slots, nn.Parameter)
                 self.slots = nn.Parameter(slots, self.slots.requires_grad) if learned else slots
             else:
@@ -226,7 +230,7 @@ class MemoryQueue(_Memory):
     ) -> list[str]:
         key = f"{prefix}ptr"  # formats without metadata carry it as an entry
         ptr = state_dict.get(key, local_metadata.get("ptr", 0))
-        position = torch.as_tensor(ptr).reshape(()) % self.slots.shape[1]
+        position = torch.as_tensor(ptr, device=self.slots.device).reshape(()) % self.slots.shape[1]
         if self.ptr.device != self.slots.device:  # these were assigned
             self.ptr = torch.empty_like(self.ptr, device=self.slots.device)
         with torch.no_grad():

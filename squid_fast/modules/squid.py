@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..ops.patches import to_image, to_patches
 from ..presets import PRESETS, preset
 from .distillation import distillation_loss
-from .images import VALUE_RANGE, check_values
+from .images import VALUE_RANGE, check_precision, check_tensor, check_values
 from .inpaint import InpaintBlock, check_variant
 from .memory import BLOCKS, describe_shrinkage
 from .state import Network, differences
@@ -149,8 +149,6 @@ class SQUID(Network):
                 ``value_range`` (not checked while compiling or capturing, nor in training on a
                 GPU, where the check would stall every step).
         """
-        check_shape(images, self.config, self.image_size)
-        check_values(images, self.value_range, self.training)
         embedding, skips = self.encode(images)
         recon, student = self.decode(self.inpaint_block(embedding), skips)
         teacher_recon, dist_loss = None, None
@@ -171,8 +169,13 @@ class SQUID(Network):
     def encode(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Features of the patches [B*N, w_L, h, w] and the skips, finest first.
 
-        Skips of the levels below ``initial_combine`` are whole images, the others patches.
+        Skips of the levels below ``initial_combine`` are whole images, the others patches. Images
+        that do not fit raise ValueError, as in ``forward``.
         """
+        check_tensor(images, self.value_range)
+        check_shape(images, self.config, self.image_size)
+        check_precision(images, self.in_conv.conv.conv1[0].weight)
+        check_values(images, self.value_range, self.training)
         x = self.in_conv(to_patches(images, self.num_patch))
         skips = []
         for i, down in enumerate(self.down_blocks):

@@ -22,7 +22,14 @@ class Network(nn.Module):
 
         Raises:
             RuntimeError: the state dict does not fit.
+            TypeError: it is no dictionary with names as keys.
         """
+        given: object = state_dict
+        if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+            raise TypeError(
+                f"the state dict is of the type {type(given).__name__}; a dictionary of "
+                "tensors by name would fit, such as torch.load(path) gives."
+            )
         state = without_wrappers(state_dict)
         try:
             return super().load_state_dict(state, strict, assign)
@@ -32,8 +39,17 @@ class Network(nn.Module):
 
     def misfit(self, state: Mapping[str, Any]) -> str:
         """Two sentences on how a state dict differs from this module's, and what it would fit."""
-        said = differences(self.state_dict(), state)
+        own = self.state_dict()
+        if void := [k for k in own if k in state and not _has_values(state[k], own[k])]:
+            said = "1 is no tensor" if len(void) == 1 else f"{len(void)} are no tensors"
+            return f"{said} with values ({_first(void)})"
+        said = differences(own, state)
+        if not said:
+            return ""
         advice = self.fitting(state)
+        for name, inner in state.items():
+            if isinstance(inner, Mapping) and not differences(own, without_wrappers(inner)):
+                advice = f"Its entry {name!r} would fit"
         return ". ".join(text for text in (said, advice) if text)
 
     def fitting(self, state: Mapping[str, Any]) -> str:
@@ -53,8 +69,7 @@ def differences(own: Mapping[str, Tensor], state: Mapping[str, Any]) -> str:
         verb = "entry is" if len(missing) == 1 else "entries are"
         said.append(f"{len(missing)} {verb} missing ({_first(missing)})")
     if unknown := [k for k in state if k not in own and not k.endswith(".ptr")]:
-        verb = "is" if len(unknown) == 1 else "are"
-        said.append(f"{len(unknown)} {verb} unknown ({_first(unknown)})")
+        said.append(f"{len(unknown)} {_verb(unknown)} unknown ({_first(unknown)})")
     other = [
         f"{name!r}: {list(state[name].shape)} in place of {list(own[name].shape)}"
         for name in own
@@ -64,6 +79,15 @@ def differences(own: Mapping[str, Tensor], state: Mapping[str, Any]) -> str:
         verb, more = ("has", "") if len(other) == 1 else ("have", ", ...")
         said.append(f"{len(other)} {verb} another shape ({other[0]}{more})")
     return "; ".join(said)
+
+
+def _has_values(value: object, own: Tensor) -> bool:
+    """Whether it is a tensor, and on the meta device only if the module's own is."""
+    return isinstance(value, Tensor) and (own.is_meta or not value.is_meta)
+
+
+def _verb(names: list[str]) -> str:
+    return "is" if len(names) == 1 else "are"
 
 
 def _first(names: list[str]) -> str:

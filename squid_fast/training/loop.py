@@ -103,8 +103,8 @@ def fit(
             epoch, first = divmod(run.step, per_epoch)
             if first == 0:
                 run.sums = {}
-            generator = torch.Generator().manual_seed(learner.epoch_seed(seed, epoch))
-            order = torch.randperm(len(images), generator=generator)
+            generator = torch.Generator("cpu").manual_seed(learner.epoch_seed(seed, epoch))
+            order = torch.randperm(len(images), generator=generator, device="cpu")
             for index in range(first, per_epoch):
                 chooser.choose()
                 if seconds is not None or index == first:
@@ -160,7 +160,7 @@ class _ThreadChooser:
             return
         recipe = self._run.settings.recipe
         step = _step_of(self._run.learner.copy(), self._images, self._run.settings)
-        batch = torch.arange(recipe.batch_size)
+        batch = torch.arange(recipe.batch_size, device="cpu")
 
         def turn() -> None:
             for number in range(recipe.n_critic):

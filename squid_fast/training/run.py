@@ -15,10 +15,11 @@ from ..data import ImageSet, Record, load_images, select
 from ..data.records import NORMAL, overview
 from ..inference import calibrate
 from ..inference.bundle import Bundle, save_bundle
-from ..inference.calibration import check_calibration
+from ..inference.calibration import check_calibration, check_normal
 from ..inference.scores import PAPER_SCORE, SCORES
 from ..modules import SQUID, Discriminator
 from ..presets import Preset, Recipe
+from ..utils.arguments import check_json, check_kind, is_number
 from ..utils.devices import Precision, choose_device, choose_precision, to_layout
 from ..utils.extras import require
 from ..utils.machine import describe
@@ -94,14 +95,14 @@ def load_splits(
         )
     validation = [record for record in select(records, "val") if record.label is not None]
     images = load_images(training + validation, size, on_progress=on_progress)
-    is_training = torch.arange(len(images)) < len(training)
+    is_training = torch.arange(len(images), device="cpu") < len(training)
     return images.subset(is_training), images.subset(~is_training) if validation else None
 
 
 def train(
     model: SQUID,
     train_set: ImageSet,
-    out: Path,
+    out: str | Path,
     recipe: Recipe,
     *,
     validation_set: ImageSet | None = None,
@@ -162,23 +163,21 @@ def train(
     >>> train(model, images, Path("run"), recipe, device="cpu", precision="float32").step
     2
     """
+    out = Path(out)
+    check_sets(train_set, validation_set, model.image_size)
+    check_kind("recipe", recipe, Recipe)
     processes = Processes.from_environment()
     processes.check_batch(recipe.batch_size)
     check_seed(seed)
     check_threads(thread_count)
     check_log(log)
-    if seconds is not None and not 0 < seconds < math.inf:
-        raise ValueError(f"seconds is {seconds}; it must be a number above 0, or None.")
+    if seconds is not None and not (is_number(seconds) and 0 < seconds < math.inf):
+        raise ValueError(f"seconds is {seconds!r}; it must be a number above 0, or None.")
     require("lightning_fabric", "train")
     if has_both_classes(validation_set):
         require("sklearn.metrics", "train")
-    for images in (train_set, validation_set):
-        if images is not None and images.images.shape[-1] != model.image_size:
-            raise ValueError(
-                f"the images are {images.images.shape[-1]} pixels wide; the model takes "
-                f"{model.image_size}."
-            )
     where = choose_device(device)
+    check_context(where)
     chosen = choose_precision(precision, where)
     settings = Settings(model.config, recipe, seed, chosen, len(train_set), train_set.fingerprint)
     prepare_folder(out, resume)
@@ -195,6 +194,43 @@ def train(
     return TrainingResult(
         *pair, run.step, finished, run.epoch, run.minutes, run.threads, run.validation
     )
+
+
+def check_sets(train_set: ImageSet, validation_set: ImageSet | None, side: int | None) -> None:
+    """Raise TypeError or ValueError unless there is what to train on, of that side.
+
+    The images of the first have to be normal or of unknown label, those of the other labelled.
+    """
+    check_normal("train_set", train_set, side)
+    if validation_set is None:
+        return
+    check_kind("validation_set", validation_set, ImageSet)
+    check_normal("validation_set", validation_set.normal, side)
+    if bad := int(((validation_set.labels < 0) | (validation_set.labels > 1)).sum()):
+        raise ValueError(
+            f"{bad} of {len(validation_set)} images of validation_set have labels other than 0, "
+            "normal, and 1, anomalous."
+        )
+
+
+def check_context(device: torch.device) -> None:
+    """Raise ValueError where PyTorch would compute no gradients, or in another precision.
+
+    >>> with torch.no_grad():
+    ...     check_context(torch.device("cpu"))
+    Traceback (most recent call last):
+    ValueError: training takes gradients, which torch.no_grad() and the like switch off; call ...
+    """
+    if not torch.is_grad_enabled():
+        raise ValueError(
+            "training takes gradients, which torch.no_grad() and the like switch off; call it "
+            "outside of them."
+        )
+    if torch.is_autocast_enabled(device.type):
+        raise ValueError(
+            "training is called inside torch.autocast, but its own argument precision says what "
+            "it computes in; call it outside."
+        )
 
 
 class TrainOptions(TypedDict, total=False):
@@ -214,7 +250,7 @@ class TrainOptions(TypedDict, total=False):
 def train_bundle(
     preset: Preset,
     train_set: ImageSet,
-    out: Path,
+    out: str | Path,
     *,
     recipe: Recipe | None = None,
     validation_set: ImageSet | None = None,
@@ -249,12 +285,15 @@ def train_bundle(
     >>> Path("bundle/model.safetensors").exists()
     True
     """
-    if score not in SCORES:
+    check_kind("preset", preset, Preset)
+    check_sets(train_set, validation_set, preset.image_size)
+    check_json("about", about or {})
+    if score not in tuple(SCORES):
         raise ValueError(f"score is {score!r}; it must be one of {', '.join(SCORES)}.")
     normal = validation_set.normal if validation_set else None
     check_calibration(len(train_set), len(normal) if normal else 0, false_positive_rate)
     check_seed(seed)
-    with seeded(seed):
+    with seeded(seed), torch.device("cpu"):
         model = SQUID(**preset.model)
     recipe = recipe or preset.recipe
     result = train(

@@ -56,7 +56,7 @@ class SquidLearner(Learner):
             self.fabric.launch()
             device = self.fabric.device
         self.device, self._settings = device, settings
-        with seeded(settings.seed):
+        with seeded(settings.seed), torch.device("cpu"):
             discriminator = Discriminator(discriminator_size(model.image_size))
         self.model, self.discriminator = model.train(), discriminator.train()
         self.layout = choose_layout(settings.model["features_root"])

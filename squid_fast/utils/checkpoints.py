@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
 
 _HEAD = 512  # bytes
 _WRAPPERS = {
@@ -22,6 +24,7 @@ _WRAPPERS = {
     "_fsdp_wrapped_module", "_checkpoint_wrapped_module",
 }  # fmt: skip
 _OF_WRAPPERS = ("n_averaged",)  # an entry of AveragedModel
+_CHECKSUM = "crc32"  # of all tensors, in the metadata of a safetensors file
 
 State = Mapping[str, Any]
 
@@ -49,9 +52,9 @@ def read_tensors(path: Path) -> object:
     head = read_head(path)
     try:
         if head[8:9] == b"{":  # behind the length of the header
-            return load_file(path)
-        if head.startswith(b"PK") and not zipfile.is_zipfile(path):
-            raise UnreadableError("it is cut short; copy or download it again")
+            return _safetensors(path)
+        if head.startswith(b"PK"):
+            _check_archive(path)
         with open(path, "rb") as file:  # whose suffix says nothing
             return torch.load(file, map_location="cpu", weights_only=True)
     except UnreadableError:
@@ -63,12 +66,39 @@ def read_tensors(path: Path) -> object:
     raise UnreadableError(reason)
 
 
+def safetensors_bytes(state: Mapping[str, Tensor]) -> bytes:
+    """Tensors as a file of safetensors, with a checksum, which the format itself has not."""
+    # The memories are slices of one tensor and convolutions may be channels-last; the format wants
+    # each tensor to stand alone and contiguous.
+    layout = torch.contiguous_format
+    plain = {key: value.detach().cpu().clone(memory_format=layout) for key, value in state.items()}
+    return save(plain, {_CHECKSUM: _checksum(plain)})
+
+
+def _safetensors(path: Path) -> dict[str, Tensor]:
+    state = load_file(path)
+    with safe_open(path, "pt") as file:
+        written = (file.metadata() or {}).get(_CHECKSUM)
+    if written is not None and written != _checksum(state):
+        raise UnreadableError("it is damaged; copy or download it again")
+    return state
+
+
+def _checksum(state: Mapping[str, Tensor]) -> str:
+    value = 0
+    for _, tensor in sorted(state.items()):
+        value = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, value)
+    return f"{value:08x}"
+
+
 def read_head(path: Path) -> bytes:
     """The first bytes of a file that is not evidently something else than what its name says.
 
     Raises:
         UnreadableError: it cannot be opened, is empty, a pointer of Git LFS or a web page.
     """
+    if os.path.isdir(path):  # Windows speaks of permission
+        raise UnreadableError("it is a folder; a file in it would fit")
     try:
         with open(path, "rb") as file:
             head = file.read(_HEAD)
@@ -88,6 +118,25 @@ def read_head(path: Path) -> bytes:
     return head
 
 
+def _check_archive(path: Path) -> None:
+    """Raise UnreadableError unless a zip archive is whole and what ``torch.save`` makes.
+
+    ``torch.load`` does not look at the checksums, which takes half the time that loading does.
+    """
+    if not zipfile.is_zipfile(path):
+        raise UnreadableError("it is cut short; copy or download it again")
+    with zipfile.ZipFile(path) as archive:
+        parts = archive.infolist() or [zipfile.ZipInfo("nothing")]
+        if not any(part.filename.endswith("/data.pkl") for part in parts):
+            raise UnreadableError(
+                f"it is an archive of other things ({parts[0].filename!r}, ...); the file of "
+                "torch.save(model.state_dict(), path) would fit"
+            )
+        written = any(part.CRC for part in parts)  # torch.serialization.set_crc32_options
+        if written and archive.testzip() is not None:
+            raise UnreadableError("it is damaged; copy or download it again")
+
+
 def _reason(error: str) -> str:
     """What an error of ``torch.load`` means."""
     if "TorchScript" in error:
@@ -98,6 +147,18 @@ def _reason(error: str) -> str:
             "where it was made, save the weights alone, by torch.save(model.state_dict(), path)"
         )
     return "it is damaged, or was not written by torch.save(model.state_dict(), path)"
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module itself, without those that wrap it.
+
+    >>> layer = nn.Linear(2, 1)
+    >>> unwrapped(nn.DataParallel(layer)) is layer
+    True
+    """
+    inner = [getattr(module, name, None) for name in _WRAPPERS]
+    found = [value for value in inner if isinstance(value, nn.Module)]
+    return unwrapped(found[0]) if found else module
 
 
 def plain_name(name: str) -> str:
@@ -111,7 +172,7 @@ def plain_name(name: str) -> str:
 
 def without_wrappers(state: State) -> State:
     """A state dict with plain names; the same one if they are plain, or would coincide."""
-    plain = {name: plain_name(name) for name in state}
+    plain = {name: plain_name(str(name)) for name in state}
     if all(name == own for name, own in plain.items()) or len({*plain.values()}) < len(plain):
         return state
     found = OrderedDict((plain[name], value) for name, value in state.items())

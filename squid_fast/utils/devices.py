@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, TypeVar
 
 import torch
@@ -115,6 +116,26 @@ def choose_layout(features_root: int) -> torch.memory_format:
     training step takes several times as long as with contiguous tensors. With 16, it saves a third.
     """
     return torch.channels_last if features_root % 16 == 0 else torch.contiguous_format
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """A block that a caller's ``torch.autocast`` does not reach.
+
+    >>> with torch.autocast("cpu"), without_autocast(torch.device("cpu")):
+    ...     (torch.eye(2) @ torch.eye(2)).dtype
+    torch.float32
+    """
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+def named_layout(channels_last: bool) -> torch.memory_format:
+    """The memory layout of that name; modules keep the name, as layouts cannot be pickled.
+
+    ``torch.save`` fails at a ``torch.memory_format``, as pickle does below protocol 4.
+    """
+    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def to_layout(module: Module, layout: torch.memory_format) -> Module:

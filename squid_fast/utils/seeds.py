@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
+from .arguments import is_number
+
 
 def check_seed(seed: int) -> None:
     """Raise ValueError for a seed that PyTorch or NumPy cannot take.
@@ -15,8 +17,8 @@ def check_seed(seed: int) -> None:
     Traceback (most recent call last):
     ValueError: seed is -1; it must be a whole number from 0 to 2**62 - 1.
     """
-    if not 0 <= seed <= 2**62 - 1:
-        raise ValueError(f"seed is {seed}; it must be a whole number from 0 to 2**62 - 1.")
+    if not (is_number(seed, whole=True) and 0 <= seed <= 2**62 - 1):
+        raise ValueError(f"seed is {seed!r}; it must be a whole number from 0 to 2**62 - 1.")
 
 
 @contextmanager

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from .arguments import is_number
+
 SPIN = {
     "GOMP_SPINCOUNT": "20000",  # turns; for GNU's OpenMP, which PyTorch brings on Linux
     "KMP_BLOCKTIME": "1",  # milliseconds; for LLVM's and Intel's OpenMP
@@ -47,9 +49,9 @@ def check_threads(count: int | None) -> None:
     Traceback (most recent call last):
     ValueError: the number of threads is 0; it must lie between 1 and 1024.
     """
-    if count is not None and not 1 <= count <= _MOST_THREADS:
+    if count is not None and not (is_number(count, whole=True) and 1 <= count <= _MOST_THREADS):
         raise ValueError(
-            f"the number of threads is {count}; it must lie between 1 and {_MOST_THREADS}."
+            f"the number of threads is {count!r}; it must lie between 1 and {_MOST_THREADS}."
         )
 
 

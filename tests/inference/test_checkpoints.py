@@ -6,6 +6,7 @@ import argparse
 import builtins
 import io
 import os
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors.torch import save, save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from squid_fast import PRESETS, SQUID, Bundle, Discriminator, load_bundle, save_bundle
+from squid_fast import PRESETS, SQUID, Bundle, Discriminator, Scorer, load_bundle, save_bundle
 from squid_fast.inference.bundle import BundleError, load_published
 from squid_fast.training.checkpoint import CheckpointError, load_checkpoint
 from tests.factories import TINY, tiny_pair
@@ -310,10 +311,106 @@ def misfits() -> dict[str, tuple[Any, Any, str]]:
         "no values": (
             {**state, bias: state[bias].to("meta")},
             other,
-            r"holds no values, but 'out_",
+            r"1 is no tensor with values \('out_",
         ),
         "too large": ({**state, bias: state[bias].double() + 1e300}, other, r"NaN or infinite wei"),
     }
+
+
+def flipped(content: bytes, place: int) -> bytes:
+    """The content with one bit of one byte turned over."""
+    return content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :]
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.7, 0.9])
+def test_a_bit_that_has_turned_over_is_noticed(tmp_path: Path, share: float) -> None:
+    model, discriminator = tiny_pair()
+    save_bundle(Bundle(model, discriminator), tmp_path)
+    torch.save(model.state_dict(), tmp_path / "g.pth")
+    torch.save(discriminator.state_dict(), tmp_path / "d.pth")
+    calls: dict[str, Callable[[], object]] = {
+        "model.safetensors": lambda: load_bundle(tmp_path),
+        "g.pth": lambda: load_published(tmp_path / "g.pth", tmp_path / "d.pth", TINY),
+    }
+    for name, load in calls.items():
+        load()
+        path = tmp_path / name
+        path.write_bytes(flipped(path.read_bytes(), int(share * path.stat().st_size)))
+        with pytest.raises(BundleError, match=rf"{name} .*damaged; copy or download it again\.$"):
+            load()
+
+
+def test_files_without_checksums_are_read(tmp_path: Path) -> None:
+    model, discriminator = tiny_pair()
+    save_bundle(Bundle(model, discriminator), tmp_path)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")  # as of other programs
+    assert_same(load_bundle(tmp_path).model, model)
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    torch.save(model.state_dict(), tmp_path / "g.pth")
+    torch.serialization.set_crc32_options(before)
+    torch.save(discriminator.state_dict(), tmp_path / "d.pth")
+    assert_same(load_published(tmp_path / "g.pth", tmp_path / "d.pth", TINY)[0], model)
+
+
+def test_what_else_is_an_archive_is_named(tmp_path: Path) -> None:
+    torch.save(Discriminator(2).state_dict(), tmp_path / "d.pth")
+    with zipfile.ZipFile(tmp_path / "g.pth", "w") as archive:
+        archive.write(tmp_path / "d.pth", "weights/d.pth")
+    with pytest.raises(
+        BundleError, match=r"archive of other things \('weights/d\.pth', \.\.\.\); "
+    ):
+        load_published(tmp_path / "g.pth", tmp_path / "d.pth", TINY)
+    with pytest.raises(BundleError, match=r"plain tensors: it is a folder; a file in it would fit"):
+        load_published(tmp_path, tmp_path / "d.pth", TINY)
+
+
+def test_no_weights_can_come_from_the_meta_device(tmp_path: Path) -> None:
+    model, discriminator = tiny_pair()
+    save_bundle(Bundle(model, discriminator), tmp_path)
+    torch.save(model.state_dict(), tmp_path / "g.pth")
+    torch.save(discriminator.state_dict(), tmp_path / "d.pth")
+    with torch.device("meta"):  # as torch.set_default_device would
+        loaded = load_bundle(tmp_path)
+        published = load_published(tmp_path / "g.pth", tmp_path / "d.pth", TINY)
+        empty = SQUID(**TINY)
+    assert_same(loaded.model, model)
+    assert_same(loaded.discriminator, discriminator)
+    assert_same(published[0], model)
+    with pytest.raises(ValueError, match=r"^a module is on the meta device, without values; load"):
+        Scorer(empty, discriminator)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"foo": 3}, r"this version of squid_fast does not know its 'foo'\.$"),
+        ({"level": "2"}, r"its parts have other types than squid_fast writes\.$"),
+        ({"level": 9}, r"level is 9; it must lie between 1 and 5\.$"),
+    ],
+)
+def test_a_configuration_that_is_none_is_named(
+    tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(BundleError, match=rf"^the configuration describes no model: {said}"):
+        load_published(tmp_path / "g.pth", tmp_path / "d.pth", TINY | change)
+
+
+def test_what_is_no_state_dict_is_named() -> None:
+    model, twin = SQUID(**TINY), SQUID(**TINY)
+    state = model.state_dict()
+    for wrong, kind in (("g.pth", "str"), (None, "NoneType"), (model, "SQUID"), ({1: 2}, "dict")):
+        with pytest.raises(TypeError, match=rf"^the state dict is of the type {kind}; a dictiona"):
+            twin.load_state_dict(wrong)
+    whole = {"epoch": 3, "steps": {1: 2}, "net": {f"module.{k}": v for k, v in state.items()}}
+    with pytest.raises(RuntimeError, match=r"3 are unknown .*\. Its entry 'net' would fit$"):
+        twin.load_state_dict(whole)
+    for ending, count in (("memMatrix", 4), ("out_conv.conv.bias", 1)):
+        for change in (lambda value: value.to("meta"), lambda value: value.numpy()):
+            changed = {k: change(v) if k.endswith(ending) else v for k, v in state.items()}
+            verb = "is no tensor" if count == 1 else "are no tensors"
+            with pytest.raises(RuntimeError, match=rf"SQUID: {count} {verb} with values \('"):
+                twin.load_state_dict(changed)
 
 
 def small_with(**changes: Any) -> SQUID:

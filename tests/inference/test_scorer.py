@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import io
 import json
 import multiprocessing
 import pickle
+import re
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from squid_fast import Bundle, Scorer, load_bundle, reference, save_bundle
+from squid_fast import SQUID, Bundle, Discriminator, Scorer, load_bundle, reference, save_bundle
 from squid_fast.inference import calibrate
 from squid_fast.inference.bundle import BundleError, load_published
-from squid_fast.inference.scores import SCORES
+from squid_fast.inference.scores import PAPER_SCORE, SCORES
 from tests.factories import SIDE, TINY, image_batch, image_set, scorer_of, tiny_bundle, tiny_pair
 from tests.processor import needs_bf16
 
@@ -26,6 +31,14 @@ from tests.processor import needs_bf16
 @pytest.fixture
 def bundle() -> Bundle:
     return tiny_bundle()
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    yield
+    torch.set_default_dtype(before)
 
 
 # --- scores ---------------------------------------------------------------------------------------
@@ -90,6 +103,24 @@ def test_float32_scores_are_the_same_to_the_bit_in_any_batch_and_order(
     assert scorer.score(images[:0]).raw.shape == (0,)
 
 
+@pytest.mark.parametrize("score", SCORES)
+def test_settings_of_the_caller_do_not_reach_the_scores(bundle: Bundle, score: str) -> None:
+    images = image_batch(9, seed=2)
+    expected = scorer_of(bundle, score).score(images)
+    made_before = scorer_of(bundle, score)
+    for setting in (
+        torch.autocast("cpu", torch.bfloat16),
+        torch.autocast("cpu", torch.float16),
+        torch.device("meta"),
+        default_dtype(torch.float64),
+    ):
+        with setting:
+            both = [scorer.score(images) for scorer in (made_before, scorer_of(bundle, score))]
+        for scores in both:
+            assert torch.equal(scores.raw, expected.raw)
+            assert torch.equal(scores.z_score, expected.z_score)
+
+
 @needs_bf16
 def test_bf16_scores_hardly_depend_on_the_batch(bundle: Bundle) -> None:
     scorer = scorer_of(bundle, precision="bf16")
@@ -100,14 +131,64 @@ def test_bf16_scores_hardly_depend_on_the_batch(bundle: Bundle) -> None:
         assert (parts - whole).abs().max() <= 0.01 * whole.std()
 
 
+def test_what_a_scorer_is_not_made_of_is_named(bundle: Bundle) -> None:
+    model, discriminator, known = bundle.model, bundle.discriminator, bundle.calibration
+    other = dataclasses.replace(known, patch_mean=[0.1] * 9, patch_std=[1.0] * 9)
+    for arguments, sentence in (
+        ((discriminator, model), "model is of the type Discriminator; it must be of the type SQU"),
+        ((model, Discriminator(4)), r"a Discriminator\(4\); for images of 48 pixels a Discriminat"),
+        ((model, discriminator, known.to_json()), "calibration is of the type dict; it must be"),
+        (
+            (model, discriminator, other),
+            "of a model with 9 patches, but this one has 4; squid_fast",
+        ),
+        ((model, discriminator, known, ["patch_error"]), r"score is \['patch_error'\]; it must"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=sentence):
+            Scorer(*arguments, device="cpu")
+    mixed = image_set(6, anomalous=2)
+    with pytest.raises(ValueError, match=r"^2 of 6 images of normal_training are labelled anomal"):
+        calibrate(model, discriminator, mixed, device="cpu")
+    scorer = scorer_of(bundle)
+    for names, sentence in ((["error"], "score is 'error'; it must be one"), ("x", "score is 'x'")):
+        with pytest.raises(ValueError, match=sentence):
+            scorer.raw_scores(mixed, names)
+    with pytest.raises(TypeError, match="images is of the type Tensor; it must be of the type Ima"):
+        scorer.raw_scores(mixed.images)
+    assert scorer.raw_scores(mixed.subset([]), "patch_error")["patch_error"].shape == (0,)
+
+
+def test_what_wraps_a_model_is_left_out(bundle: Bundle) -> None:
+    images = image_batch(3, seed=2)
+    expected = scorer_of(bundle).score(images).z_score
+    for wrap in (torch.nn.DataParallel, partial(torch.compile, backend="eager")):
+        pair = wrap(bundle.model), wrap(bundle.discriminator)
+        scorer = Scorer(*pair, bundle.calibration, precision="float32", device="cpu")
+        assert torch.equal(scorer.score(images).z_score, expected)
+
+
+def test_a_scorer_without_calibration_measures_all_that_needs_none(bundle: Bundle) -> None:
+    images = image_set(5, seed=2)
+    plain = Scorer(bundle.model, bundle.discriminator, precision="float32", device="cpu")
+    expected = scorer_of(bundle).raw_scores(images)
+    raw = plain.raw_scores(images)
+    assert raw.keys() == expected.keys() - {"patch_error"}
+    for name, values in raw.items():
+        assert torch.equal(values, expected[name])
+
+
 def test_bytes_are_images_too(bundle: Bundle) -> None:
     scorer = scorer_of(bundle, precision="auto")
     images = image_set(3)
     as_floats = scorer.score(images.batch(slice(0, 3))).raw
     assert torch.equal(scorer.score(images.images).raw, as_floats)
     assert scorer.prefetch(images.images) is images.images
-    with pytest.raises(ValueError, match=r"images are torch\.int64; floating-point values"):
-        scorer.score(images.images.long())
+    for wrong in (images.images.long(), images.images.to(torch.int8), images.images > 9):
+        said = f"images are {wrong.dtype}; floating-point values in [0, 1], or uint8, of which 255"
+        with pytest.raises(ValueError, match=re.escape(said)):
+            scorer.score(wrong)
+    with pytest.raises(ValueError, match=r"images are of the type ndarray; a tensor of floating"):
+        scorer.score(images.images.numpy())
     with pytest.raises(ValueError, match=r"images are \[3, 48, 48\]; this model takes"):
         scorer.score(images.images[:, 0])
 
@@ -221,6 +302,27 @@ def test_copies_score_the_same_bits(bundle: Bundle, precision: str) -> None:
         assert (twin.fingerprint, twin.threshold) == (scorer.fingerprint, scorer.threshold)
     own, other = (dict(x.model.weights()) for x in (scorer, after[0]))
     assert all(value.data_ptr() != other[name].data_ptr() for name, value in own.items())
+
+
+@pytest.mark.parametrize("precision", ["float32", pytest.param("bf16", marks=needs_bf16)])
+@pytest.mark.parametrize("features_root", [8, 16])  # the second is channels-last
+def test_torch_save_and_every_protocol_of_pickle_keep_a_scorer(
+    features_root: int, precision: str
+) -> None:
+    torch.manual_seed(0)
+    model = SQUID(**TINY | {"features_root": features_root, "memory_channel": 36 * features_root})
+    images = image_set(5, seed=4)
+    for backend in ("eager", "compile"):  # which have different first convolutions
+        scorer = Scorer(model, Discriminator(2), None, PAPER_SCORE, precision, "cpu", backend)
+        file = io.BytesIO()
+        torch.save(scorer, file)
+        file.seek(0)
+        twins = [pickle.loads(pickle.dumps(scorer, protocol)) for protocol in range(6)]
+        for twin in (*twins, torch.load(file, weights_only=False)):
+            assert twin.fingerprint == scorer.fingerprint
+            if backend == "eager":
+                found, expected = twin.raw_scores(images), scorer.raw_scores(images)
+                assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_a_scorer_goes_to_a_spawned_process_after_it_has_scored(bundle: Bundle) -> None:

@@ -8,9 +8,11 @@ import math
 import pickle
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,7 +20,15 @@ from safetensors import safe_open
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
-from squid_fast import PRESETS, SQUID, InpaintBlock, MemoryMatrix, MemoryQueue, reference
+from squid_fast import (
+    PRESETS,
+    SQUID,
+    Discriminator,
+    InpaintBlock,
+    MemoryMatrix,
+    MemoryQueue,
+    reference,
+)
 from squid_fast.modules.images import check_values
 from squid_fast.ops.patches import to_image, to_patches
 from tests.factories import TINY, open_masks
@@ -694,6 +704,59 @@ IMAGE_ERRORS: dict[str, Tensor] = {
 def test_call_errors(sentence: str) -> None:
     with pytest.raises(ValueError, match=re.escape(sentence)):
         SQUID(**BASE)(IMAGE_ERRORS[sentence])
+
+
+NO_IMAGES: dict[str, object] = {
+    "images are of the type ndarray; a tensor of floating-point values in [0, 1] fits.": (
+        np.zeros((2, 1, 16, 16), np.float32)
+    ),
+    "images are of the type list;": [torch.zeros(1, 16, 16)],
+    "images are of the type str;": "a.png",
+    "images are of the type NoneType;": None,
+    "images are a sparse or nested tensor; a dense one would fit.": (
+        torch.zeros(2, 1, 16, 16).to_sparse()
+    ),
+    "images are torch.float8_e5m2; floating-point": torch.zeros(2, 1, 16, 16).to(torch.float8_e5m2),
+    "images are torch.bool; floating-point": torch.zeros(2, 1, 16, 16, dtype=torch.bool),
+    "images are torch.complex64; floating-point": torch.zeros(2, 1, 16, 16, dtype=torch.complex64),
+    "images are torch.float64 and the weights torch.float32; images.to(torch.float32) would": (
+        torch.zeros(2, 1, 16, 16, dtype=torch.float64)
+    ),
+}
+
+
+@pytest.mark.parametrize("sentence", NO_IMAGES)
+def test_what_is_no_image_is_named(sentence: str) -> None:
+    given = NO_IMAGES[sentence]
+    for call in (SQUID(**BASE), SQUID(**BASE).eval(), SQUID(**BASE).encode):
+        with pytest.raises(ValueError, match=re.escape(sentence)):
+            call(given)
+    discriminator = Discriminator(1)
+    for call in (discriminator, discriminator.eval(), partial(discriminator.score, mode="running")):
+        with pytest.raises(ValueError, match=re.escape(sentence)):
+            call(given)
+
+
+def test_the_encoder_alone_takes_no_other_range_either() -> None:
+    with pytest.raises(ValueError, match=r"the greatest is 255; divide by 255"):
+        SQUID(**BASE).encode(of_values(0.0, 255.0))
+
+
+def test_autocast_casts_images_and_weights_itself() -> None:
+    model, images = SQUID(**BASE).eval(), torch.rand(2, 1, 16, 16)
+    expected = model(images)["recon"]
+    with torch.autocast("cpu", torch.bfloat16):
+        for given in (images, images.bfloat16()):
+            torch.testing.assert_close(model(given)["recon"].float(), expected, atol=2e-2, rtol=0)
+
+
+def test_values_are_checked_under_vmap() -> None:
+    discriminator, images = Discriminator(2).eval(), torch.rand(3, 1, 1, 48, 48)
+    score = torch.func.vmap(discriminator.score)
+    expected = discriminator.score(images[:, 0])
+    torch.testing.assert_close(score(images)[:, 0], expected)
+    with pytest.raises(ValueError, match=r"divide by 255"):
+        score(images * 255)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

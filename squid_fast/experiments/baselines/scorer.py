@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from ...inference.bundle import FORMAT, BundleError, read_json, save_weights
 from ...inference.scorer import BaseScorer, Scorer, fingerprint
 from ...inference.scores import Calibration, ScoreCalibration
-from ...modules.images import check_values
+from ...modules.images import check_tensor, check_values
 from ...ops.common import as_floats
 from ...utils.atomic import write_json
 from ...utils.checkpoints import UnreadableError, read_tensors, tensors
-from ...utils.devices import Backend, ScoringPrecision, choose_device
+from ...utils.devices import Backend, ScoringPrecision, choose_device, without_autocast
 from ...utils.text import shown
 from ...utils.tf32 import tf32
 from .networks import AutoEncoder, MemAE, PixelInpainting
@@ -78,6 +78,7 @@ class BaselineScorer(BaseScorer):
         self, images: Tensor, names: Collection[str], reconstruction: bool = True
     ) -> tuple[dict[str, Tensor], Tensor]:
         side = self.image_size
+        check_tensor(images, bytes_fit=True)
         if images.dim() != 4 or tuple(images.shape[1:]) != (1, side, side):
             raise ValueError(
                 f"images are {list(images.shape)}; this {self.name} takes [B, 1, {side}, {side}]."
@@ -85,7 +86,7 @@ class BaselineScorer(BaseScorer):
         if images.dtype != torch.uint8:
             check_values(images)
         images = as_floats(images.to(self.device))
-        with tf32(False):
+        with tf32(False), without_autocast(self.device):
             raw, recon = self.method(images) if len(images) else (images.new_zeros(0), images)
         return {self.score_name: raw.cpu()}, recon
 

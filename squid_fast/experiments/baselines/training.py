@@ -21,7 +21,9 @@ from ...training.checkpoint import check_run_folder, prepare_folder
 from ...training.graphs import Losses
 from ...training.learner import Learner, step_seed
 from ...training.loop import fit, has_both_classes
+from ...training.run import check_context, check_sets
 from ...training.state import Run, Settings, check_count
+from ...utils.arguments import check_json, check_kind
 from ...utils.devices import Precision, choose_device, choose_precision
 from ...utils.extras import require
 from ...utils.machine import describe
@@ -78,7 +80,7 @@ class NetworkLearner(Learner):
 def train_baseline(
     name: str,
     train_set: ImageSet,
-    out: Path,
+    out: str | Path,
     *,
     recipe: Recipe = RECIPE,
     validation_set: ImageSet | None = None,
@@ -113,7 +115,11 @@ def train_baseline(
     >>> train_baseline("smoothness", images, Path("run"), false_positive_rate=0.25).finished
     True
     """
-    if name not in METHODS:
+    out = Path(out)
+    check_sets(train_set, validation_set, None)
+    check_kind("recipe", recipe, Recipe)
+    check_json("about", about or {})
+    if name not in tuple(METHODS):
         raise ValueError(f"method is {name!r}; known are squid, {', '.join(METHODS)}.")
     kind = METHODS[name][0]
     if not issubclass(kind, PixelMethod):
@@ -126,6 +132,7 @@ def train_baseline(
     if has_both_classes(validation_set):
         require("sklearn.metrics", "train")
     where = choose_device(device)
+    check_context(where)
     chosen = choose_precision(precision, where)
     count = thread_count or torch.get_num_threads()
     started, side, step = time.perf_counter(), train_set.images.shape[-1], 0
@@ -135,7 +142,7 @@ def train_baseline(
         check_folder(out)
         method: PixelMethod | AutoEncoder = kind.fit(train_set)
     else:
-        with seeded(seed):
+        with seeded(seed), torch.device("cpu"):
             method = kind(image_size=side)
         config = {"method": name, **method.config}
         settings = Settings(config, recipe, seed, chosen, len(train_set), train_set.fingerprint)
