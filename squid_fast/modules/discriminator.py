@@ -115,7 +115,7 @@ class Discriminator(Network):
                 f"images are {list(images.shape)}; a Discriminator(size={self.size}) takes "
                 f"[B, 1, {most}, {most}] (sides from {sides[0]} on)."
             )
-        check_precision(images, self.conv_model[0].weight)
+        check_precision(images, self)
         check_values(images, self.value_range, self.training, nan_passes=self.training)
 
 

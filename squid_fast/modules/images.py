@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 
 VALUE_RANGE = (0.0, 1.0)
@@ -60,8 +59,9 @@ def check_tensor(
         raise ValueError(f"images are {images.dtype}; {fitting} fit.")
 
 
-def check_precision(images: Tensor, weight: Any) -> None:
+def check_precision(images: Tensor, module: nn.Module) -> None:
     """Raise ValueError if images are of another dtype than weights, unless autocast casts both."""
+    weight = next(module.parameters())
     if images.dtype != weight.dtype and not torch.is_autocast_enabled(images.device.type):
         raise ValueError(
             f"images are {images.dtype} and the weights {weight.dtype}; "

@@ -174,7 +174,7 @@ class SQUID(Network):
         """
         check_tensor(images, self.value_range)
         check_shape(images, self.config, self.image_size)
-        check_precision(images, self.in_conv.conv.conv1[0].weight)
+        check_precision(images, self)
         check_values(images, self.value_range, self.training)
         x = self.in_conv(to_patches(images, self.num_patch))
         skips = []
