@@ -123,7 +123,7 @@ def test_python_is_refused_bf16_too(run: Path, tmp_path: Path) -> None:
     refused = pytest.raises(ValueError, match=REFUSED["bf16"])
     loaded = load_bundle(run)
     pair = loaded.model, loaded.discriminator
-    images = DigitAnatomy(None, 16, "train").normal(16, 0).as_image_set()
+    images = DigitAnatomy(None, 16, "train").normal(20, 0).as_image_set()
     small = PRESETS["small"]
     with refused:
         Scorer(*pair, precision="bf16", device="cpu")
@@ -142,7 +142,7 @@ def test_python_is_refused_bf16_too(run: Path, tmp_path: Path) -> None:
 def test_python_is_refused_int8_before_images_are_scored(run: Path) -> None:
     loaded = load_bundle(run)
     pair = loaded.model, loaded.discriminator
-    images = DigitAnatomy(None, 16, "train").normal(16, 0).as_image_set()
+    images = DigitAnatomy(None, 16, "train").normal(20, 0).as_image_set()
     for call in (
         partial(Scorer, *pair, loaded.calibration),
         partial(calibrate, *pair, images),
