@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 
 from ...data.csv_files import Table, TableError
+from ...data.formats import GZIP, HEAD_BYTES, image_format
 from ...utils.text import decoded
 from .files import PathInput, listed_file
 
-_BINARY = re.compile("[\x01-\x08\x0e-\x1a\x1c-\x1f]")
-_LOOKED_AT = 1024
+# Parquet, Arrow, archives (XLSX among them), old Excel files, databases and documents.
+_NO_TEXT = (b"PAR1", b"ARROW1", b"PK\x03\x04", GZIP, b"\xd0\xcf\x11\xe0", b"SQLite format", b"%PDF")
 
 
 def read_list(path: PathInput, root: PathInput | None = None) -> list[str]:
@@ -52,14 +52,14 @@ def read_list(path: PathInput, root: PathInput | None = None) -> list[str]:
         with open(path, "rb") as file:
             content = file.read()
     is_table = path.lower().endswith((".csv", ".tsv"))
-    _check_text(decoded(content[: 4 * _LOOKED_AT]), path)
+    _check_text(content[:HEAD_BYTES], path)
     names = _column(content, path) if is_table else _lines(decoded(content))
     return [listed_file(name, os.fspath(root)) for name in names]
 
 
-def _check_text(head: str, origin: str) -> None:
-    first = head.lstrip().partition("\n")[0]
-    what = "no text" if _BINARY.search(head[:_LOOKED_AT]) else ""
+def _check_text(head: bytes, origin: str) -> None:
+    first = decoded(head).lstrip().partition("\n")[0]
+    what = "no text" if head.startswith(_NO_TEXT) or image_format(head) else ""
     if first.startswith(('{"', '["', "[{")) or first.strip() in ("{", "["):
         what = "JSON"
     if what:

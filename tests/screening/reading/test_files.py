@@ -215,6 +215,11 @@ def test_lists_that_are_no_lists_are_refused(root: Path, content: bytes, what: s
     assert names(read_list(root / "list.txt"), root)[0] == "{a}.png"
 
 
+def test_names_may_hold_control_characters(root: Path) -> None:
+    (root / "list.txt").write_bytes(b"bell\x07.png\n\x1b[31m.png\n")
+    assert names(read_list(root / "list.txt"), root) == ["bell\x07.png", "\x1b[31m.png"]
+
+
 def test_lines_of_old_macs_and_carriage_returns_in_names(root: Path) -> None:
     (root / "list.txt").write_bytes(b"b.png\ra.png\r")
     assert names(read_list(root / "list.txt"), root) == ["b.png", "a.png"]
