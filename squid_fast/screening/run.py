@@ -164,7 +164,7 @@ def check_outputs(
     Raises:
         ValueError: two are the same file, or one is an input, any other image, or a file among the
             inputs that holds no results.
-        OSError: see ``check_folder``.
+        OSError: see ``check_file`` of ``squid_fast.utils.outputs``.
 
     >>> check_outputs({"out": "results.csv", "report": "results.csv"})
     Traceback (most recent call last):
