@@ -11,6 +11,7 @@ Until the table is written, rows are kept in a journal, from which a stopped run
 from typing import TYPE_CHECKING
 
 from ..utils.lazy import lazy_names
+from ..utils.moved import moved_names
 from ..utils.text import utf8_text
 
 if TYPE_CHECKING:
@@ -22,9 +23,9 @@ if TYPE_CHECKING:
     from .report.report import write_report
     from .report.summary import Summary, summarise
     from .results import COLUMNS, write_table
-    from .run import check_folder, check_output, check_outputs, screen_to_table
+    from .run import check_output, check_outputs, screen_to_table
 else:
-    __getattr__, __dir__ = lazy_names(
+    _lazy, __dir__ = lazy_names(
         __name__,
         {
             "reading.files": ("find_files",),
@@ -34,9 +35,12 @@ else:
             "pipeline": ("ScreenRow", "screen"),
             "report.report": ("write_report",),
             "results": ("COLUMNS", "write_table"),
-            "run": ("check_folder", "check_output", "check_outputs", "screen_to_table"),
+            "run": ("check_output", "check_outputs", "screen_to_table"),
             "report.summary": ("Summary", "summarise"),
         },
+    )
+    __getattr__ = moved_names(
+        __name__, {"check_folder": "squid_fast.utils.outputs.check_file"}, _lazy
     )
 
 __all__ = [
@@ -45,7 +49,6 @@ __all__ = [
     "Packed",
     "ScreenRow",
     "Summary",
-    "check_folder",
     "check_output",
     "check_outputs",
     "find_files",

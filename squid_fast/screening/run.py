@@ -146,9 +146,6 @@ def check_output(out: PathInput, resume: bool = False) -> None:
                 raise _unfinished(out)
 
 
-check_folder = check_file  # its name in earlier versions
-
-
 def check_outputs(
     outputs: Mapping[str, PathInput | None], inputs: Collection[PathInput] = ()
 ) -> None:

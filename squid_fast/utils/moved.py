@@ -83,11 +83,18 @@ def accept_old_paths() -> None:
         sys.meta_path.insert(0, _FORMER_PATHS)
 
 
-def moved_names(package: str, homes: Mapping[str, str]) -> Callable[[str], object]:
-    """The ``__getattr__`` of a package; ``homes`` gives the full present names by former name."""
+def moved_names(
+    package: str, homes: Mapping[str, str], others: Callable[[str], object] | None = None
+) -> Callable[[str], object]:
+    """The ``__getattr__`` of a package; ``homes`` gives the full present names by former name.
+
+    Names that are not among these are given to ``others``, such as that of ``lazy_names``.
+    """
 
     def get(name: str) -> object:
         if name not in homes:
+            if others:
+                return others(name)
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         warnings.warn(f"{package}.{name} is now {homes[name]}", DeprecationWarning, stacklevel=2)
         module, _, attribute = homes[name].rpartition(".")

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 
 import pytest
 
-import squid_fast
+import squid_fast.screening
+import squid_fast.utils.outputs
 from squid_fast.utils.moved import MOVED, moved_names
 
 SUBMODULE = "squid_fast.comparison.scorer"
@@ -90,3 +91,12 @@ def test_a_moved_name_is_that_of_today() -> None:
         assert package.area is squid_fast.metrics.image_auroc
     with pytest.raises(AttributeError, match="module 'package' has no attribute 'b'"):
         _ = package.b
+
+
+def test_a_package_of_lazy_names_has_moved_ones_too() -> None:
+    match = "screening.check_folder is now squid_fast.utils.outputs.check_file"
+    with pytest.warns(DeprecationWarning, match=match) as caught:
+        assert squid_fast.screening.check_folder is squid_fast.utils.outputs.check_file
+    assert [warning.filename for warning in caught] == [__file__]
+    with pytest.raises(AttributeError, match="has no attribute 'check_folders'"):
+        _ = squid_fast.screening.check_folders
