@@ -159,11 +159,8 @@ def _check_is_file(path: Path) -> None:
         mode = os.stat(path).st_mode
     except FileNotFoundError as error:
         if path.is_symlink():
-            target, message = (
-                os.readlink(path),
-                "{path} is a link to {target}, which does not exist",
-            )
-            raise ImageReadError(message, path=path, target=target) from error
+            message = "{path} is a link to {target}, which does not exist"
+            raise ImageReadError(message, path=path, target=os.readlink(path)) from error
         raise ImageReadError(f"{{path}} does not exist; {wanted}", path=path) from error
     except (OSError, ValueError) as error:
         raise ImageReadError("{path} cannot be reached: {error}", path=path, error=error) from error

@@ -102,7 +102,7 @@ def use_cudnn(network: nn.Module) -> None:
                 setattr(module, name, fused)
 
 
-class Packed(nn.Module):
+class PackedWeights(nn.Module):
     """A module with weights packed by oneDNN, in the layout that suits maps of a size.
 
     What is packed cannot be copied, so that a copy packs anew, for the same size: with another
@@ -126,7 +126,7 @@ class Packed(nn.Module):
         return {name: value for name, value in self.__dict__.items() if name != "_packed"}
 
 
-class OneDnnConv(Packed, FoldedConv):
+class OneDnnConv(PackedWeights, FoldedConv):
     """The same in one call of oneDNN; without a residual the bias stays in float32."""
 
     def pack(self, size: list[int]) -> Tensor:
@@ -197,7 +197,7 @@ class SplitConv(nn.Module):
         return self.conv(torch.cat([high, low, high], dim=1))
 
 
-class ResizedConv(Packed):
+class ResizedConv(PackedWeights):
     """``FoldedConv(cat([skip, resize(x)]))``, bilinear to twice the side, with half the products.
 
     Both are linear, so the taps can be multiplied with before the map is resized, when it has a

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..utils.devices import INT8_UNITS, cpu_has
-from .convolution import FoldedConv, Packed, has_onednn
+from .convolution import FoldedConv, PackedWeights, has_onednn
 
 Range = tuple[float, float]
 _SAMPLES = 4096  # values kept of an observed tensor
@@ -99,7 +99,7 @@ class MinMaxObserver:
         return best
 
 
-class QuantizedConv(Packed):
+class QuantizedConv(PackedWeights):
     """A ``FoldedConv`` of int8 weights and uint8 maps.
 
     Args:

@@ -126,7 +126,7 @@ class BaseScorer(ABC):
         for name in names:
             if name not in self.score_names:
                 raise ValueError(
-                    f"score is {name!r}; it must be one of {_listed(self.score_names)}."
+                    f"score is {name!r}; it must be one of {', '.join(self.score_names)}."
                 )
         batches = images.batches(self.batch_size) if len(images) else [images.batch([])]
         parts = [self.measure(batch, names, False)[0] for batch in batches]
@@ -219,7 +219,7 @@ class Scorer(BaseScorer):
     ) -> None:
         model, discriminator = checked_pair(model, discriminator)
         if score not in tuple(SCORES):
-            raise ValueError(f"score is {score!r}; it must be one of {_listed(SCORES)}.")
+            raise ValueError(f"score is {score!r}; it must be one of {', '.join(SCORES)}.")
         if calibration is not None:
             check_kind("calibration", calibration, Calibration)
             count = len(calibration.patch_mean)
@@ -318,10 +318,6 @@ def checked_pair(model: nn.Module, discriminator: nn.Module) -> tuple[SQUID, Dis
             f"{model.image_size} pixels a Discriminator({fitting}) would fit."
         )
     return model, discriminator
-
-
-def _listed(names: Collection[str]) -> str:
-    return ", ".join(names)
 
 
 def fingerprint(weights: Iterable[tuple[str, Tensor]], about: object, method: str = "") -> str:

@@ -234,10 +234,8 @@ def _by_imagecodecs(data: bytes, stream: _Codestream, frame: FrameFormat) -> Val
     codecs = require("imagecodecs", "screen")
     if stream.kind in ("HTJ2K", "JPEG 2000"):
         values = codecs.jpeg2k_decode(data)
-    elif not data.rstrip(b"\0\xff").endswith(
-        _EOI
-    ):  # libjpeg would fill in the rest, CharLS search on
-        raise ValueError("no end of image")
+    elif not data.rstrip(b"\0\xff").endswith(_EOI):
+        raise ValueError("no end of image")  # libjpeg would fill in the rest, CharLS search on
     elif stream.kind == "JPEG-LS":
         values = codecs.jpegls_decode(data)
     else:

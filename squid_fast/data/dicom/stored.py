@@ -86,10 +86,8 @@ def _at_item(file: BinaryIO) -> bool:
 
 
 def _format(header: Header) -> FrameFormat:
-    photometric, samples = (
-        header.text("PhotometricInterpretation"),
-        header.integer("SamplesPerPixel"),
-    )
+    photometric = header.text("PhotometricInterpretation")
+    samples = header.integer("SamplesPerPixel")
     if header.text("RecognitionCode").startswith("ACR-NEMA"):  # which knew greyscale alone
         photometric, samples = photometric or "MONOCHROME2", samples or 1
     if not photometric:
